@@ -1,0 +1,67 @@
+"""Heart-sound data sets in their official layouts: a folder on disk -> list of `Recording`.
+
+Every loader has the one signature `load(source) -> (recordings, problems)` and reads tables, annotations and
+audio headers, never samples. What cannot be used is not dropped in silence: it becomes a `Problem`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Mapping
+
+# The states of a cardiac cycle, numbered as in CirCor's .tsv files.
+UNANNOTATED, S1, SYSTOLE, S2, DIASTOLE = range(5)
+
+NAMES = ("cinc2016", "circor", "pascal", "synthetic")
+
+
+class DatasetError(ValueError):
+    """A folder or a table that cannot be read as the named data set; the message says file, field and fix."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recording:
+    """One phonocardiogram on disk.
+
+    labels: what the data set says, as text. Two keys are common to all: `abnormal` ("0" or "1") and `murmur`
+      ("0" or "1"), each left out where the data set does not say. `class` is the data set's own word.
+    annotations: (start_s, end_s, state), in order; state as numbered above. Empty when there are none.
+    """
+
+    id: str  # unique within the data set, e.g. "a0001", "50782_MV_1"
+    person: str  # who was recorded; the record's own id where the data set does not say
+    person_known: bool
+    database: str  # e.g. "cinc2016-a", "circor", "pascal-b": what "per database" means everywhere
+    rate_hz: int
+    labels: Mapping[str, str]
+    annotations: tuple[tuple[float, float, int], ...]
+    path: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """A file or table row that is left out, and why."""
+
+    path: str
+    reason: str  # begins with a short kind: "truncated: ...", "silent: ...", "mislabelled: ..."
+
+
+def load(name: str, source: str | pathlib.Path) -> tuple[list[Recording], list[Problem]]:
+    """The recordings of data set `name` below `source`, sorted by id, and what was left out.
+
+    Raises:
+      DatasetError: unknown name, missing folder, or no recording found.
+    """
+    if name not in NAMES:
+        raise DatasetError(f"unknown dataset {name!r}: choose one of {', '.join(NAMES)}")
+    source = pathlib.Path(source)
+    loader = importlib.import_module(f"pcgjax.datasets.{name}")
+    if not source.is_dir() and name != "synthetic":
+        raise DatasetError(f"{source}: no such folder; --source takes the folder that holds the {name} files")
+    recordings, problems = loader.load(source)
+    if not recordings:
+        listed = "".join(f"\n  {p.path}: {p.reason}" for p in problems[:5])
+        raise DatasetError(f"{source}: no usable {name} recording; expected {loader.LAYOUT}{listed}")
+    return sorted(recordings, key=lambda r: r.id), problems

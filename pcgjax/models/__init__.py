@@ -1,0 +1,1 @@
+"""Flax NNX modules: no mesh, no data, no loss in them."""
