@@ -8,6 +8,7 @@ import struct
 import numpy as np
 
 SHORTEST_S = 0.5  # less than one cardiac cycle at any heart rate
+MOST_SAMPLES_A_BYTE = 65535  # FLAC's largest block
 
 
 class AudioError(ValueError):
@@ -29,13 +30,18 @@ def header(path: str | pathlib.Path) -> tuple[int, int, int]:
         raise AudioError("empty: the file has no bytes")
     try:
         info = soundfile.info(str(path))
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"not audio: {error.error_string}") from None
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless format, such as .raw
+        raise AudioError(f"not audio: {getattr(error, 'error_string', error)}") from None
     declared = _declared_wav_bytes(path)
     if declared is not None and declared[0] > declared[1]:
-        raise AudioError(f"truncated: the header declares {declared[0]} bytes of samples, the file holds {declared[1]}")
+        raise AudioError(f"truncated: the header declares {declared[0]} bytes of samples, there are {declared[1]}")
     if info.frames == 0:
         raise AudioError("empty: the file holds no samples")
+    if info.frames > path.stat().st_size * MOST_SAMPLES_A_BYTE:  # would ask for the memory before reading
+        raise AudioError(
+            f"truncated: the header declares {info.frames} samples, more than {path.stat().st_size} bytes can hold"
+            " (a FLAC written to a pipe declares no length: encode it again)"
+        )
     return int(info.samplerate), int(info.frames), int(info.channels)
 
 

@@ -1,0 +1,55 @@
+"""Checkpoints: state, data position, step and config in one, written whole or not at all. The only Orbax import."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not belong to this run; the message names the folder and the fix."""
+
+
+def manager(folder: str | pathlib.Path) -> ocp.CheckpointManager:
+    """Keeps the newest checkpoint of `folder`; what a killed run left half-written is removed."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(pathlib.Path(folder).resolve(), options=options)
+
+
+def save(kept: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None:
+    """Begins to write; training goes on meanwhile. `meta`: JSON. A step that is there already is left as it is."""
+    if step not in kept.all_steps():
+        kept.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+
+
+def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dict] | None:
+    """(step, state, meta) of the newest checkpoint, or None when there is none.
+
+    Args:
+      like: a state whose shapes, dtypes and shardings the restored one takes; None restores meta alone.
+    Raises:
+      CheckpointError: the checkpoint is damaged or of another model.
+    """
+    folder = pathlib.Path(folder).resolve()
+    if not folder.is_dir():
+        return None
+    with manager(folder) as kept:
+        step = kept.latest_step()
+        if step is None:
+            return None
+        items = {"meta": ocp.args.JsonRestore()}
+        if like is not None:
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+            items["state"] = ocp.args.StandardRestore(abstract)
+        try:
+            restored = kept.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            # Orbax raises many kinds; each means that this folder cannot be gone on with.
+            raise CheckpointError(
+                f"{folder / str(step)}: not a checkpoint of this run ({type(error).__name__}: {error}); "
+                "give another --workdir, or the config that it was trained with"
+            ) from error
+        return step, restored.get("state"), restored["meta"]

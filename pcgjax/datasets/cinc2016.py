@@ -1,0 +1,321 @@
+"""PhysioNet/CinC Challenge 2016 (Liu et al. 2016, doi:10.1088/0967-3334/37/12/2181): databases a to f, 2 kHz."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from pcgjax import audio
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording
+
+LAYOUT = (
+    "folders training-a .. training-f (any of them), each with REFERENCE.csv and <record>.wav; validation/ is not "
+    "read, its files are copies of training recordings"
+)
+
+CLASSES = {"1": "abnormal", "-1": "normal"}  # some repositories invert these
+STATES = {
+    "S1": S1, "systole": SYSTOLE, "S2": S2, "diastole": DIASTOLE,
+    "(N": UNANNOTATED, "N)": UNANNOTATED,  # where noise begins and ends; the next state follows later
+}  # fmt: skip
+APPENDIX = "online_appendix_training_set.csv"
+APPENDIX_CLASS = "class (-1=normal 1=abnormal)"
+APPENDIX_SITE = "transducer site on body"
+
+
+def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
+    """The recordings of `source`, the challenge's folder or one training-x folder.
+
+    Persons are the subjects of database b, the tapes of a, and the records of c; d, e and f do not say.
+    Labels: `class`, `abnormal`, and where the tables say `sqi` ("1" good, "0" bad), `diagnosis`, `site`.
+
+    Raises:
+      DatasetError: a table that is malformed as a whole.
+    """
+    source = pathlib.Path(os.path.abspath(source))
+    if re.fullmatch("training-[a-f]", source.name):
+        folders = [source]
+    else:
+        folders = sorted(folder for folder in source.glob("training-[a-f]") if folder.is_dir())
+    problems: list[Problem] = []
+    if not folders:
+        return [], problems
+    appendix = _appendix(source, problems)
+    states = _state_files(source, folders)
+    recordings = []
+    for folder in folders:
+        recordings += _database(folder, source, appendix, states, problems)
+    return recordings, problems
+
+
+def read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file as (line number, fields without blanks at either end); blank lines are left out.
+
+    Raises:
+      DatasetError: not a CSV file, or no row.
+    """
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    if "\0" in text:
+        raise DatasetError(f"{path}: not a CSV table (it holds zero bytes); put the published file back")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+    except csv.Error as error:
+        raise DatasetError(f"{path}: not a CSV table (line {reader.line_num}: {error})") from None
+    rows = [(line, fields) for line, fields in rows if any(fields)]
+    if not rows:
+        raise DatasetError(f"{path}: the table is empty; put the published file back")
+    return rows
+
+
+def read_table(
+    path: pathlib.Path, required: Iterable[str], source: pathlib.Path
+) -> tuple[list[tuple[int, dict[str, str]]], list[Problem]]:
+    """A CSV file with a header: its rows as (line number, {column: field}), and the rows with too few or many fields.
+
+    Columns are given as `column_name` spells them.
+
+    Raises:
+      DatasetError: as `read_rows`; a column of `required` is missing; no row fits the header.
+    """
+    (_, header), *body = read_rows(path)
+    columns = [column_name(field) for field in header]
+    for column in required:
+        if column not in columns:
+            raise DatasetError(f"{path}: no column {column!r} among {', '.join(columns)}; add or rename it")
+    rows, problems = [], []
+    for line, fields in body:
+        if len(fields) == len(columns):
+            rows.append((line, dict(zip(columns, fields, strict=True))))
+        else:
+            reason = f"mislabelled: line {line} has {len(fields)} fields, the header {len(columns)}"
+            problems.append(Problem(relative(path, source), reason))
+    if not rows:
+        raise DatasetError(
+            f"{path}: no row has the {len(columns)} fields {', '.join(columns)}; put the published file back"
+        )
+    return rows, problems
+
+
+def column_name(text: str) -> str:
+    """The name of a column or `#Key:` as releases agree on it: lower case, single blanks, no colon."""
+    return " ".join(text.strip().rstrip(":").lower().split())
+
+
+def relative(path: pathlib.Path, source: pathlib.Path) -> str:
+    """`path` as seen from `source`, which need not contain it."""
+    return pathlib.Path(os.path.relpath(path, source)).as_posix()
+
+
+def _database(
+    folder: pathlib.Path,
+    source: pathlib.Path,
+    appendix: dict[str, dict[str, str]] | None,
+    states: dict[str, pathlib.Path],
+    problems: list[Problem],
+) -> list[Recording]:
+    """The recordings of one training-x folder; what is left out is added to `problems`."""
+    tables, sqi = _references(folder, source, problems)
+    primary, labels = next(iter(tables.items()))
+    recordings = []
+    for record, label in sorted(labels.items()):
+        path = folder / f"{record}.wav"
+        if label is None:
+            continue  # its row is among the problems
+        says = {name: table[record] for name, table in tables.items() if table.get(record)}
+        if len(set(says.values())) > 1:
+            verdicts = ", ".join(f"{name} says {label}" for name, label in says.items())
+            problems.append(Problem(relative(path, source), f"mislabelled: {verdicts} (1 abnormal, -1 normal)"))
+            continue
+        try:
+            rate_hz, frames, _ = audio.header(path)
+        except audio.AudioError as error:
+            problems.append(Problem(relative(path, source), str(error)))
+            continue
+        row = (appendix or {}).get(record, {})
+        # No published row differs. Should one, the challenge was scored by its reference tables, so these count.
+        if row.get(APPENDIX_CLASS, label) not in (label, ""):
+            reason = f"mislabelled: {record} is {row[APPENDIX_CLASS]!r} here and {label} in {primary}, which counts"
+            problems.append(Problem(APPENDIX, reason))
+        annotations: tuple[tuple[float, float, int], ...] = ()
+        if record in states:
+            try:
+                annotations = _annotations(states[record], rate_hz, frames)
+            except ValueError as error:
+                problems.append(Problem(relative(states[record], source), f"annotation: {error}"))
+        extra = {"sqi": sqi.get(record), "diagnosis": row.get("diagnosis"), "site": row.get(APPENDIX_SITE)}
+        person = _person(folder.name[-1], row) if appendix is not None else None
+        if appendix is not None and folder.name == "training-c":
+            person = record  # one recording a subject
+        recordings.append(
+            Recording(
+                id=record,
+                person=person or record,
+                person_known=person is not None,
+                database=f"cinc2016-{folder.name[-1]}",
+                rate_hz=rate_hz,
+                labels={"class": CLASSES[label], "abnormal": "1" if label == "1" else "0"}
+                | {key: value for key, value in extra.items() if value},
+                annotations=annotations,
+                path=path,
+            )
+        )
+    for path in sorted(folder.glob("*.wav")):
+        if path.stem not in labels:
+            problems.append(Problem(relative(path, source), f"unlabelled: no label in {primary}"))
+    return recordings
+
+
+def _references(
+    folder: pathlib.Path, source: pathlib.Path, problems: list[Problem]
+) -> tuple[dict[str, dict[str, str | None]], dict[str, str]]:
+    """({table: {record: "1", "-1", or None where the row is bad}}, {record: sqi}); the first table counts."""
+    tables: dict[str, dict[str, str | None]] = {}
+    sqi: dict[str, str] = {}
+    for name in ("REFERENCE.csv", "REFERENCE_withSQI.csv"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        rows = read_rows(path)
+        _check_labels(path, rows)
+        labels = tables.setdefault(name, {})
+        for line, fields in rows:
+            record, *values = fields
+            label = values[0] if values else ""
+            bad = None
+            if label not in CLASSES:
+                bad = f"label {label!r}, allowed are 1 (abnormal) and -1 (normal)"
+            elif record in labels:
+                bad = f"label {label} is the second for this record (first: {labels[record]})"
+            if bad is None:
+                labels[record] = label
+            else:
+                if labels.get(record) != label:
+                    labels[record] = None
+                problems.append(Problem(relative(path, source), f"mislabelled: line {line}, record {record}: {bad}"))
+            if name == "REFERENCE_withSQI.csv" and len(values) > 1:
+                if values[1] in ("0", "1"):
+                    sqi[record] = values[1]
+                else:
+                    reason = f"mislabelled: line {line}, record {record}: sqi {values[1]!r}, allowed are 0 and 1"
+                    problems.append(Problem(relative(path, source), reason))
+    comments = {path.stem: said for path in folder.glob("*.hea") if (said := _header_label(path))}
+    if not tables and not comments:
+        raise DatasetError(
+            f"{folder}: no labels; it needs REFERENCE.csv (rows such as a0001,1) or REFERENCE_withSQI.csv, "
+            "or .hea files with a comment '# Normal' or '# Abnormal'"
+        )
+    tables["the .hea file"] = dict(comments)
+    return tables, sqi
+
+
+def _check_labels(path: pathlib.Path, rows: list[tuple[int, list[str]]]) -> None:
+    if all(len(fields) < 2 for _, fields in rows):
+        raise DatasetError(f"{path}: no row has two fields with a comma between; expected record,label as in a0001,1")
+    found = {fields[1] for _, fields in rows if len(fields) > 1}
+    if found <= {"0", "1"} and "0" in found:
+        raise DatasetError(
+            f"{path}: column 2 (label) holds 0 and 1, so it was re-coded and may be inverted; "
+            "put the published table back: 1 is abnormal, -1 is normal"
+        )
+    if not found & CLASSES.keys():
+        raise DatasetError(
+            f"{path}: column 2 (label) holds {', '.join(map(repr, sorted(found)[:4]))} and neither 1 nor -1; "
+            "put the published table back: 1 is abnormal, -1 is normal"
+        )
+
+
+def _header_label(path: pathlib.Path) -> str | None:
+    """The label in a WFDB header's comment, or None."""
+    for line in path.read_text("latin-1").splitlines():
+        word = line.lstrip("# \t").strip().lower()
+        if line.startswith("#") and word in CLASSES.values():
+            return "1" if word == "abnormal" else "-1"
+    return None
+
+
+def _appendix(source: pathlib.Path, problems: list[Problem]) -> dict[str, dict[str, str]] | None:
+    """The rows of the online appendix by record; None where it is not found, which is a problem."""
+    for folder in (source / "annotations", source, source.parent / "annotations"):
+        path = folder / APPENDIX
+        if path.is_file():
+            rows, bad = read_table(path, ("challenge record name", "original record name", "subject id"), source)
+            problems += bad
+            return {row["challenge record name"]: row for _, row in rows}
+    reason = "no subjects: the appendix was not found, so every recording counts as an unknown person of its own"
+    problems.append(Problem(f"annotations/{APPENDIX}", reason))
+    return None
+
+
+def _person(database: str, row: dict[str, str]) -> str | None:
+    subject = row.get("subject id", "")
+    tape = re.match(r"(C\d+)S\d", row.get("original record name", ""))  # C45S1: tape 45, its recording 1
+    if database == "b" and subject:
+        return f"cinc2016-b-{subject}"
+    if database == "a" and tape:
+        return f"cinc2016-a-{tape[1]}"
+    return None
+
+
+def _state_files(source: pathlib.Path, folders: list[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """The hand-corrected state files by record, from `annotations` next to, above or inside the training folders."""
+    found: dict[str, pathlib.Path] = {}
+    for base in dict.fromkeys((source.parent, source, *folders)):
+        for path in sorted((base / "annotations" / "hand_corrected").glob("*/*_StateAns.mat")):
+            found[path.name.removesuffix("_StateAns.mat")] = path
+    return found
+
+
+def _annotations(path: pathlib.Path, rate_hz: int, frames: int) -> tuple[tuple[float, float, int], ...]:
+    """Intervals from a file of (1-based sample index, state name) pairs; each state lasts until the next begins.
+
+    Raises:
+      ValueError: what is wrong with the file.
+    """
+    import scipy.io
+
+    try:
+        table = scipy.io.loadmat(path, variable_names=["state_ans"])["state_ans"]
+    except KeyError:
+        raise ValueError("the file has no variable 'state_ans'") from None
+    except Exception as error:  # whatever the damage makes of the bytes
+        raise ValueError(f"not a MATLAB file that can be read ({error})") from None
+    if table.ndim != 2 or table.shape[1] != 2 or not len(table):
+        raise ValueError(f"'state_ans' has shape {table.shape}, expected (n, 2): sample index, state name")
+    starts, states = [], []
+    for position, name in table:
+        position, name = _innermost(position), str(_innermost(name)).strip()
+        if name not in STATES:
+            raise ValueError(f"unknown state {name!r}; known are {', '.join(STATES)}")
+        if not isinstance(position, np.integer | np.floating) or not float(position).is_integer():
+            raise ValueError(f"sample index {position} is not a whole number")
+        starts.append(int(position))
+        states.append(STATES[name])
+    for before, after in itertools.pairwise(starts):
+        if after <= before:
+            raise ValueError(f"sample index {after} follows {before}; the indices must increase")
+    if starts[0] < 1 or starts[-1] > frames:
+        raise ValueError(f"sample indices {starts[0]} to {starts[-1]}, the recording has samples 1 to {frames}")
+    edges_s = [(start - 1) / rate_hz for start in starts] + [frames / rate_hz]
+    return tuple(zip(edges_s, edges_s[1:], states, strict=False))
+
+
+def _innermost(cell: Any) -> Any:
+    """A MATLAB cell's value: some cells hold cells, as the hand corrections were saved by different programs."""
+    while isinstance(cell, np.ndarray):
+        if cell.size != 1:
+            raise ValueError(f"a cell of 'state_ans' holds {cell.size} values, expected one")
+        cell = cell.item() if cell.dtype == object else cell.ravel()[0]
+    return cell

@@ -1,0 +1,274 @@
+"""CirCor DigiScope, the training set of the PhysioNet Challenge 2022 (Oliveira et al. 2022,
+doi:10.1109/JBHI.2021.3137048): up to four auscultation sites a patient, 4 kHz."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import re
+
+from pcgjax import audio
+from pcgjax.datasets import DatasetError, Problem, Recording
+from pcgjax.datasets.cinc2016 import column_name, read_table, relative
+
+LAYOUT = "training_data/ (or its files themselves) with <patient>.txt, .hea, .wav, .tsv, and training_data.csv beside"
+
+SITES = ("AV", "PV", "TV", "MV", "Phc")
+ALLOWED = {
+    "murmur": ("Present", "Unknown", "Absent"),
+    "outcome": ("Abnormal", "Normal"),
+    "systolic murmur grading": ("I/VI", "II/VI", "III/VI"),  # III/VI stands for III and above
+    "diastolic murmur grading": ("I/IV", "II/IV", "III/IV", "IV/IV"),
+}
+LABELS = {
+    "campaign": "campaign",
+    "age": "age",
+    "sex": "sex",
+    "height": "height_cm",
+    "weight": "weight_kg",
+    "most audible location": "most_audible_site",
+} | {
+    f"{phase} murmur {feature}": f"{phase}_{feature}"
+    for phase in ("systolic", "diastolic")
+    for feature in ("timing", "shape", "grading", "pitch", "quality")
+}
+SLACK_S = 0.005  # neighbours in the published .tsv files overlap by up to 1 ms, from rounding
+
+
+def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
+    """The recordings of `source`. A person is a patient, or the patients whom `Additional ID` links.
+
+    Labels, each left out where unknown: `class` (the outcome, else the murmur, in lower case), `abnormal` (from the
+    outcome), `murmur`, `murmur_status` (Present, Unknown or Absent), `murmur_audible` (at this site), `site`,
+    `pregnant` ("0" or "1"), and the values of `LABELS`. All but `site` and `murmur_audible` are the patient's.
+
+    Raises:
+      DatasetError: `training_data.csv` is malformed as a whole.
+    """
+    source = pathlib.Path(os.path.abspath(source))
+    folder = source / "training_data" if (source / "training_data").is_dir() else source
+    problems: list[Problem] = []
+    table = _table(source, folder, problems)
+    patients: dict[str, dict[str, str]] = {}
+    files: dict[str, list[list[str]]] = {}
+    listed: dict[str, str] = {}  # .wav -> the patient's .txt
+    unread: set[str] = set()
+    for path in sorted(folder.glob("*.txt")):
+        if not path.stem.isdigit():
+            continue  # LICENSE.txt, SHA256SUMS.txt
+        try:
+            found, fields = _patient(path)
+            patients[path.stem] = _merged(fields, table.get(path.stem, {}))
+            files[path.stem] = [names for names in found if names[2] not in listed]
+            for _, _, wav, _ in found:
+                if wav in listed:
+                    reason = f"duplicate: {wav} is listed in {listed[wav]} already, which counts"
+                    problems.append(Problem(relative(path, source), reason))
+                listed.setdefault(wav, path.name)
+        except ValueError as error:
+            problems.append(Problem(relative(path, source), str(error)))
+            unread.add(path.stem)
+    for patient in sorted(table.keys() - patients.keys() - unread):
+        problems.append(Problem(relative(folder / f"{patient}.txt", source), "missing: no such file"))
+    for path in sorted(folder.glob("*.wav")):
+        if path.name not in listed and path.stem.split("_")[0] not in unread:
+            problems.append(Problem(relative(path, source), "unlisted: no <patient>.txt names this file"))
+    if patients and not any("additional id" in fields for fields in patients.values()):
+        reason = "no links: no file has 'Additional ID', so a person recorded under two patient ids counts as two"
+        problems.append(Problem(relative(folder, source), reason))
+    person_of = _persons({patient: fields.get("additional id", "") for patient, fields in patients.items()})
+    recordings = []
+    for patient, fields in patients.items():
+        for names in files[patient]:
+            recording = _recording(folder, source, patient, names, fields, person_of[patient], problems)
+            if recording is not None:
+                recordings.append(recording)
+    return recordings, problems
+
+
+def _table(source: pathlib.Path, folder: pathlib.Path, problems: list[Problem]) -> dict[str, dict[str, str]]:
+    """`training_data.csv` by patient; empty when there is none, as the .txt files say the same."""
+    for parent in dict.fromkeys((source, folder, folder.parent)):
+        path = parent / "training_data.csv"
+        if not path.is_file():
+            continue
+        rows, bad = read_table(path, ("patient id", "murmur"), source)
+        problems += bad
+        patients: dict[str, dict[str, str]] = {}
+        for line, row in rows:
+            patient = row["patient id"]
+            if patient in patients:
+                reason = f"duplicate: line {line} is the second for patient {patient}; the first counts"
+                problems.append(Problem(relative(path, source), reason))
+            else:
+                patients[patient] = row
+        if not any(patient.isdigit() for patient in patients):
+            raise DatasetError(
+                f"{path}: column 'patient id' holds no number (first: {next(iter(patients))!r}); "
+                "put the published table back"
+            )
+        return patients
+    return {}
+
+
+def _patient(path: pathlib.Path) -> tuple[list[list[str]], dict[str, str]]:
+    """([site, .hea, .wav, .tsv] of each recording, {key: value}) from <patient>.txt.
+
+    Raises:
+      ValueError: the file is not as published.
+    """
+    lines = [line.strip() for line in path.read_text("latin-1").splitlines()]
+    lines = [line for line in lines if line]
+    first = lines[0].split() if lines else []
+    if len(first) != 3 or not first[1].isdigit():
+        raise ValueError("header: the first line must be patient, number of recordings, rate, as in `9979 4 4000`")
+    if first[0] != path.stem:
+        raise ValueError(f"header: the first line is about patient {first[0]}")
+    files = [line.split() for line in lines[1:] if not line.startswith("#")]
+    for names in files:
+        if len(names) != 4 or names[0] not in SITES:
+            raise ValueError(f"header: {' '.join(names)!r} must be a site ({', '.join(SITES)}), .hea, .wav and .tsv")
+    if len(files) != int(first[1]):
+        raise ValueError(f"header: the first line announces {first[1]} recordings, the file lists {len(files)}")
+    fields = {}
+    for line in lines:
+        if line.startswith("#"):
+            key, _, value = line[1:].partition(":")
+            fields[column_name(key)] = value.strip()
+    return files, fields
+
+
+def _merged(text: dict[str, str], row: dict[str, str]) -> dict[str, str]:
+    """What is known of a patient from <patient>.txt and from the row in training_data.csv, checked.
+
+    Raises:
+      ValueError: they contradict each other, or hold a value that does not exist.
+    """
+    for key in ("murmur", "outcome"):
+        pair = text.get(key, ""), row.get(key, "")
+        if all(map(_known, pair)) and pair[0] != pair[1]:
+            raise ValueError(f"mislabelled: {key.capitalize()} is {pair[0]} here and {pair[1]} in training_data.csv")
+    fields = row | {key: value for key, value in text.items() if _known(value) or not _known(row.get(key, ""))}
+    for key, allowed in ALLOWED.items():
+        value = fields.get(key, "")
+        if _known(value) and value not in allowed:
+            raise ValueError(f"mislabelled: {key.capitalize()} is {value!r}, allowed are {', '.join(allowed)}")
+    if not _known(fields.get("murmur", "")):
+        raise ValueError(f"mislabelled: no Murmur, which must be one of {', '.join(ALLOWED['murmur'])}")
+    return fields
+
+
+def _known(value: str) -> bool:
+    return value.lower() not in ("", "nan")
+
+
+def _persons(links: dict[str, str]) -> dict[str, str]:
+    """Patient -> person, named after the smallest id among all that `Additional ID` connects, present or not."""
+    leader: dict[int, int] = {}
+
+    def find(patient: int) -> int:
+        while leader.setdefault(patient, patient) != patient:
+            patient = leader[patient]
+        return patient
+
+    for patient, link in links.items():
+        link = link.removesuffix(".0")  # as a table editor writes a column of numbers with gaps
+        if link.isdigit():
+            small, large = sorted((find(int(patient)), find(int(link))))
+            leader[large] = small
+    return {patient: f"circor-{find(int(patient))}" for patient in links}
+
+
+def _recording(
+    folder: pathlib.Path,
+    source: pathlib.Path,
+    patient: str,
+    names: list[str],
+    fields: dict[str, str],
+    person: str,
+    problems: list[Problem],
+) -> Recording | None:
+    """One recording from [site, .hea, .wav, .tsv]; None, and a line in `problems`, when it cannot be used."""
+    site, (header, path, tsv) = names[0], (folder / name for name in names[1:])
+    try:
+        rate_hz, frames, _ = audio.header(path)
+    except audio.AudioError as error:
+        problems.append(Problem(relative(path, source), str(error)))
+        return None
+    if not header.is_file():
+        problems.append(Problem(relative(header, source), "missing: no such file; the rate is the .wav file's"))
+    else:
+        declared = header.read_text("latin-1").split()  # record, signals, rate (a counter may follow after a slash)
+        if len(declared) < 3 or re.split("[/(]", declared[2])[0] not in (f"{rate_hz}", f"{rate_hz}.0"):
+            reason = f"header: the first line is {' '.join(declared[:4])!r}, {path.name} has a rate of {rate_hz} Hz"
+            problems.append(Problem(relative(header, source), reason))
+            return None
+    if not tsv.is_file():
+        # 50782_MV_1.wav: one of two recordings was dropped, the annotation kept the name without a number.
+        tsv = folder / f"{patient}_{site}.tsv"
+    annotations: tuple[tuple[float, float, int], ...] = ()
+    try:
+        annotations = _annotations(tsv, frames / rate_hz)
+    except FileNotFoundError:
+        problems.append(Problem(relative(folder / names[3], source), "missing: no such file, so no annotations"))
+    except ValueError as error:
+        problems.append(Problem(relative(tsv, source), f"annotation: {error}"))
+    return Recording(
+        id=path.stem,
+        person=person,
+        person_known=True,
+        database="circor",
+        rate_hz=rate_hz,
+        labels=_labels(fields, site),
+        annotations=annotations,
+        path=path,
+    )
+
+
+def _labels(fields: dict[str, str], site: str) -> dict[str, str]:
+    known = {key: value for key, value in fields.items() if _known(value)}
+    murmur, outcome = known["murmur"], known.get("outcome")
+    labels = {"class": (outcome or murmur).lower(), "murmur_status": murmur, "site": site}
+    if outcome:
+        labels["abnormal"] = "1" if outcome == "Abnormal" else "0"
+    if murmur != "Unknown":
+        labels["murmur"] = "1" if murmur == "Present" else "0"
+    if murmur == "Absent":
+        labels["murmur_audible"] = "0"
+    elif murmur == "Present" and "murmur locations" in known:
+        labels["murmur_audible"] = "1" if site in known["murmur locations"].split("+") else "0"
+    if known.get("pregnancy status") in ("True", "False"):
+        labels["pregnant"] = "1" if known["pregnancy status"] == "True" else "0"
+    return labels | {label: known[key] for key, label in LABELS.items() if key in known}
+
+
+def _annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, float, int], ...]:
+    """Intervals from a .tsv file with start, end (seconds) and state, 0 where not annotated.
+
+    Raises:
+      FileNotFoundError, or ValueError: what is wrong with the file.
+    """
+    intervals: list[tuple[float, float, int]] = []
+    before_s = 0.0
+    for number, line in enumerate(path.read_text("latin-1").splitlines(), 1):
+        cells = line.split()
+        if not cells:
+            continue
+        try:
+            start_s, end_s, state = map(float, cells)
+        except ValueError:
+            raise ValueError(f"line {number} must be start, end and state as numbers, is {line.strip()!r}") from None
+        if state not in range(5):
+            raise ValueError(f"line {number}: unknown state {cells[2]!r}; known are 0 to 4")
+        if not (math.isfinite(start_s) and math.isfinite(end_s)) or end_s < start_s:
+            raise ValueError(f"line {number}: the interval ends at {end_s} s, before its start at {start_s} s")
+        if start_s < before_s - SLACK_S:
+            raise ValueError(f"line {number}: it starts at {start_s} s, before the previous end at {before_s} s")
+        if end_s > duration_s + SLACK_S:
+            raise ValueError(f"line {number}: it ends at {end_s} s, the recording at {duration_s:.3f} s")
+        start_s, end_s = max(start_s, before_s), min(end_s, duration_s)
+        if start_s < end_s:
+            intervals.append((start_s, end_s, int(state)))
+            before_s = end_s
+    return tuple(intervals)

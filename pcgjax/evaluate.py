@@ -1,0 +1,239 @@
+"""A trained model on recordings it has not heard.
+
+    python -m pcgjax.evaluate --workdir=runs/cnn --dataset=pascal --source=DIR --out=scores.json
+
+writes the scores of `metrics.judge` (per class and per database, intervals over people, what trivial answers score),
+beside them OUT with .csv: a probability and decision for each recording.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from flax import nnx
+
+from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, tasks
+from pcgjax.input_pipeline import Corpus
+
+FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
+
+
+def make_predict(
+    task: tasks.Task,
+    graphdef: Any,
+    corpus: Corpus,
+    indices: np.ndarray,
+    batch: int,
+    key: jax.Array,
+    resident: dict | None = None,
+    devices: int = 1,
+    constrain: Callable = lambda batch: batch,
+) -> Callable[[Any, Any], np.ndarray]:
+    """A function (params, rest) -> log p and log (1 - p), (n, 2) float32, of the recordings `indices`, in their order.
+
+    With `resident` (from `input_pipeline.to_device`) it is one compiled program; otherwise batches are streamed.
+    """
+    labels = np.zeros(len(corpus.rows), np.float32)
+    plan = input_pipeline.evaluation_plan(indices, corpus.lengths, task.geometry, batch, devices)
+
+    def forward(params, rest, batch, capacity, i):
+        model = nnx.merge(graphdef, params, rest)
+        keys = jax.random.split(jax.random.fold_in(key, i), batch["ids"].shape[0])
+        log_p, log_q = jax.vmap(lambda b, k: task.forward(model, b, capacity, k))(constrain(batch), keys)
+        return jnp.stack([log_p, log_q], axis=-1)
+
+    if resident is not None:
+
+        @jax.jit
+        def run(params, rest, resident, ids, capacity):
+            def body(out, batch, size, i):
+                place = jnp.where(batch["ids"] >= 0, batch["ids"], len(out))
+                return out.at[place].set(forward(params, rest, batch, size, i), mode="drop")
+
+            out = jnp.zeros((len(corpus.rows), 2))
+            return input_pipeline.loop(
+                resident, ids, capacity, plan.capacities, task.geometry, body, out, 0, len(plan.ids)
+            )
+
+        ids, capacity = jax.device_put((plan.ids, plan.capacity))
+        return lambda params, rest: np.asarray(run(params, rest, resident, ids, capacity))[indices]
+
+    step = jax.jit(forward, static_argnums=3)
+
+    def predict(params, rest):
+        out = np.zeros((len(corpus.rows), 2), np.float32)
+        for i, batch in enumerate(input_pipeline.stream(corpus, labels, plan, task.geometry)):
+            answer = step(params, rest, batch, plan.capacities[plan.capacity[i]], i)
+            out[batch["ids"][batch["ids"] >= 0]] = np.asarray(answer)[batch["ids"] >= 0]
+        return out[indices]
+
+    return predict
+
+
+def cross_entropy(log_p: np.ndarray, labels: np.ndarray) -> float:
+    """Mean binary cross-entropy from (n, 2) log p and log (1 - p)."""
+    return float(-np.where(labels > 0, log_p[:, 0], log_p[:, 1]).mean())
+
+
+def judge(corpus: Corpus, indices: np.ndarray, labels: np.ndarray, log_p: np.ndarray, config) -> dict:
+    """`metrics.judge` of the recordings `indices`, whose labels and answers are given in their order."""
+    rows = [corpus.rows[i] for i in indices]
+    e = config.evaluation
+    return metrics.judge(
+        labels,
+        np.exp(log_p[:, 0]).clip(0, 1),
+        [row["person"] for row in rows],
+        [row["database"] for row in rows],
+        [row["labels"].get("class", "") for row in rows],
+        threshold=e.threshold,
+        resamples=e.resamples,
+        seed=config.seed,
+    )
+
+
+def table(corpus: Corpus, indices: np.ndarray, labels: np.ndarray, log_p: np.ndarray, threshold: float, split: str):
+    """Rows of predictions.csv (FIELDS); a recording without a label has an empty one."""
+    for i, label, answer in zip(indices, labels, log_p, strict=True):
+        row, probability = corpus.rows[i], float(np.exp(answer[0]))
+        yield {
+            "id": row["id"],
+            "person": row["person"],
+            "database": row["database"],
+            "class": row["labels"].get("class", ""),
+            "label": "" if np.isnan(label) else int(label),
+            "probability": f"{probability:.6f}",
+            "decision": int(probability >= threshold),
+            "split": split,
+            "path": row["path"],
+        }
+
+
+def write_table(rows: list[dict], out: pathlib.Path) -> None:
+    with files.replacing(out) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, tasks.Task, Any, Any, Any, int]:
+    """The best checkpoint of a workdir: (config, task, graphdef, params, rest, sample_rate_hz).
+
+    Raises:
+      checkpoint.CheckpointError: no trained model there.
+    """
+    workdir = pathlib.Path(workdir)
+    folder = workdir / "checkpoints" / "best"
+    found = checkpoint.restore(folder)
+    if found is None:
+        raise checkpoint.CheckpointError(f"{folder}: no checkpoint; --workdir takes a folder that pcgjax.train wrote")
+    meta = found[2]
+    config = ml_collections.ConfigDict(meta["config"])
+    task = tasks.make(config, meta["sample_rate_hz"])
+    graphdef, params, rest = nnx.split(task.init(nnx.Rngs(config.seed)), nnx.Param, ...)
+    like = {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
+    _, state, _ = checkpoint.restore(folder, like) or found
+    return config, task, graphdef, state["params"], state["rest"], meta["sample_rate_hz"]
+
+
+def decode(recordings: list[datasets.Recording], sample_rate_hz: int) -> tuple[Corpus, list[datasets.Problem]]:
+    """Recordings decoded to memory, and those left out."""
+    from pcgjax import prepare
+
+    rows, samples, problems = [], [], []
+    for recording, row, audio, reason in prepare.decode_all(recordings, sample_rate_hz, None, "decode"):
+        if row is None:
+            problems.append(datasets.Problem(str(recording.path), reason))
+        else:
+            rows.append(row)
+            samples.append(audio)
+    return input_pipeline.in_memory(rows, samples, sample_rate_hz), problems
+
+
+def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = "") -> dict:
+    """Judges the model of `workdir` on a folder in an official layout; writes `out` and its .csv; returns the scores.
+
+    Raises:
+      datasets.DatasetError: the folder cannot be read, or no recording has the label `target`.
+    """
+    began = time.monotonic()
+    config, task, graphdef, params, rest, sample_rate_hz = load_model(workdir)
+    target = target or config.task.target
+    recordings, problems = datasets.load(dataset, source)
+    labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
+    if not labelled:
+        raise datasets.DatasetError(f"{source}: no recording has the label {target!r}; choose another --target")
+    corpus, undecoded = decode(labelled, sample_rate_hz)
+    problems = problems + undecoded
+    if not corpus.rows:
+        raise datasets.DatasetError(f"{source}: none of the {len(labelled)} labelled recordings could be decoded")
+    indices, labels = np.arange(len(corpus.rows)), corpus.labels(target)
+    predict = make_predict(
+        task, graphdef, corpus, indices, config.evaluation.batch_recordings, jax.random.key(config.seed)
+    )
+    log_p = predict(params, rest)
+    scores = judge(corpus, indices, labels, log_p, config)
+    scores |= {
+        "dataset": dataset,
+        "source": str(source),
+        "workdir": str(workdir),
+        "target": target,
+        "trained_on_target": config.task.target,
+        "without_label": len(recordings) - len(labelled),
+        "problems": [dataclasses.asdict(problem) for problem in problems],
+        "wall_s": time.monotonic() - began,
+    }
+    files.write_text(pathlib.Path(out), json.dumps(scores, indent=1))
+    rows = list(table(corpus, indices, labels, log_p, config.evaluation.threshold, dataset))
+    write_table(rows, pathlib.Path(out).with_suffix(".csv"))
+    return scores
+
+
+def summary(scores: dict) -> str:
+    """The main figures, for a terminal."""
+
+    def line(name, s):
+        def cell(key):
+            value, low, high = (s[key].get(k) for k in ("value", "low", "high"))
+            if value is None:
+                return "        -         "
+            return f"{value:.3f} " + (f"[{low:.3f}, {high:.3f}]" if low is not None else " " * 14)
+
+        return f"{name:18s}" + " ".join(cell(key) for key in ("auc", "auprc", "mean_accuracy", "f1"))
+
+    lines = [f"{'':18s}{'AUC':21s} {'AUPRC':20s} {'MAcc':20s} F1", line("all", scores["overall"])]
+    lines += [line(f"{name} ({s['recordings']})", s) for name, s in scores["per_database"].items()]
+    mean = scores["mean_database_auc"]
+    if mean["value"] is not None:
+        lines.append(f"mean of the databases' AUC: {mean['value']:.3f} over {mean['databases']}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected {argv[1:]}")
+    scores = evaluate(FLAGS.workdir, FLAGS.dataset, FLAGS.source, FLAGS.out, FLAGS.target)
+    for problem in scores["problems"]:
+        logging.warning("left out: %s: %s", problem["path"], problem["reason"])
+    print(summary(scores))
+    print(f"wrote {FLAGS.out} and {pathlib.Path(FLAGS.out).with_suffix('.csv')}")
+
+
+FLAGS = flags.FLAGS
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "A folder that pcgjax.train wrote; its best checkpoint is judged.", required=True)
+    flags.DEFINE_enum("dataset", None, datasets.NAMES, "The layout of --source.", required=True)
+    flags.DEFINE_string("source", None, "A folder of recordings with labels, in the official layout.", required=True)
+    flags.DEFINE_string("out", None, "The JSON file to write; a .csv of the same name holds every answer.", required=True)
+    flags.DEFINE_string("target", "", "abnormal or murmur: the label to judge against; default: the one trained on.")
+    files.run(main)

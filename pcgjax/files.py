@@ -1,0 +1,44 @@
+"""Files that appear whole or not at all, and commands whose user errors are one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import app, logging
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path beside `path`: renamed to it at the end, removed if the body raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """`absl.app.run`, where a ValueError or OSError, what bad input raises here, ends in its message and status 1."""
+
+    def quiet(argv: list[str]) -> Any:
+        try:
+            return main(argv)
+        except (ValueError, OSError) as error:
+            logging.debug("the error's origin", exc_info=True)  # --verbosity=1 shows it
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(quiet)

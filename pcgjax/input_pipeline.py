@@ -1,0 +1,277 @@
+"""Recordings -> fixed-shape batches, from device memory or streamed by Grain: the same batches either way.
+
+A batch holds whole recordings, packed end to end in one int16 buffer (`features.filters` has the layout). Its shape
+depends only on its capacity, the room for windows; a few capacities, chosen for the corpus, keep padding small and
+every shape compiled once. Arrays lead with G, the device groups: a recording is never split across devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pcgjax.features.filters import ALIGN, starts_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Decoded recordings at one rate: `rows` as `prepare` writes them, and their samples on demand."""
+
+    rows: list[dict]
+    sample_rate_hz: int
+    lengths: np.ndarray  # (N,) int32 samples
+    read: Callable[[int], np.ndarray]  # index -> (n,) int16
+
+    def labels(self, target: str) -> np.ndarray:
+        """(N,) float32 0 or 1 of the label `target`; NaN where the data set does not say."""
+        return np.array([float(row["labels"].get(target, "nan")) for row in self.rows], np.float32)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.lengths.sum()) * 2
+
+
+def from_prepared(folder: str | pathlib.Path) -> Corpus:
+    """The corpus that `prepare` wrote to `folder`."""
+    from pcgjax import prepare
+
+    manifest, rows = prepare.read_rows(folder)
+    lengths = np.array([row["num_samples"] for row in rows], np.int32)
+    return Corpus(rows, manifest["parameters"]["sample_rate_hz"], lengths, prepare.open_records(folder, rows))
+
+
+def in_memory(rows: list[dict], samples: Sequence[np.ndarray], sample_rate_hz: int) -> Corpus:
+    """A corpus of arrays already decoded."""
+    lengths = np.array([len(s) for s in samples], np.int32)
+    return Corpus(rows, sample_rate_hz, lengths, samples.__getitem__)
+
+
+def in_rows(corpus: Corpus, rows: list[dict]) -> Corpus:
+    """The same samples under changed rows."""
+    return dataclasses.replace(corpus, rows=rows)
+
+
+class Geometry(NamedTuple):
+    """How recordings become windows, in samples."""
+
+    window: int
+    hop: int
+    lead: int  # free samples before a recording, for the filter's extension
+    gap: int  # zeros after it, for the filter to fade
+
+    @property
+    def shared(self) -> bool:
+        """Whether windows overlap by half and share their convolutions (`CNN1D.half_overlapping`)."""
+        return self.window == 2 * self.hop and self.window % 4 == 0
+
+    def windows(self, lengths):
+        """How many windows recordings of these lengths give; one that is too short gives one, padded with zeros."""
+        return ((lengths - self.window) // self.hop + 1).clip(1) * (lengths > 0)
+
+    def units(self, lengths):
+        """What they take of a batch's capacity: rows of one window when shared, else windows."""
+        windows = self.windows(lengths)
+        return (windows + 2) // 2 * (lengths > 0) if self.shared else windows
+
+    def buffer_rows(self, capacity: int, recordings: int) -> int:
+        """Rows of a buffer that holds any `recordings` whose units add up to at most `capacity`."""
+        # A recording of w windows is shorter than (w + 2) hops where they overlap by half, else than (w - 1) hops and
+        # a window and a hop.
+        samples = self.hop * (2 * capacity + recordings) if self.shared else self.hop * capacity + recordings * self.window
+        return -(-(samples + recordings * (self.lead + self.gap + 3 * ALIGN)) // ALIGN)
+
+
+class Plan(NamedTuple):
+    """The batches of one pass over some recordings."""
+
+    ids: np.ndarray  # (steps, G, R) int32 indices into the corpus; -1 where a batch is not full
+    capacity: np.ndarray  # (steps,) int32 index into `capacities`
+    capacities: tuple[int, ...]
+
+
+def epoch_order(
+    indices: np.ndarray, groups: np.ndarray | None, key: jax.Array, batch: int, devices: int = 1
+) -> np.ndarray:
+    """Shuffles `indices` into (steps, G, R) batches of `batch` recordings, the last one filled up with -1.
+
+    With `groups` (one label an index), each group is drawn equally often: the smaller ones repeat within the epoch.
+    """
+    if batch % devices:
+        raise ValueError(f"train.batch_recordings={batch} must be a multiple of the {devices} devices")
+    order = np.asarray(jax.random.permutation(key, len(indices)))
+    chosen = indices[order]
+    if groups is not None:
+        names = np.unique(groups)
+        share = -(-len(indices) // len(names))
+        shuffled = groups[order]
+        repeated = [np.resize(chosen[shuffled == name], share) for name in names]
+        chosen = np.concatenate(repeated)
+        chosen = chosen[np.asarray(jax.random.permutation(jax.random.fold_in(key, 1), len(chosen)))][: len(indices)]
+    steps = -(-len(chosen) // batch)
+    padded = np.full(steps * batch, -1, np.int32)
+    padded[: len(chosen)] = chosen
+    return padded.reshape(steps, devices, batch // devices)
+
+
+def batch_units(order: np.ndarray, lengths: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """(steps,) the capacity that each batch needs: its fullest device's."""
+    used = np.where(order >= 0, lengths[order], 0)
+    return geometry.units(used).sum(-1).max(-1)
+
+
+def choose_capacities(needed: np.ndarray, most: int = 8) -> tuple[int, ...]:
+    """At most `most` capacities for batches that need these, wasting the least: dynamic programming over the sizes."""
+    sizes, counts = np.unique(needed, return_counts=True)
+    if len(sizes) > 256:  # the finest steps add nothing but time
+        edges = np.quantile(needed, np.linspace(0, 1, 257)[1:], method="higher")
+        needed = edges[np.searchsorted(edges, needed)]
+        sizes, counts = np.unique(needed, return_counts=True)
+    total = np.r_[0, np.cumsum(counts)]
+    # cost[k][j]: capacity spent on the j smallest sizes with k capacities, the largest of them sizes[j - 1].
+    cost, back = np.full((most + 1, len(sizes) + 1), np.inf), np.zeros((most + 1, len(sizes) + 1), int)
+    cost[0, 0] = 0
+    for k in range(1, most + 1):
+        for j in range(1, len(sizes) + 1):
+            spent = cost[k - 1, :j] + sizes[j - 1] * (total[j] - total[:j])
+            back[k, j] = spent.argmin()
+            cost[k, j] = spent[back[k, j]]
+    k, j, chosen = int(cost[:, -1].argmin()), len(sizes), []
+    while j:
+        chosen.append(int(sizes[j - 1]))
+        j, k = back[k, j], k - 1
+    return tuple(sorted(chosen))
+
+
+def plan(order: np.ndarray, lengths: np.ndarray, geometry: Geometry, capacities: tuple[int, ...]) -> Plan:
+    """Assigns each batch the smallest capacity that holds it."""
+    needed = batch_units(order, lengths, geometry)
+    return Plan(order, np.searchsorted(capacities, needed).astype(np.int32), capacities)
+
+
+def evaluation_plan(indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1) -> Plan:
+    """Every recording once, sorted by length so that batches are even."""
+    batch = -(-min(batch, max(len(indices), 1)) // devices) * devices
+    ordered = indices[np.argsort(lengths[indices], kind="stable")]
+    steps = -(-len(ordered) // batch)
+    padded = np.full(steps * batch, -1, np.int32)
+    padded[: len(ordered)] = ordered
+    # Dealt out in turn, so that the devices' shares of a batch are alike.
+    order = padded.reshape(steps, batch // devices, devices).swapaxes(1, 2)
+    capacities = choose_capacities(batch_units(order, lengths, geometry), most=6)
+    return plan(order, lengths, geometry, capacities)
+
+
+def padding_waste(plan_: Plan, lengths: np.ndarray, geometry: Geometry) -> float:
+    """Share of the samples that the network computes on which lie in no window of any recording."""
+    used = np.where(plan_.ids >= 0, lengths[plan_.ids], 0)
+    windows = geometry.windows(used)
+    useful = ((windows - 1) * geometry.hop + geometry.window) * (used > 0) if geometry.shared else windows * geometry.window
+    computed = np.asarray(plan_.capacities)[plan_.capacity].sum() * plan_.ids.shape[1] * geometry.window
+    return 1 - float(useful.sum()) / float(computed)
+
+
+def order_digest(corpus: Corpus, **facts) -> str:
+    """A digest of all that the order of the data depends on: a resumed run must find it unchanged."""
+    content = [[row["id"], row["sha256"]] for row in corpus.rows]
+    return hashlib.sha256(json.dumps([content, facts], sort_keys=True, default=str).encode()).hexdigest()
+
+
+# --- batches: dictionaries of samples (G, M, ALIGN) int16, lengths, labels (G, R) and ids (G, R) -------------------
+
+
+def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geometry: Geometry) -> dict:
+    """One batch, made on the host. ids: (G, R)."""
+    groups, recordings = ids.shape
+    used = np.where(ids >= 0, corpus.lengths[ids], 0).astype(np.int32)
+    buffer = np.zeros((groups, geometry.buffer_rows(capacity, recordings) * ALIGN), np.int16)
+    for g in range(groups):
+        starts, _ = starts_of(used[g], geometry.lead, geometry.gap)
+        for index, start, length in zip(ids[g], starts, used[g], strict=True):
+            if length:
+                buffer[g, start : start + length] = corpus.read(int(index))
+    return {
+        "samples": buffer.reshape(groups, -1, ALIGN),
+        "lengths": used,
+        "labels": np.where(ids >= 0, labels[ids], 0).astype(np.float32),
+        "ids": ids,
+    }
+
+
+def to_device(corpus: Corpus, labels: np.ndarray) -> dict:
+    """The whole corpus as device arrays: {samples (rows, ALIGN) int16, first (N,), lengths (N,), labels (N,)}."""
+    rows = -(-corpus.lengths // ALIGN)
+    first = np.r_[0, np.cumsum(rows)].astype(np.int32)
+    flat = np.zeros((first[-1] + 1, ALIGN), np.int16)  # the last row stays zero: what a gather reads for padding
+    for index, length in enumerate(corpus.lengths):
+        flat[first[index] : first[index + 1]].reshape(-1)[:length] = corpus.read(index)
+    return jax.device_put({"samples": flat, "first": first[:-1], "lengths": corpus.lengths, "labels": labels})
+
+
+def gather(resident: dict, ids: jax.Array, capacity: int, geometry: Geometry) -> dict:
+    """One batch, gathered on the device: equal to `pack`. ids: (G, R)."""
+    recordings = ids.shape[1]
+    lengths = jnp.where(ids >= 0, resident["lengths"][ids], 0)
+    row = jnp.arange(geometry.buffer_rows(capacity, recordings))
+
+    def rows_of(ids_R, lengths_R):
+        starts, _ = starts_of(lengths_R, geometry.lead, geometry.gap)
+        place = jnp.searchsorted(starts // ALIGN, row, side="right", method="compare_all") - 1
+        offset = row - starts[place] // ALIGN
+        own = (place >= 0) & (offset * ALIGN < lengths_R[place])
+        return jnp.where(own, resident["first"][ids_R[place]] + offset, len(resident["samples"]) - 1)
+
+    return {
+        "samples": resident["samples"][jax.vmap(rows_of)(ids, lengths)],
+        "lengths": lengths,
+        "labels": jnp.where(ids >= 0, resident["labels"][ids], 0),
+        "ids": ids,
+    }
+
+
+def loop(
+    resident: dict,
+    ids: jax.Array,
+    capacity: jax.Array,
+    capacities: tuple[int, ...],
+    geometry: Geometry,
+    body: Callable,
+    carry: Any,
+    start: jax.Array | int,
+    stop: jax.Array | int,
+) -> Any:
+    """Runs carry = body(carry, batch, capacity, step) over the steps [start, stop) of a plan, all inside one program.
+
+    `ids` and `capacity` are the plan's arrays on the device; the number of steps is data, so every call fits the
+    one compiled program. Each capacity is a branch of it, since shapes differ.
+    """
+
+    def branch(size):
+        return lambda i, carry: body(carry, gather(resident, ids[i], size, geometry), size, i)
+
+    branches = [branch(size) for size in capacities]
+    return jax.lax.fori_loop(start, stop, lambda i, carry: jax.lax.switch(capacity[i], branches, i, carry), carry)
+
+
+def stream(corpus: Corpus, labels: np.ndarray, plan_: Plan, geometry: Geometry, start: int = 0) -> Iterator[dict]:
+    """The batches of a plan from step `start` on, read and packed by Grain's threads ahead of time."""
+    import grain
+
+    class Batches:
+        def __len__(self):
+            return len(plan_.ids) - start
+
+        def __getitem__(self, step):
+            step = int(step) + start
+            capacity = plan_.capacities[plan_.capacity[step]]
+            return pack(corpus, labels, plan_.ids[step], capacity, geometry)
+
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
+    return iter(grain.MapDataset.source(Batches()).to_iter_dataset(options))

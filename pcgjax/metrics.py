@@ -1,0 +1,430 @@
+"""Scores of binary decisions on recordings, with intervals over people, and the official Challenge formulas.
+
+NumPy only. A score that is undefined (AUC of one class, precision without a positive decision, ...) is NaN here
+and `None` (JSON null) in what `judge` returns: never a made-up 0. A recording is decided abnormal when its
+probability >= threshold. R axis: resamples; n: recordings; G: groups of recordings with equal probability.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# The scores of one set of recordings, in the order in which tables show them. All lie in [0, 1]; of the Brier
+# score less is better. `mean_accuracy` is CinC 2016's MAcc.
+METRICS = (
+    "accuracy", "auc", "auprc", "precision", "recall", "f1", "sensitivity", "specificity", "mean_accuracy", "brier",
+)  # fmt: skip
+_CHUNK = 2**21  # resamples x recordings held at once: 16 MB an array
+_LEVEL = 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Official scores
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def weighted_murmur_accuracy(labels: ArrayLike, outputs: ArrayLike) -> float:
+    """Weighted accuracy of murmurs as the PhysioNet Challenge 2022 computes it.
+
+    sum_c w_c A_cc / sum_c w_c N_c with weights 5, 3, 1 for Present, Unknown, Absent; A_cc patients of class c
+    called c, N_c patients of class c. As in the official code a row with no positive or several counts as Present.
+
+    Args: labels, outputs: (n, 3) of 0 and 1, classes in the order Present, Unknown, Absent.
+    Returns: the score; NaN for n = 0.
+    Raises:
+      ValueError: another shape, or values other than 0 and 1.
+    """
+    labels, outputs = _one_hot("labels", labels, 3), _one_hot("outputs", outputs, 3)
+    _same_length(labels=labels, outputs=outputs)
+    weight = np.array([5.0, 3.0, 1.0])
+    return float(_ratio(((labels & outputs).sum(0) * weight).sum(), (labels.sum(0) * weight).sum()))
+
+
+def challenge_cost(outcomes: ArrayLike, outputs: ArrayLike) -> float:
+    """Mean cost of a patient's screening, the PhysioNet Challenge 2022's outcome score; less is better.
+
+    [10 n + n (25 + 397 r - 1718 r^2 + 11296 r^4) + 10000 TP + 50000 FN] / n with r = (TP + FP) / n, the share
+    referred to an expert. As in the official code a row with no positive or both counts as Abnormal.
+
+    Args: outcomes, outputs: (n, 2) of 0 and 1, classes in the order Abnormal, Normal.
+    Returns: the cost a patient; NaN for n = 0.
+    Raises:
+      ValueError: another shape, or values other than 0 and 1.
+    """
+    outcomes, outputs = _one_hot("outcomes", outcomes, 2), _one_hot("outputs", outputs, 2)
+    _same_length(outcomes=outcomes, outputs=outputs)
+    if not len(outcomes):
+        return float("nan")
+    abnormal, referred = outcomes[:, 0], outputs[:, 0]
+    r, tp, fn = referred.mean(), (abnormal & referred).mean(), (abnormal & ~referred).mean()
+    return float(10 + 25 + 397 * r - 1718 * r**2 + 11296 * r**4 + 10_000 * tp + 50_000 * fn)
+
+
+def mean_accuracy(labels: ArrayLike, decisions: ArrayLike) -> float:
+    """MAcc = (sensitivity + specificity) / 2, the score of the PhysioNet/CinC Challenge 2016 without `unsure`.
+
+    Args: labels, decisions: (n,) of 0 (normal) and 1 (abnormal).
+    Returns: the score; NaN when a class is absent from `labels`.
+    Raises:
+      ValueError: another shape, or values other than 0 and 1.
+    """
+    labels, decisions = _zero_one("labels", labels), _zero_one("decisions", decisions)
+    _same_length(labels=labels, decisions=decisions)
+    tp, fn = (labels & decisions).sum(), (labels & ~decisions).sum()
+    tn, fp = (~labels & ~decisions).sum(), (~labels & decisions).sum()
+    return float((_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Binary scores
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def binary(labels: ArrayLike, probabilities: ArrayLike, threshold: float = 0.5) -> dict[str, float]:
+    """The METRICS, and the counts tp, fp, fn, tn, of one set of recordings.
+
+    Args: labels (n,) of 0 and 1; probabilities (n,) in [0, 1] of being abnormal.
+    Raises:
+      ValueError: naming the argument that is not so.
+    """
+    ones = np.ones((1, np.size(labels)))
+    return {k: float(v[0]) for k, v in binary_weighted(labels, probabilities, ones, threshold).items()}
+
+
+def binary_weighted(
+    labels: ArrayLike, probabilities: ArrayLike, weights: ArrayLike, threshold: float = 0.5
+) -> dict[str, np.ndarray]:
+    """As `binary`, for many weightings of the same recordings at once; equal to scikit-learn's `sample_weight`.
+
+    AUC counts a tied pair as one half; AUPRC is the average precision, a sum over distinct probabilities.
+
+    Args: weights (R, n), not negative.
+    Returns: each of METRICS and the counts tp, fp, fn, tn: (R,).
+    """
+    y, p = _scored(labels, probabilities)
+    weights = np.asarray(weights, np.float64)
+    if weights.ndim != 2 or weights.shape[1] != len(y) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(f"weights: need (resamples, {len(y)}) values, not negative, got shape {weights.shape}")
+    rows = max(1, _CHUNK // max(1, len(y)))
+    parts = [_weighted_chunk(y, p, weights[i : i + rows], threshold) for i in range(0, max(1, len(weights)), rows)]
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+
+def _weighted_chunk(y: np.ndarray, p: np.ndarray, w: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+    d = p >= threshold
+    tp, fp, fn, tn = (w @ cell.astype(np.float64) for cell in (y & d, ~y & d, y & ~d, ~y & ~d))
+    total, positive, negative = tp + fp + fn + tn, tp + fn, fp + tn
+    sensitivity, specificity = _ratio(tp, positive), _ratio(tn, negative)
+    return {
+        "accuracy": _ratio(tp + tn, total),
+        **_ranking(y, p, w),
+        "precision": _ratio(tp, tp + fp),
+        "recall": sensitivity,
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "mean_accuracy": (sensitivity + specificity) / 2,
+        "brier": _ratio(w @ (p - y) ** 2, total),
+        "tp": tp, "fp": fp, "fn": fn, "tn": tn,
+    }  # fmt: skip
+
+
+def _ranking(y: np.ndarray, p: np.ndarray, w: np.ndarray) -> dict[str, np.ndarray]:
+    """Weighted AUC and average precision (R,), from one sort of the recordings shared by all weightings."""
+    if not len(y):
+        return {"auc": np.full(len(w), np.nan), "auprc": np.full(len(w), np.nan)}
+    order = np.argsort(-p, kind="stable")
+    starts = np.flatnonzero(np.diff(p[order], prepend=np.inf))  # first recording of each group of ties
+    w = w[:, order]
+    positive_RxG = np.add.reduceat(w * y[order], starts, axis=1)
+    all_RxG = np.add.reduceat(w, starts, axis=1)
+    negative_RxG = all_RxG - positive_RxG
+    above_RxG = np.cumsum(positive_RxG, axis=1)  # positives at or above each probability
+    called_RxG = np.cumsum(all_RxG, axis=1)
+    positive, negative = positive_RxG.sum(1), negative_RxG.sum(1)
+    pairs = (negative_RxG * (above_RxG - positive_RxG / 2)).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision_RxG = np.where(called_RxG > 0, above_RxG / called_RxG, 0.0)
+    return {
+        "auc": _ratio(pairs, positive * negative),
+        "auprc": _ratio((positive_RxG * precision_RxG).sum(1), positive),
+    }
+
+
+def class_report(labels: ArrayLike, decisions: ArrayLike) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and support of both classes, and their plain mean, as scikit-learn's report.
+
+    Returns: {"normal" | "abnormal" | "mean": {"precision", "recall", "f1", "support"}}.
+    """
+    labels, decisions = _zero_one("labels", labels), _zero_one("decisions", decisions)
+    _same_length(labels=labels, decisions=decisions)
+    report = {}
+    for name, y, d in (("normal", ~labels, ~decisions), ("abnormal", labels, decisions)):
+        hit = (y & d).sum()
+        report[name] = {
+            "precision": float(_ratio(hit, d.sum())),
+            "recall": float(_ratio(hit, y.sum())),
+            "f1": float(_ratio(2 * hit, d.sum() + y.sum())),
+            "support": int(y.sum()),
+        }
+    both = [report["normal"], report["abnormal"]]
+    mean = {k: sum(r[k] for r in both) / 2 for k in ("precision", "recall", "f1")}
+    return report | {"mean": mean | {"support": len(labels)}}
+
+
+def roc_curve(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(1 - specificity, sensitivity, threshold), each (G + 1,), from nothing called abnormal (inf) to all.
+
+    NaN where the class is absent.
+    """
+    tp, fp, threshold, y = _counts_down(labels, probabilities)
+    return _ratio(fp, (~y).sum()), _ratio(tp, y.sum()), threshold
+
+
+def pr_curve(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(recall, precision, threshold), each (G + 1,), recall rising; begins at (0, 1) as is the convention."""
+    tp, fp, threshold, y = _counts_down(labels, probabilities)
+    precision = _ratio(tp, tp + fp)
+    precision[0] = 1.0
+    return _ratio(tp, y.sum()), precision, threshold
+
+
+def _counts_down(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, ...]:
+    y, p = _scored(labels, probabilities)
+    order = np.argsort(-p, kind="stable")
+    ends = np.flatnonzero(np.diff(p[order], append=-np.inf))
+    tp, fp = np.cumsum(y[order])[ends], np.cumsum(~y[order])[ends]
+    return np.r_[0, tp], np.r_[0, fp], np.r_[np.inf, p[order][ends]], y
+
+
+def calibration(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> dict[str, Any]:
+    """Reliability curve and expected calibration error over `bins` equal bins of [0, 1], the last one closed.
+
+    ECE = sum_b n_b / n |share abnormal in b - mean probability in b| (Naeini 2015, for the positive class).
+    Returns: {"ece", "bins": [{"low", "high", "recordings", "mean_probability", "share_abnormal"}]}; the two means
+    of an empty bin are NaN.
+    """
+    y, p = _scored(labels, probabilities)
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    count, mass, hits = (np.bincount(which, weights=v, minlength=bins) for v in (np.ones(len(p)), p, y))
+    mean, share = _ratio(mass, count), _ratio(hits, count)
+    rows = [
+        {"low": b / bins, "high": (b + 1) / bins, "recordings": int(count[b]),
+         "mean_probability": float(mean[b]), "share_abnormal": float(share[b])}
+        for b in range(bins)
+    ]  # fmt: skip
+    return {"ece": float(_ratio(np.abs(hits - mass).sum(), len(p))), "bins": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The judgement of a run
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def draw_people(persons: ArrayLike, databases: ArrayLike, resamples: int, seed: int) -> np.ndarray:
+    """Recording weights (resamples, n) of a bootstrap over people: how often the recording's person was drawn.
+
+    Drawn with replacement and stratified by database: each resample has as many people of a database as there
+    are. Names are taken to be unique within a database: ("circor", "1") and ("pascal-b", "1") are two people.
+    """
+    people, person_of = np.unique(_pairs(persons, databases), axis=0, return_inverse=True)
+    person_of = person_of.reshape(-1)  # NumPy 2.0 alone returns another shape here
+    times = np.zeros((resamples, len(people)))
+    rng = np.random.default_rng(seed)
+    for database in np.unique(people[:, 0]):
+        own = np.flatnonzero(people[:, 0] == database)
+        drawn = rng.integers(len(own), size=(resamples, len(own))) + len(own) * np.arange(resamples)[:, None]
+        times[:, own] = np.bincount(drawn.ravel(), minlength=resamples * len(own)).reshape(resamples, len(own))
+    return times[:, person_of]
+
+
+def judge(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    persons: ArrayLike,
+    databases: ArrayLike,
+    classes: ArrayLike,
+    threshold: float = 0.5,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What a run's answers are worth: scores with 95 % intervals, per database and class, beside trivial answers.
+
+    Intervals are percentiles over `draw_people`: people are drawn, not recordings, because recordings of one
+    person are alike. A resample in which a score is undefined is left out of its interval; when that is more than
+    half of them, or when there is one person only, the interval is null.
+
+    Args:
+      labels, probabilities, persons, databases, classes: (n,) each; `classes` the data set's own words
+        ("murmur", "MVP"), which need not be two.
+      resamples: 0 for no intervals.
+
+    Returns a JSON-ready dict, undefined numbers None; S = {"value", "low", "high"}:
+      overall              {metric of METRICS: S}
+      counts               tp, fp, fn, tn
+      mean_database_auc    S with "databases": how many have both classes; plain mean of their AUC. Every answer
+                           that knows only the database gets 0.5 here. No interval when one of them has one person
+      per_database         {database: {metric: S, "recordings", "people", "positives"}}
+      per_class            {class: {"recordings", "mean_probability", "share_abnormal"}}, of `share` decided abnormal
+      report               as `class_report`
+      calibration          as `calibration`
+      trivial              {"all_abnormal" | "all_normal" | "majority" | "database_prior": {metric: number}};
+                           majority and database_prior (probability = the database's share of positives) are told
+                           the judged recordings' own labels, so they are the best of their kind
+      recordings, people, threshold
+      intervals            {"level", "resamples", "seed", "unit"}
+
+    Raises:
+      ValueError: no recordings, lengths that differ, or values out of range, naming the argument.
+    """
+    y, p = _scored(labels, probabilities)
+    pairs = _pairs(persons, databases)
+    words = np.asarray(classes, dtype=str)
+    _same_length(labels=y, persons=pairs, classes=words)
+    if not len(y):
+        raise ValueError("labels: no recordings to judge")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: need a probability, got {threshold}")
+    weights = draw_people(persons, databases, resamples, seed)
+    decided = p >= threshold
+
+    database_of = pairs[:, 0]
+    per_database: dict[str, Any] = {}
+    auc, resampled_auc = [], []
+    for database in np.unique(database_of):
+        own = database_of == database
+        people = len(np.unique(pairs[own], axis=0))
+        # One person drawn again and again would give an interval of no width: no interval then.
+        value, drawn = _values_and_draws(y[own], p[own], weights[: resamples if people > 1 else 0, own], threshold)
+        per_database[str(database)] = {
+            **{k: _with_interval(value[k], drawn[k]) for k in METRICS},
+            "recordings": int(own.sum()),
+            "people": people,
+            "positives": int(y[own].sum()),
+        }
+        if not np.isnan(value["auc"]):
+            auc.append(value["auc"])
+            resampled_auc.append(drawn["auc"] if people > 1 else np.full(resamples, np.nan))
+
+    people = len(np.unique(pairs, axis=0))
+    value, drawn = _values_and_draws(y, p, weights if people > 1 else weights[:0], threshold)
+    mean_auc = float(np.mean(auc)) if auc else float("nan")
+    drawn_mean_auc = np.mean(resampled_auc, axis=0) if auc else []
+    prior = {database: y[database_of == database].mean() for database in per_database}
+    majority = float(y.mean() >= 0.5)
+    trivial = {
+        "all_abnormal": np.ones(len(y)),
+        "all_normal": np.zeros(len(y)),
+        "majority": np.full(len(y), majority),
+        "database_prior": np.array([prior[database] for database in database_of]),
+    }
+    # A constant answer is a decision, not a probability: at any threshold "all normal" stays all normal.
+    cut = {name: threshold if name == "database_prior" else 0.5 for name in trivial}
+    return _json_ready(
+        {
+            "overall": {k: _with_interval(value[k], drawn[k]) for k in METRICS},
+            "counts": {k: int(value[k]) for k in ("tp", "fp", "fn", "tn")},
+            "mean_database_auc": {**_with_interval(mean_auc, drawn_mean_auc), "databases": len(auc)},
+            "per_database": per_database,
+            "per_class": {
+                str(word): {
+                    "recordings": int((words == word).sum()),
+                    "mean_probability": p[words == word].mean(),
+                    "share_abnormal": decided[words == word].mean(),
+                }
+                for word in np.unique(words)
+            },
+            "report": class_report(y, decided),
+            "calibration": calibration(y, p),
+            "trivial": {
+                name: {k: v for k, v in binary(y, answer, cut[name]).items() if k in METRICS}
+                for name, answer in trivial.items()
+            },
+            "recordings": len(y),
+            "people": people,
+            "threshold": float(threshold),
+            "intervals": {"level": _LEVEL, "resamples": resamples, "seed": seed,
+                          "unit": "people, stratified by database"},
+        }
+    )  # fmt: skip
+
+
+def _values_and_draws(
+    y: np.ndarray, p: np.ndarray, weights: ArrayLike, threshold: float
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    scores = binary_weighted(y, p, np.concatenate([np.ones((1, len(y))), weights]), threshold)
+    return {k: float(v[0]) for k, v in scores.items()}, {k: v[1:] for k, v in scores.items()}
+
+
+def _with_interval(value: float, drawn: ArrayLike) -> dict[str, float]:
+    drawn = np.asarray(drawn, np.float64)
+    defined = drawn[np.isfinite(drawn)]
+    if np.isnan(value) or not len(drawn) or len(defined) < len(drawn) / 2:
+        low, high = float("nan"), float("nan")
+    else:
+        low, high = np.quantile(defined, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _json_ready(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_json_ready(v) for v in value]
+    if isinstance(value, float):  # np.float64 too
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """numerator / denominator, NaN where the denominator is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.asarray(denominator) > 0, np.asarray(numerator) / denominator, np.nan)
+
+
+def _zero_one(name: str, values: ArrayLike, ndim: int = 1) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != ndim:
+        raise ValueError(f"{name}: need {ndim} axis(es), got shape {values.shape}")
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(f"{name}: need only 0 and 1, got {np.unique(values)[:5].tolist()}")
+    return values.astype(bool)
+
+
+def _one_hot(name: str, values: ArrayLike, classes: int) -> np.ndarray:
+    """(n, classes) bool with one True a row: the first class where the row has no positive or several."""
+    rows = _zero_one(name, values, ndim=2)
+    if rows.shape[1] != classes:
+        raise ValueError(f"{name}: need (n, {classes}), got shape {rows.shape}")
+    return np.where((rows.sum(1) == 1)[:, None], rows, np.arange(classes) == 0)
+
+
+def _scored(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    y, p = _zero_one("labels", labels), np.asarray(probabilities, np.float64)
+    if p.shape != y.shape:
+        raise ValueError(f"probabilities: shape {p.shape}, but labels have {y.shape}")
+    bad = np.flatnonzero(~((p >= 0) & (p <= 1)))
+    if len(bad):
+        first = f"first at index {bad[0]}: {p[bad[0]]}"
+        raise ValueError(f"probabilities: {len(bad)} of {len(p)} are not in [0, 1], {first}")
+    return y, p
+
+
+def _pairs(persons: ArrayLike, databases: ArrayLike) -> np.ndarray:
+    """(n, 2) text: database, person."""
+    _same_length(persons=persons, databases=databases)
+    return np.stack([np.asarray(databases, dtype=str), np.asarray(persons, dtype=str)], axis=-1)
+
+
+def _same_length(**arrays: Any) -> None:
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError("lengths differ: " + ", ".join(f"{name} {length}" for name, length in lengths.items()))

@@ -1,0 +1,110 @@
+"""The 1D CNN for heart-sound windows (Lamperti, "Binary Classification of Heart Sounds Using a 1D CNN", section 3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+POOL = 2
+
+
+class CNN1D(nnx.Module):
+    """Conv 16x5, ReLU, pool 2, conv 32x5, ReLU, pool 2, flatten, dense 64, ReLU, dense 1; convolutions unpadded.
+
+    Convolutions are written as one matrix product each: XLA runs those at full speed inside the compiled epoch's
+    loop on every platform, which it does not for convolutions on CPU. `reference` is the textbook form.
+    """
+
+    def __init__(
+        self,
+        window: int,
+        filters: tuple[int, int] = (16, 32),
+        kernel_size: int = 5,
+        hidden: int = 64,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
+        self.window, self.kernel_size = window, kernel_size
+        self.pooled = _pooled(_pooled(window, kernel_size), kernel_size)
+        if self.pooled < 1:
+            raise ValueError(f"a window of {window} samples is too short for two convolutions of {kernel_size}")
+        first, second = filters
+        init = nnx.initializers.glorot_uniform()
+        self.kernel1 = nnx.Param(init(rngs.params(), (kernel_size, 1, first)))
+        self.bias1 = nnx.Param(jnp.zeros(first))
+        self.kernel2 = nnx.Param(init(rngs.params(), (kernel_size, first, second)))
+        self.bias2 = nnx.Param(jnp.zeros(second))
+        self.hidden = nnx.Linear(self.pooled * second, hidden, kernel_init=init, rngs=rngs)
+        self.output = nnx.Linear(hidden, 1, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x_BxT: jax.Array) -> jax.Array:
+        """Windows (B, T) -> logits (B,)."""
+        h = x_BxT[..., None]
+        for kernel, bias in ((self.kernel1, self.bias1), (self.kernel2, self.bias2)):
+            length = _pooled(h.shape[1], self.kernel_size)
+            even, odd = _conv_pairs(h, kernel[...])
+            h = jax.nn.relu(jnp.maximum(even, odd)[:, :length] + bias[...])
+        return self._head(h)
+
+    def half_overlapping(self, x_JxT: jax.Array) -> jax.Array:
+        """Logits of windows that overlap by half, each sample convolved once instead of twice.
+
+        The rows, laid end to end, are one signal; its windows start every T/2 samples. Both poolings see the same
+        pairs of samples as they would in a window cut out, so the logits equal `__call__` on those windows.
+
+        Args:
+          x_JxT: (J, T) rows; T a multiple of 4.
+        Returns: (J, 2): of row j's own window, and of the one from its middle into row j + 1 (the last means nothing).
+        """
+        rows, window = x_JxT.shape
+        if window % 4:
+            raise ValueError(f"half-overlapping windows need a multiple of 4 samples, not {window}")
+        quarter = window // 4
+        h = _conv_pairs(x_JxT.reshape(1, -1, 1), self.kernel1[...])
+        h = jax.nn.relu(jnp.maximum(*h) + self.bias1[...])
+        even, odd = (y[0] for y in _conv_pairs(h, self.kernel2[...]))
+        # In samples of the first pooling, a row is T/2 long and the window from its middle starts at T/4, which may be
+        # odd: then its pooling pairs an odd sample with the even one after it.
+        if quarter % 2:
+            late = jnp.maximum(odd, jnp.roll(even, -1, axis=0))
+        else:
+            late = jnp.maximum(even, odd)
+        late = jnp.roll(late, -(quarter // 2), axis=0)
+        rows_of = lambda y: jax.nn.relu(y.reshape(rows, quarter, -1)[:, : self.pooled] + self.bias2[...])
+        return jnp.stack([self._head(rows_of(jnp.maximum(even, odd))), self._head(rows_of(late))], axis=1)
+
+    def _head(self, h_BxTxC: jax.Array) -> jax.Array:
+        return self.output(jax.nn.relu(self.hidden(h_BxTxC.reshape(len(h_BxTxC), -1))))[:, 0]
+
+
+def reference(model: CNN1D, x_BxT: jax.Array) -> jax.Array:
+    """`model(x)` with library convolutions and pooling: the oracle."""
+    h = x_BxT[..., None]
+    for kernel, bias in ((model.kernel1, model.bias1), (model.kernel2, model.bias2)):
+        h = jax.lax.conv_general_dilated(h, kernel[...], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        h = nnx.max_pool(jax.nn.relu(h + bias[...]), (POOL,), (POOL,))
+    return model._head(h)
+
+
+def _pooled(length: int, kernel_size: int) -> int:
+    return (length - kernel_size + 1) // POOL
+
+
+def _conv_pairs(x_BxTxC: jax.Array, kernel_KxCxF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The convolution's outputs at even and at odd positions, (B, T // 2, F) each, zeros assumed after the end.
+
+    One product of (K + 1)-sample patches with the kernel written twice, one sample apart: two outputs a row keep the
+    matrices wide, and pooling becomes the maximum of two arrays instead of a reduce-window.
+    """
+    size, channels, features = kernel_KxCxF.shape
+    batch, length, _ = x_BxTxC.shape
+    count, reach = length // 2, (size + 1) // 2
+    pairs = jnp.pad(x_BxTxC[:, : 2 * count].reshape(batch, count, 2 * channels), ((0, 0), (0, reach - 1), (0, 0)))
+    patches = jnp.concatenate([pairs[:, i : i + count] for i in range(reach)], axis=-1)
+    early = jnp.pad(kernel_KxCxF, ((0, 1), (0, 0), (0, 0))).reshape(-1, features)
+    late = jnp.pad(kernel_KxCxF, ((1, 0), (0, 0), (0, 0))).reshape(-1, features)
+    out = patches @ jnp.concatenate([early, late], axis=1)
+    return out[..., :features], out[..., features:]

@@ -1,0 +1,519 @@
+"""Trains what a config describes: the one loop.
+
+    python -m pcgjax.train --config=configs/cnn.py --workdir=runs/cnn --config.data.prepared=DIR [--config.a.b=v]
+
+The order is always the same: train an epoch (one compiled program where the corpus fits the device), validate, save.
+WORKDIR receives config.json, split.json, metrics.jsonl, train.log and checkpoints/{last,best} on the way, and at the
+end metrics.json, predictions.csv, examples.npz and report.html. A second start resumes where the first one was stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import itertools
+import json
+import logging as std_logging
+import pathlib
+import platform
+import shlex
+import signal
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import tqdm
+from absl import app, flags, logging
+from flax import nnx
+from ml_collections import config_flags
+
+import pcgjax
+from pcgjax import checkpoint, evaluate, files, input_pipeline, metrics, optimizer, report, sharding, splits, tasks
+
+# Streams of randomness, each folded into the seed's key first.
+ORDER, STEP, EVALUATION, SHUFFLE = range(4)
+
+
+class TrainState(NamedTuple):
+    """All that the next step depends on besides the data."""
+
+    step: jax.Array
+    params: Any
+    rest: Any
+    opt_state: Any
+
+
+class Totals(NamedTuple):
+    """Counts of a stretch of training, summed on the device."""
+
+    loss: jax.Array  # sum over recordings
+    correct: jax.Array
+    recordings: jax.Array
+    bad_step: jax.Array  # the first step whose loss was not finite; -1: none
+
+
+def zero_totals() -> Totals:
+    return Totals(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32))
+
+
+def make_step(task: tasks.Task, update: optax.GradientTransformation, graphdef: Any, key: jax.Array, groups: int,
+              axis: str | None = None):  # fmt: skip
+    """One training step, ((state, totals), batch, capacity, i) -> (state, totals): the same for jit and for pmap.
+
+    groups: device groups in all; `axis`: pmap's axis, under which a batch holds this device's group alone.
+    """
+
+    def total(x):
+        return jax.lax.psum(x, axis) if axis else x
+
+    def step(carry, batch, capacity, _):
+        state, totals = carry
+        keys = jax.random.split(jax.random.fold_in(key, state.step), groups)
+        if axis:
+            keys = keys[jax.lax.axis_index(axis)][None]
+        used = batch["lengths"] > 0
+        recordings = total(used.sum())
+
+        def mean_loss(params):
+            model = nnx.merge(graphdef, params, state.rest)
+            log_p, log_q = jax.vmap(lambda b, k: task.forward(model, b, capacity, k))(batch, keys)
+            y = batch["labels"]
+            loss = -((y * log_p + (1 - y) * log_q) * used).sum()
+            correct = (((log_p > log_q) == (y > 0)) & used).sum()
+            return loss / jnp.maximum(recordings, 1), (loss, correct)
+
+        grads, (loss, correct) = jax.grad(mean_loss, has_aux=True)(state.params)
+        grads, loss, correct = total(grads), total(loss), total(correct)
+        updates, opt_state = update.update(grads, state.opt_state, state.params)
+        bad = (totals.bad_step < 0) & ~jnp.isfinite(loss)
+        totals = Totals(
+            totals.loss + loss,
+            totals.correct + correct.astype(jnp.int32),
+            totals.recordings + recordings.astype(jnp.int32),
+            jnp.where(bad, state.step, totals.bad_step),
+        )
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), state.rest, opt_state), totals
+
+    return step
+
+
+def make_run(step, geometry: input_pipeline.Geometry, capacities: tuple[int, ...], constrain=lambda batch: batch):
+    """Many steps as one program: (state, totals, resident, ids, capacity, start, stop) -> (state, totals)."""
+
+    def body(carry, batch, capacity, i):
+        return step(carry, constrain(batch), capacity, i)
+
+    def run(state, totals, resident, ids, capacity, start, stop):
+        carry = (state, totals)
+        return input_pipeline.loop(resident, ids, capacity, capacities, geometry, body, carry, start, stop)
+
+    return run
+
+
+def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
+    """The rows with `target` dealt out anew among the people of each database: a control that nothing can learn."""
+    people: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["labels"].get(target) in ("0", "1"):
+            people.setdefault((row["database"], row["person"]), []).append(row)
+    dealt = {row["id"]: row for row in rows}
+    for number, database in enumerate(sorted({name for name, _ in people})):
+        own = sorted(person for person in people if person[0] == database)
+        labels = [max(row["labels"][target] for row in people[person]) for person in own]
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), len(own)))
+        for person, source in zip(own, order, strict=True):
+            for row in people[person]:
+                dealt[row["id"]] = row | {"labels": row["labels"] | {target: labels[source]}}
+    return [dealt[row["id"]] for row in rows]
+
+
+def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
+    """(corpus, labels (N,), {part: indices}, split), the split made or reused, and checked for leaks."""
+    if not config.data.prepared:
+        raise ValueError("data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote")
+    corpus = input_pipeline.from_prepared(config.data.prepared)
+    target = config.task.target
+    if config.data.shuffle_labels:
+        key = jax.random.fold_in(jax.random.key(config.seed), SHUFFLE)
+        corpus = input_pipeline.in_rows(corpus, shuffle_labels(corpus.rows, target, key))
+    path = pathlib.Path(config.split.file or workdir / "split.json")
+    if path.exists():
+        split = splits.load(path, corpus.rows)
+    else:
+        s = config.split
+        split = splits.make(
+            corpus.rows, s.kind, target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
+            s.names or None,
+        )  # fmt: skip
+        splits.save(split, path)
+    leaks = splits.check(split, corpus.rows, allow=config.split.allow_leaks)
+    for leak in leaks:
+        logging.warning("leak: %s", leak)
+    split["people_apart"] = not leaks and split["kind"] != "paper301"
+    split["leaks"] = leaks
+    place = {row["id"]: i for i, row in enumerate(corpus.rows)}
+    parts = {part: np.array([place[id] for id in split[part]], np.int32) for part in ("train", "validation", "test")}
+    return corpus, corpus.labels(target), parts, split
+
+
+def choose_pipeline(name: str, corpus_bytes: int) -> str:
+    """resident or stream. auto: resident where the corpus takes at most a third of the device's free memory."""
+    if name in ("resident", "stream"):
+        return name
+    if name != "auto":
+        raise ValueError(f"data.pipeline={name!r}: choose resident, stream or auto")
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available // 2  # the host's copy and the device's are in one memory
+    return "resident" if corpus_bytes < free / 3 else "stream"
+
+
+def balance_groups(balance: str, corpus, labels: np.ndarray, indices: np.ndarray) -> np.ndarray | None:
+    if balance == "none":
+        return None
+    classes = [str(int(labels[i])) for i in indices]
+    if balance == "class":
+        return np.array(classes)
+    if balance == "database_class":
+        return np.array([f"{corpus.rows[i]['database']} {c}" for i, c in zip(indices, classes, strict=True)])
+    raise ValueError(f"train.balance={balance!r}: choose none, class or database_class")
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run: bool = False) -> dict:
+    """Trains, evaluates and reports one run; returns what it writes to metrics.json.
+
+    Raises:
+      ValueError (also PrepareError, SplitError, LeakError, CheckpointError): a config field, a prepared folder, a
+        split or a checkpoint that does not fit, naming it.
+      FloatingPointError: a loss that is not finite, naming the step and its recordings.
+    """
+    began = time.monotonic()
+    workdir = pathlib.Path(workdir)
+    t = config.train
+    for field, least in (("epochs", 1), ("batch_recordings", 1), ("checkpoint_steps", 1)):
+        if t[field] < least:
+            raise ValueError(f"train.{field}={t[field]}: must be at least {least}")
+    if t.select not in (*metrics.METRICS, "loss"):
+        raise ValueError(f"train.select={t.select!r}: choose one of loss, {', '.join(metrics.METRICS)}")
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # ---------------------------------------------------------------------------------------------------- data
+    mesh = sharding.make_mesh(config.parallel)
+    groups = mesh.size
+    key = jax.random.key(config.seed)
+    corpus, labels, parts, split = load_data(config, workdir)
+    task = tasks.make(config, corpus.sample_rate_hz)
+    balance = balance_groups(t.balance, corpus, labels, parts["train"])
+
+    @functools.cache
+    def order_of(epoch: int) -> np.ndarray:
+        order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
+        return input_pipeline.epoch_order(parts["train"], balance, order_key, t.batch_recordings, groups)
+
+    needed = [input_pipeline.batch_units(order_of(e), corpus.lengths, task.geometry) for e in range(min(t.epochs, 50))]
+    # The largest batch that any order can make, so that no later epoch finds its batches without a place.
+    units = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-(t.batch_recordings // groups) :].sum()
+    capacities = input_pipeline.choose_capacities(np.concatenate(needed))
+    capacities = (*capacities, int(units)) if t.epochs > 50 and units > capacities[-1] else capacities
+    steps_an_epoch = len(order_of(0))
+    last_step = t.epochs * steps_an_epoch
+    digest = input_pipeline.order_digest(
+        corpus, train=split["train"], seed=config.seed, batch=t.batch_recordings, groups=groups, balance=t.balance,
+        target=config.task.target, shuffled=config.data.shuffle_labels,
+    )  # fmt: skip
+    pipeline = choose_pipeline(config.data.pipeline, corpus.bytes)
+    resident = None
+    if pipeline == "resident":
+        resident = jax.device_put(input_pipeline.to_device(corpus, labels), sharding.replicated(mesh))
+
+    # --------------------------------------------------------------------------------------------------- state
+    update = optimizer.make(config.optimizer)
+    graphdef = nnx.graphdef(task.init(nnx.Rngs(config.seed)))
+
+    def init() -> TrainState:
+        _, params, rest = nnx.split(task.init(nnx.Rngs(config.seed)), nnx.Param, ...)
+        params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, update.init(params))
+
+    shardings = sharding.state_sharding(mesh, jax.eval_shape(init))
+    state = jax.jit(init, out_shardings=shardings)()
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+
+    # ---------------------------------------------------------------------------------------- compiled programs
+    pmap = config.parallel.strategy == "pmap"
+    constrain = lambda batch: batch
+    if groups > 1 and not pmap:
+        constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.batch_sharding(mesh))
+    step_key = jax.random.fold_in(key, STEP)
+    step = make_step(task, update, graphdef, step_key, groups, axis="group" if pmap else None)
+    run = make_run(step, task.geometry, capacities, constrain)
+    if pmap:
+        # Each device is given its own group of every batch; state and totals are one copy a device.
+        mapped = lambda s, o, data, ids, *rest: run(s, o, data, ids[:, None], *rest)
+        in_axes = (0, 0, None, 1, None, None, None)
+        run = jax.pmap(mapped, axis_name="group", in_axes=in_axes, donate_argnums=(0, 1))
+        one_step = jax.pmap(
+            lambda carry, batch, capacity: step(carry, jax.tree.map(lambda x: x[None], batch), capacity, 0),
+            axis_name="group", static_broadcasted_argnums=2, donate_argnums=0,
+        )  # fmt: skip
+    else:
+        run = jax.jit(run, donate_argnums=(0, 1))
+        one_step = jax.jit(
+            lambda carry, batch, capacity: step(carry, constrain(batch), capacity, 0), static_argnums=2, donate_argnums=0
+        )
+    spread = (lambda x: jax.tree.map(lambda a: jnp.stack([a] * groups), x)) if pmap else (lambda x: x)
+    gathered = (lambda x: jax.tree.map(lambda a: a[0], x)) if pmap else (lambda x: x)
+    predicts = {
+        part: evaluate.make_predict(
+            task, graphdef, corpus, parts[part], config.evaluation.batch_recordings, jax.random.fold_in(key, EVALUATION),
+            resident, 1 if pmap else groups, constrain,
+        )
+        for part in ("validation", "test")
+    }  # fmt: skip
+
+    example = input_pipeline.plan(order_of(0), corpus.lengths, task.geometry, capacities)
+    facts = {
+        "parameters": parameters,
+        "pipeline": pipeline,
+        "corpus_mib": corpus.bytes / 2**20,
+        "train_recordings": len(parts["train"]),
+        "steps_an_epoch": steps_an_epoch,
+        "capacities": list(capacities),
+        "padding_waste": input_pipeline.padding_waste(example, corpus.lengths, task.geometry),
+    }
+    logging.info("%s", json.dumps(facts))
+    if dry_run:
+        if resident is None:
+            batch = input_pipeline.pack(corpus, labels, example.ids[0], capacities[-1], task.geometry)
+            lowered = one_step.lower((spread(state), spread(zero_totals())), batch, capacities[-1])
+        else:
+            lowered = run.lower(spread(state), spread(zero_totals()), resident, example.ids, example.capacity, 0, 1)
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        facts |= {
+            "flops": (compiled.cost_analysis() or {}).get("flops"),
+            "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
+            "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+        }
+        print(json.dumps(facts, indent=1))
+        return facts
+
+    # ------------------------------------------------------------------------------------------ start or resume
+    log = workdir / "metrics.jsonl"
+    plain = json.loads(config.to_json_best_effort())
+    meta = {"config": plain, "order_sha256": digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
+    found = checkpoint.restore(workdir / "checkpoints" / "last", state)
+    if found:
+        at, state, saved = found
+        if saved["order_sha256"] != digest:
+            raise checkpoint.CheckpointError(
+                f"{workdir}: its checkpoint was trained in another order of data (data, split, seed, batch or device "
+                "count changed); give another --workdir, or what it was trained with"
+            )
+        _refuse_changes(saved["config"], plain, workdir)
+        meta["best"] = saved["best"]
+        logging.info("resuming at step %d", at)
+        lines = log.read_text().splitlines() if log.exists() else []
+        files.write_text(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= at))
+    elif log.exists():
+        log.unlink()
+    files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
+    last, best = (checkpoint.manager(workdir / "checkpoints" / name) for name in ("last", "best"))
+
+    stopped = []
+    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    # ------------------------------------------------------------------------------------------------ the loop
+    at = int(state.step)
+    state, totals = spread(state), spread(zero_totals())
+    bar = tqdm.tqdm(total=last_step, initial=at, desc="train", unit="step", mininterval=1.0)
+    seconds = {"train": 0.0, "validate": 0.0, "save": 0.0}
+    try:
+        while at < last_step and not stopped:
+            epoch, within = divmod(at, steps_an_epoch)
+            plan = input_pipeline.plan(order_of(epoch), corpus.lengths, task.geometry, capacities)
+            to_save = t.checkpoint_steps - at % t.checkpoint_steps
+            until = min(steps_an_epoch, within + to_save)
+            clock = time.monotonic()
+            if resident is not None:
+                state, totals = run(state, totals, resident, plan.ids, plan.capacity, within, until)
+            else:
+                batches = input_pipeline.stream(corpus, labels, plan, task.geometry, within)
+                for i, batch in enumerate(itertools.islice(batches, until - within)):
+                    state, totals = one_step((state, totals), batch, capacities[plan.capacity[within + i]])
+            counted = jax.device_get(gathered(totals))  # waits for the device
+            seconds["train"] += time.monotonic() - clock
+            bar.update(until - within)
+            at += until - within
+            if counted.bad_step >= 0:
+                bad = divmod(int(counted.bad_step), steps_an_epoch)
+                ids = order_of(bad[0])[bad[1]].reshape(-1)
+                names = ", ".join(corpus.rows[i]["id"] for i in ids if i >= 0)
+                raise FloatingPointError(
+                    f"the loss was not finite at step {int(counted.bad_step)}, recordings {names}; "
+                    f"lower optimizer.learning_rate={config.optimizer.learning_rate} or look at those recordings"
+                )
+            values = {}
+            if until == steps_an_epoch:
+                n = max(int(counted.recordings), 1)
+                values = {"loss": float(counted.loss) / n, "accuracy": float(counted.correct) / n}
+                _log(log, at, "train", values | {"epoch": epoch + 1, "seconds": seconds["train"]})
+                totals = spread(zero_totals())
+                clock = time.monotonic()
+                held = gathered(state)
+                log_p = predicts["validation"](held.params, held.rest)
+                y = labels[parts["validation"]]
+                p = np.exp(log_p[:, 0]).clip(0, 1)
+                scores = metrics.binary(y, p, config.evaluation.threshold)
+                scores = {name: scores[name] for name in metrics.METRICS}
+                scores["loss"] = evaluate.cross_entropy(log_p, y)
+                seconds["validate"] += time.monotonic() - clock
+                _log(log, at, "validation", scores | {"epoch": epoch + 1})
+                bar.set_postfix(loss=f"{values['loss']:.3f}", **{f"val_{t.select}": f"{scores[t.select]:.3f}"})
+                clock = time.monotonic()
+                better = -scores[t.select] if t.select in ("loss", "brier") else scores[t.select]
+                if meta["best"] is None or better > meta["best"]["score"]:
+                    meta["best"] = {"score": better, "step": at, "epoch": epoch + 1, "metric": t.select}
+                    checkpoint.save(best, at, held, meta)
+                    best.wait_until_finished()
+            clock = time.monotonic()
+            # Totals of a part of an epoch travel with the checkpoint: the epoch's line is the same after a resume.
+            if at % t.checkpoint_steps == 0 or until == steps_an_epoch or stopped:
+                checkpoint.save(last, at, gathered(state), meta)
+            seconds["save"] += time.monotonic() - clock
+    finally:
+        bar.close()
+        last.wait_until_finished()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    last.close()
+    best.close()
+    if stopped:
+        logging.warning("stopped by signal %d at step %d, saved; the same command goes on", stopped[0], at)
+        sys.exit(128 + stopped[0])
+
+    # ---------------------------------------------------------------------------------------- the best, judged
+    _, held, saved = checkpoint.restore(workdir / "checkpoints" / "best", gathered(state))
+    results: dict = {}
+    rows: list[dict] = []
+    for part in ("validation", "test"):
+        log_p = predicts[part](held.params, held.rest)
+        y = labels[parts[part]]
+        results[part] = evaluate.judge(corpus, parts[part], y, log_p, config)
+        rows += evaluate.table(corpus, parts[part], y, log_p, config.evaluation.threshold, part)
+        if part == "test":
+            overall = {name: score["value"] for name, score in results[part]["overall"].items()}
+            _log(log, at, "test", overall | {"loss": evaluate.cross_entropy(log_p, y)})
+    control = workdir / "control" / "metrics.json"
+    if control.exists():
+        results["control"] = json.loads(control.read_text())["test"]
+    results["best"] = saved["best"]
+    results["split"] = {k: split[k] for k in ("kind", "target", "notes", "counts", "people_apart", "leaks")}
+    results["data"] = facts | {"prepared": config.data.prepared, "shuffled_labels": config.data.shuffle_labels}
+    results["system"] = {
+        "command": shlex.join(["python", "-m", "pcgjax.train", *sys.argv[1:]]),
+        "device": str(jax.devices()[0].device_kind),
+        "devices": jax.device_count(),
+        "platform": platform.platform(),
+        "wall_s": time.monotonic() - began,
+        "seconds": seconds,
+        "versions": {"pcgjax": pcgjax.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+    }
+    files.write_text(workdir / "metrics.json", json.dumps(results, indent=1))
+    evaluate.write_table(rows, workdir / "predictions.csv")
+    _save_examples(workdir, corpus, [row for row in rows if row["split"] == "test"])
+    try:
+        report.write(workdir)
+    except ImportError as error:
+        logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
+    return results
+
+
+def _refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
+    """A resumed run may train longer and log or stream otherwise, but must be the same experiment."""
+    free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
+            ("split", "file"), ("evaluation", "batch_recordings")}  # fmt: skip
+    for part in now:
+        old, new = saved.get(part), now[part]
+        pairs = [((part, k), (old or {}).get(k), v) for k, v in new.items()] if isinstance(new, dict) else [((part,), old, new)]
+        for name, before, after in pairs:
+            if before != after and name not in free:
+                raise checkpoint.CheckpointError(
+                    f"{workdir}: trained with {'.'.join(name)}={before}, now {after}; give another --workdir"
+                )
+
+
+def _log(path: pathlib.Path, step: int, split: str, values: dict) -> None:
+    finite = {k: (v if v is None or np.isfinite(v) else None) for k, v in values.items()}
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, "split": split} | finite) + "\n")
+
+
+def _save_examples(workdir: pathlib.Path, corpus, rows: list[dict]) -> None:
+    """The waveforms that the report shows: of the surest right and wrong answers."""
+    wanted = {row["id"] for kind in report.surest(rows, 4).values() for row in kind}
+    waves = {r["id"]: corpus.read(i).astype(np.float32) / 32767 for i, r in enumerate(corpus.rows) if r["id"] in wanted}
+    with files.replacing(workdir / "examples.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, sample_rate_hz=corpus.sample_rate_hz, **waves)
+
+
+def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict]:
+    """Runs each of `config.sweep`'s named overrides in a folder of its own and sets them side by side."""
+    runs = []
+    for name, overrides in config.sweep.items():
+        one = config.copy_and_resolve_references()
+        one.unlock()
+        one.sweep = ml_collections.ConfigDict()
+        one.lock()
+        one.update(overrides)
+        one.split.file = str(workdir / "split.json")  # one split for all
+        done = workdir / name / "metrics.json"
+        logging.info("sweep: %s", name)
+        if not done.exists():
+            train(one, workdir / name)
+        runs.append(report.compare_row(workdir / name, name.replace("_", " ").capitalize()))
+    report.compare(runs, workdir / "report.html", "Four configurations", report.CNN_PAPER)
+    files.write_text(workdir / "table.json", json.dumps([{k: r[k] for k in ("name", "metrics", "trivial")} for r in runs], indent=1))
+    return runs
+
+
+def _log_to(workdir: pathlib.Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    handler = std_logging.FileHandler(workdir / "train.log")
+    handler.setFormatter(logging.PythonFormatter())
+    logging.get_absl_logger().addHandler(handler)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected {argv[1:]}")
+    logging.set_verbosity(logging.INFO)
+    workdir = pathlib.Path(FLAGS.workdir)
+    _log_to(workdir)
+    if len(CONFIG.value.sweep):
+        sweep(CONFIG.value, workdir)
+        print(f"wrote {workdir}/report.html and table.json")
+        return
+    results = train(CONFIG.value, workdir, FLAGS.dry_run)
+    if not FLAGS.dry_run:
+        print(evaluate.summary(results["test"]))
+        print(f"wrote {workdir}: metrics.json, predictions.csv, report.html, checkpoints/")
+
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file below configs/; --config.a.b=v overrides.")
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The run's folder; a run that was stopped there is resumed.", required=True)
+    flags.DEFINE_bool("dry_run", False, "Compile, print sizes and costs, and stop.")
+    flags.mark_flag_as_required("config")
+    files.run(main)

@@ -1,0 +1,424 @@
+"""report.html: its numbers, that it stands alone, its errors, and that a browser really draws it."""
+
+import csv
+import functools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from pcgjax import metrics, report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+RATE = 1000
+
+
+def beats(seconds, murmur, rng):
+    """S1 and S2 bursts at 70 a minute, with noise in systole where there is a murmur."""
+    t = np.arange(int(seconds * RATE)) / RATE
+    sound = 0.02 * rng.normal(size=len(t))
+    for start in np.arange(0.1, seconds, 60 / 70):
+        for offset, hz, width in ((0, 45, 0.03), (0.32, 65, 0.03)):
+            sound += np.exp(-(((t - start - offset) / width) ** 2)) * np.sin(2 * np.pi * hz * t)
+        sound += 0.3 * murmur * np.exp(-(((t - start - 0.16) / 0.06) ** 2)) * rng.normal(size=len(t))
+    return sound.astype(np.float32)
+
+
+def make_run(workdir, seed=0, databases=("cinc2016-a", "cinc2016-b"), words=("Normal", "MVP"), mark=""):
+    """A finished run of 80 test and 20 validation recordings, in the files that train leaves."""
+    rng = np.random.default_rng(seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(100):
+        split = "test" if i < 80 else "validation"
+        k = int(rng.integers(len(databases)))
+        label = int(rng.random() < (0.7, 0.25)[k % 2])
+        probability = round(float(1 / (1 + np.exp(-2 * (label - 0.5) - rng.normal()))), 4)
+        rows.append({
+            "id": f"{mark}r{i:03d}", "person": f"{split[0]}{rng.integers(30)}{mark}", "database": databases[k],
+            "class": words[label], "label": label, "probability": probability, "decision": int(probability >= 0.5),
+            "split": split, "path": f"/data/{i}.wav",
+        })  # fmt: skip
+    with (workdir / "predictions.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, report.PREDICTION_FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+    def judged(split):
+        own = [row for row in rows if row["split"] == split]
+        column = {key: [row[key] for row in own] for key in report.PREDICTION_FIELDS}
+        return metrics.judge(column["label"], column["probability"], column["person"], column["database"],
+                             column["class"], resamples=100)  # fmt: skip
+
+    results = {
+        "test": judged("test"),
+        "validation": judged("validation"),
+        "control": {"shuffled_labels_auc": 0.4871, "what": f"trained on shuffled labels {mark}"},
+        "system": {"jax": "0.10.2", "device": "cpu", "wall_s": 12.5, "command": f"python -m pcgjax.train {mark}"},
+        "split": {"kind": "person", "people_apart": True, "notes": [f"Database a has tape codes only. {mark}"]},
+        "data": {"recordings": 400, "prepared": f"runs/prepared{mark}"},
+    }
+    (workdir / "metrics.json").write_text(json.dumps(results))
+    (workdir / "config.json").write_text(json.dumps({"seed": 0, "train": {"epochs": 5}, "note": f"{mark}"}))
+    with (workdir / "metrics.jsonl").open("w") as file:
+        for step in range(1, 151):
+            line = {"step": step, "split": "train", "loss": 0.3 + 0.4 * np.exp(-step / 40), "epoch": step // 30}
+            file.write(json.dumps(line) + "\n")
+            if step % 30 == 0:
+                line = {"step": step, "split": "validation", "loss": 0.4 + 0.3 * np.exp(-step / 40)}
+                file.write(json.dumps({**line, "auc": 0.6 + step / 1000}) + "\n")
+    chosen = report.surest([row for row in rows if row["split"] == "test"], 1)
+    waveforms = {row["id"]: beats(7, row["label"], rng) for row in chosen["right"] + chosen["wrong"]}
+    np.savez(workdir / "examples.npz", sample_rate_hz=RATE, **waveforms)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = make_run(tmp_path_factory.mktemp("runs") / "cnn")
+    assert report.write(workdir) == workdir / "report.html"
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def judgement(run):
+    return json.loads((run / "metrics.json").read_text())["test"]
+
+
+def cells(page, first):
+    """The cells of the table row that begins with the heading `first`, tags taken out."""
+    row = re.search(rf'<tr><th scope="row">(?:<b>)?{re.escape(first)}(?:</b>)?</th>(.*?)</tr>', page, re.S)
+    assert row, f"no row {first}"
+    return [re.sub("<.*?>", " ", cell).split() for cell in re.findall("<td.*?>(.*?)</td>", row[1], re.S)]
+
+
+def links(page):
+    return re.findall(r'(?:src|href)="([^"]*)"', page)
+
+
+# --- the page of a run
+
+
+@pytest.mark.parametrize("metric", ["auc", "mean_accuracy", "f1", "accuracy", "sensitivity", "specificity", "auprc"])
+def test_headline_shows_value_and_interval(page, judgement, metric):
+    s = judgement["overall"][metric]
+    cards = re.findall(r'<h3>([^<]*)</h3><p class="big">(.*?)</p>.*?interval (.*?)</p>', page)
+    want = (report.WORDS[metric], f"{s['value']:.3f}", f"{s['low']:.3f}–{s['high']:.3f}")
+    assert cards.count(want) == 1
+
+
+def test_mean_database_auc_comes_first(page, judgement):
+    first = re.findall(r'<h3>(.*?)</h3><p class="big">(.*?)</p>', page)[0]
+    assert first == ("Mean AUC over databases", f"{judgement['mean_database_auc']['value']:.3f}")
+
+
+def test_tables_show_the_values(page, judgement):
+    auc = cells(page, "AUC")
+    s, trivial = judgement["overall"]["auc"], judgement["trivial"]
+    assert auc[0] == [f"{s['value']:.3f}", f"{s['low']:.3f}–{s['high']:.3f}"]
+    assert [c[0] for c in auc[2:]] == [
+        f"{trivial[k]['auc']:.3f}" for k in ("all_abnormal", "all_normal", "majority", "database_prior")
+    ]
+    assert cells(page, "Precision")[3] == ["n/a"]  # always normal: undefined, not 0
+    for database, scores in judgement["per_database"].items():
+        row = cells(page, database)
+        assert [int(c[0]) for c in row[:3]] == [scores[k] for k in ("recordings", "people", "positives")]
+        assert row[3][0] == f"{scores['auc']['value']:.3f}"
+    for word, scores in judgement["per_class"].items():
+        found = [cells(part, word) for part in page.split('<th scope="col">Called abnormal')[1:]]
+        assert found[0][0] == [str(scores["recordings"])]
+        assert found[0][1] == [f"{scores['mean_probability']:.3f}"]
+
+
+def test_confusion_matrix_holds_the_counts(page, judgement):
+    (table,) = re.findall(r'<table class="confusion">.*?</table>', page, re.S)
+    shown = [int(n) for n in re.findall("<b>(.*?)</b>", table)]
+    assert shown == [judgement["counts"][k] for k in ("tn", "fp", "fn", "tp")]
+
+
+def test_figures_are_there_with_alternative_text(page, judgement):
+    alts = re.findall(r'<svg viewBox="[^"]*" role="img" aria-label="([^"]+)"', page)
+    assert len(alts) == 7  # ROC, PR, reliability, losses, databases, and two examples
+    assert any(f"AUC {judgement['overall']['auc']['value']:.3f}" in alt for alt in alts)
+    assert sum(alt.startswith("Waveform and spectrogram") for alt in alts) == 2
+    # Colours of figures are the theme's: nothing drawn in the light theme's ink stays in the dark one.
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    assert "var(--ink)" in drawn
+    assert not re.search("#1b2430|#000000", drawn)
+
+
+def test_ids_of_figures_do_not_collide(page):
+    ids = re.findall(r'\sid="([^"]*)"', page)
+    assert len(set(ids)) == len(ids)
+    assert {link[1:] for link in links(page) if link.startswith("#")} <= set(ids)
+    assert set(re.findall(r"url\(#(.*?)\)", page)) <= set(ids)
+
+
+def test_page_stands_alone(page):
+    assert "http" not in page.replace("http-equiv", "")
+    assert links(page)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links(page))
+    assert "<script" not in page
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_page_says_what_it_rests_on(page, run):
+    assert "Judged on people not heard" in page
+    assert "Database a has tape codes only." in page
+    assert "<pre>python -m pcgjax.train </pre>" in page
+    assert "&quot;epochs&quot;: 5" in page
+    assert "0.4871" in page
+    for word in ("probability of abnormal", "Right, and sure of it", "Wrong, and sure of it"):
+        assert word in page
+
+
+def test_drawing_again_gives_the_same_file(run, page, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "cnn")
+    report.write(copy)
+    assert (copy / "report.html").read_text(encoding="utf-8") == page
+    assert not list(copy.glob("*.part"))
+
+
+def test_shared_people_are_told(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "cnn")
+    text = (copy / "predictions.csv").read_text().splitlines()
+    row = next(csv.DictReader([text[0], text[1]]))
+    text[-1] = ",".join({**row, "id": "again", "split": "validation"}.values())
+    (copy / "predictions.csv").write_text("\n".join(text) + "\n")
+    (copy / "examples.npz").unlink()
+    page = report.write(copy).read_text()
+    assert "1 person is both in validation and in test" in page
+    assert "Judged on people not heard" not in page
+
+
+def test_everything_from_data_is_escaped(tmp_path):
+    nasty = "<script>alert(1)</script>&\"'$x_1$"
+    workdir = make_run(tmp_path / "nasty", databases=(nasty, "b"), words=("normal", nasty), mark=nasty)
+    page = report.write(workdir).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in page
+    figures = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    assert "$x_1$" in figures  # a name is never read as mathematics
+
+
+def test_only_metrics_are_needed(run, tmp_path):
+    results = json.loads((run / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps({"test": results["test"]}))
+    page = report.write(tmp_path).read_text()
+    for sentence in ("predictions.csv has no test rows", "no metrics.jsonl", "no examples.npz", "no config.json"):
+        assert sentence in page
+    assert "does not say whether people of the test set" in page
+
+
+def test_one_class_only(tmp_path):
+    labels, p = np.zeros(12, int), np.linspace(0, 0.9, 12)
+    test = metrics.judge(labels, p, [str(i) for i in range(12)], ["a"] * 12, ["normal"] * 12, resamples=20)
+    (tmp_path / "metrics.json").write_text(json.dumps({"test": test}))
+    page = report.write(tmp_path).read_text()
+    assert re.search(r'<h3>AUC</h3><p class="big">n/a</p>', page)
+    assert "one class only" in page
+
+
+def test_scores_of_another_task(tmp_path):
+    test = {"onset_f1": {"value": 0.971, "low": 0.96, "high": 0.98}, "frame_accuracy": 0.917}
+    (tmp_path / "metrics.json").write_text(json.dumps({"test": test}))
+    page = report.write(tmp_path).read_text()
+    assert '<h3>onset f1</h3><p class="big">0.971</p>' in page
+    assert cells(page, "frame accuracy") == [["0.917"]]
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.json", None, r"metrics\.json: no such file.*pcgjax\.train"),
+        ("metrics.json", '{"test":\n {"a": 1', r"metrics\.json, line 2: not JSON"),
+        ("metrics.json", '{"validation": {}}', r"metrics\.json: no object `test`"),
+        ("config.json", "[1]", r"config\.json: need a JSON object, found list"),
+        ("metrics.jsonl", '{"step": 1, "split": "train"}\n{"step": 2, "sp', r"\.jsonl, line 2: not JSON.*delete"),
+        ("metrics.jsonl", '{"step": 1, "split": "dev"}\n', r"metrics\.jsonl, line 1: need .*validation"),
+        ("predictions.csv", "id,label\na,1\n", r"predictions\.csv, line 1: no column person, database"),
+        ("predictions.csv", "{head}\na,p,d,c,1,1.5,1,test,x\n", r"predictions\.csv, line 2, probability.*'1\.5'"),
+        ("predictions.csv", "{head}\na,p,d,c,-1,0.5,1,test,x\n", r"predictions\.csv, line 2, label.*'-1'"),
+        ("predictions.csv", "{head}\na,p,d,c,1\n", r"predictions\.csv, line 2: not 9 columns"),
+        ("predictions.csv", "{head}\na,p,d,c,1,0.5,1,test,x\n", r"1 test rows.*judges 80.*evaluate again"),
+        ("examples.npz", "not a zip", r"examples\.npz: not a readable \.npz.*delete"),
+    ],
+)
+def test_damage_is_named_with_file_line_and_fix(run, tmp_path, name, text, message):
+    copy = shutil.copytree(run, tmp_path / "cnn")
+    (copy / "report.html").unlink()
+    if text is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_text(text.replace("{head}", ",".join(report.PREDICTION_FIELDS)))
+    with pytest.raises(ValueError, match=message):
+        report.write(copy)
+    assert not list(copy.glob("report.html*"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"r000": np.zeros(9)}, "sample_rate_hz: need one positive number"),
+        ({"sample_rate_hz": 1000, "stranger": np.zeros(9)}, "'stranger' is not in predictions"),
+        ({"sample_rate_hz": 1000, "r000": np.full(9, np.nan)}, "r000: need"),
+    ],
+)
+def test_bad_examples_are_named(run, tmp_path, arrays, message):
+    copy = shutil.copytree(run, tmp_path / "cnn")
+    np.savez(copy / "examples.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        report.write(copy)
+
+
+# --- the examples
+
+
+def row(name, person, label, probability):
+    return {"id": name, "person": person, "database": "d", "label": label, "probability": probability,
+            "decision": int(float(probability) >= 0.5)}  # fmt: skip
+
+
+def test_surest():
+    rows = [row("a", "1", 1, 0.9), row("b", "2", 1, 0.99), row("c", "2", 1, 0.98), row("d", "3", 0, 0.1),
+            row("e", "4", 0, 0.3), row("f", "5", 0, 0.8), row("g", "6", 1, 0.4)]  # fmt: skip
+    names = {k: [r["id"] for r in v] for k, v in report.surest(rows, 3).items()}
+    # abnormal and normal in turns, surest first; c is a second recording of b's person
+    assert names == {"right": ["b", "d", "a"], "wrong": ["g", "f"]}
+    assert [r["id"] for r in report.surest(rows, 9)["right"]] == ["b", "d", "a", "e"]
+    as_text = [{k: str(v) for k, v in r.items()} for r in rows]
+    assert [r["id"] for r in report.surest(as_text, 3)["right"]] == ["b", "d", "a"]
+    assert report.surest([], 3) == {"right": [], "wrong": []}
+
+
+# --- comparisons
+
+
+@pytest.fixture(scope="module")
+def comparison(run, tmp_path_factory):
+    base = tmp_path_factory.mktemp("sweep")
+    other = make_run(base / "other", seed=1)
+    rows = [report.compare_row(run, "Filter"), report.compare_row(other, "Filter + <Noise>")]
+    return rows, report.compare(rows, base / "page.html", "Four & more", report.CNN_PAPER).read_text()
+
+
+def test_comparison_shows_runs_beside_the_paper(comparison):
+    rows, page = comparison
+    for row, name in zip(rows, ("Filter", "Filter + &lt;Noise&gt;"), strict=True):
+        columns = (*report.PAPER_METRICS, "mean_accuracy", "mean_database_auc")
+        assert [c[0] for c in cells(page, name)] == [f"{row['metrics'][m]['value']:.3f}" for m in columns]
+    paper = cells(page, '<span class="muted">the paper</span>')
+    assert [c[0] for c in paper[:5]] == ["0.9734", "0.9993", "1.0000", "0.9470", "0.9728"]
+    assert page.count(">the paper<") >= 2  # in the figure's legend and in the table, of the one run it has
+    assert "301 recordings" in page
+    assert "probably contaminated" in page
+    assert "their trivial answers differ" in page
+    assert "Four &amp; more" in page
+    assert re.search("Training loss over steps. Filter ends at 0.3", page)
+    assert re.search("Validation loss over steps. Filter ends at 0.4", page)
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_comparison_without_paper_or_history(comparison, tmp_path):
+    rows, _ = comparison
+    rows = [{**rows[0], "history": tmp_path / "none.jsonl"}, {"name": "bare", "metrics": {"auc": {"value": 0.75}}}]
+    page = report.compare(rows, tmp_path / "page.html", "t").read_text()
+    assert "metrics.jsonl is missing: Filter, bare" in page
+    assert cells(page, "bare")[1] == ["0.750"]
+    assert cells(page, "bare")[0] == ["n/a"]
+    assert "paper" not in page.split("<body>")[1].lower()
+
+
+def test_comparison_refuses_bad_rows(tmp_path):
+    good = {"name": "a", "metrics": {}}
+    refused: dict[str, list] = {
+        "nothing": [], r"rows\[0\]: no field 'metrics'": [{"name": "a"}], "one name": [good, good]
+    }  # fmt: skip
+    for message, rows in refused.items():
+        with pytest.raises(ValueError, match=message):
+            report.compare(rows, tmp_path / "page.html", "t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line(run, tmp_path, capsys):
+    a, b = (shutil.copytree(run, tmp_path / name / "cnn") for name in "ab")
+    assert report._main([str(a), str(b)], None) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "comparison.html")
+    page = (tmp_path / "a" / "comparison.html").read_text()
+    assert f"<b>{b}</b>" in page  # two runs called cnn are told apart by their paths
+    assert report._main([], None) == 1
+    assert "RUN" in capsys.readouterr().err
+    assert report._main([str(tmp_path / "none")], None) == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_command_line_as_a_user_runs_it(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "cnn")
+    (copy / "report.html").unlink()
+    call = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    done = call([sys.executable, "-m", "pcgjax.report", str(copy)], cwd=pathlib.Path(report.__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert (copy / "report.html").is_file()
+
+
+# --- in a browser
+
+PROBE = """<script>(async () => {
+  const say = (key, value) => document.body.setAttribute("data-" + key, value);
+  console.error("probe is heard");
+  const figures = [...document.querySelectorAll("figure svg")];
+  say("figures", figures.length);
+  say("empty", figures.filter(f => f.getBBox().width < 50 || f.getBoundingClientRect().width < 100).length);
+  say("wide", document.documentElement.scrollWidth - document.documentElement.clientWidth);
+  const images = [...document.querySelectorAll("svg image")].map(i => {
+    const image = new Image(); image.src = i.getAttribute("xlink:href") || i.href.baseVal; return image; });
+  await Promise.all(images.map(i => i.decode()));
+  say("images", images.filter(i => i.naturalWidth > 20 && i.naturalHeight > 20).length);
+})()</script>"""
+
+
+def chromium(tmp_path, url, *flags):
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+             "--disable-component-update", "--no-first-run", "--enable-logging=stderr", "--virtual-time-budget=4000",
+             f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+    command = [str(CHROMIUM), *quiet, *flags, url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+def test_a_browser_draws_the_figures(run, page, tmp_path):
+    shot = tmp_path / "page.png"
+    _, console = chromium(tmp_path, (run / "report.html").as_uri(), "--window-size=1200,3000", f"--screenshot={shot}")
+    assert console == []
+    pixels = image.imread(shot)[..., :3]
+    assert pixels.shape == (3000, 1200, 3)
+    # The confusion matrix, curves and spectrograms bring colour: far from all pixels are grey or white.
+    colourful = np.ptp(pixels, axis=-1) > 0.2
+    assert colourful.sum() > 20_000
+    assert colourful.any(axis=1).sum() > 500
+
+    # The page forbids scripts, so a copy without that rule is asked what it holds.
+    probed = tmp_path / "probed.html"
+    probed.write_text(re.sub("<meta http-equiv.*?>", "", page).replace("</body>", PROBE + "</body>"))
+    dom, console = chromium(tmp_path, probed.as_uri(), "--window-size=1200,3000", "--dump-dom")
+    assert len(console) == 1  # what goes wrong on a page is heard here
+    assert "probe is heard" in console[0]
+    told = dict(re.findall(r'data-(\w+)="(-?\d+)"', dom))
+    assert told == {"figures": "7", "empty": "0", "wide": "0", "images": "2"}
