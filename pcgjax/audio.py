@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import struct
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -15,34 +16,25 @@ class AudioError(ValueError):
     """An audio file that cannot be used; the message begins with a short kind, as in `truncated: ...`."""
 
 
+class _Wav(NamedTuple):
+    """What a RIFF file's chunks say."""
+
+    encoding: int  # 1: integer PCM
+    channels: int
+    rate_hz: int
+    bits: int
+    begin: int  # of the samples, in bytes
+    size: int  # of the samples as the header declares it; -1 where a recorder that streams left it open
+
+
 def header(path: str | pathlib.Path) -> tuple[int, int, int]:
     """Returns (rate_hz, frames, channels) from the file's header.
 
     Raises:
       AudioError: `missing`, `empty`, `not audio` or `truncated`.
     """
-    import soundfile
-
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise AudioError("missing: no such file")
-    if path.stat().st_size == 0:
-        raise AudioError("empty: the file has no bytes")
-    try:
-        info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless format, such as .raw
-        raise AudioError(f"not audio: {getattr(error, 'error_string', error)}") from None
-    declared = _declared_wav_bytes(path)
-    if declared is not None and declared[0] > declared[1]:
-        raise AudioError(f"truncated: the header declares {declared[0]} bytes of samples, there are {declared[1]}")
-    if info.frames == 0:
-        raise AudioError("empty: the file holds no samples")
-    if info.frames > path.stat().st_size * MOST_SAMPLES_A_BYTE:  # would ask for the memory before reading
-        raise AudioError(
-            f"truncated: the header declares {info.frames} samples, more than {path.stat().st_size} bytes can hold"
-            " (a FLAC written to a pipe declares no length: encode it again)"
-        )
-    return int(info.samplerate), int(info.frames), int(info.channels)
+    with _opened(path) as file:
+        return _header(file, _wav(file))
 
 
 def read(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
@@ -52,16 +44,15 @@ def read(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
     Raises:
       AudioError: as `header`, and `not finite`, `silent`, `too short`.
     """
-    import soundfile
-
-    rate_hz, frames, channels = header(path)
-    try:
-        samples, _ = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"truncated: {error.error_string}") from None
-    if len(samples) < frames:
-        raise AudioError(f"truncated: the header declares {frames} samples, {len(samples)} could be read")
-    samples = np.ascontiguousarray(samples[:, 0])
+    with _opened(path) as file:
+        wav = _wav(file)
+        rate_hz, frames, channels = _header(file, wav)
+        if _plain(wav):
+            # What nearly all heart sounds are: libsndfile would take longer to open the file than this to read it.
+            file.seek(wav.begin)
+            samples = np.frombuffer(file.read(2 * frames * channels), "<i2")[::channels] * np.float32(1 / 32768)
+        else:
+            samples = _decode(file, frames)
     if not np.isfinite(samples).all():
         raise AudioError(f"not finite: {np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
     if np.ptp(samples) == 0:
@@ -71,16 +62,70 @@ def read(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
     return samples, rate_hz, channels
 
 
-def _declared_wav_bytes(path: pathlib.Path) -> tuple[int, int] | None:
-    """(declared, present) bytes of a RIFF file's data chunk: libsndfile reads a cut file without a word."""
-    with path.open("rb") as file:
-        if file.read(4) != b"RIFF":
-            return None
-        file.seek(12)
-        while len(chunk := file.read(8)) == 8:
-            name, size = struct.unpack("<4sI", chunk)
-            if name == b"data":
-                # Recorders that stream leave 0 or 2^32-1 here: the size is then unknown, not wrong.
-                return None if size in (0, 0xFFFFFFFF) else (size, path.stat().st_size - file.tell())
+def _opened(path: str | pathlib.Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except (FileNotFoundError, IsADirectoryError):
+        raise AudioError("missing: no such file") from None
+
+
+def _plain(wav: _Wav | None) -> TypeGuard[_Wav]:
+    return wav is not None and wav.encoding == 1 and wav.bits == 16 and wav.channels > 0 and wav.size >= 0
+
+
+def _wav(file: BinaryIO) -> _Wav | None:
+    """The chunks of a RIFF file; None for any other file."""
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    encoding = channels = rate_hz = bits = 0
+    while len(chunk := file.read(8)) == 8:
+        name, size = struct.unpack("<4sI", chunk)
+        if name == b"data":
+            return _Wav(encoding, channels, rate_hz, bits, file.tell(), -1 if size in (0, 0xFFFFFFFF) else size)
+        body = file.read(size + size % 2) if size < 65536 else b""
+        if name == b"fmt " and len(body) >= 16:
+            encoding, channels, rate_hz, _, _, bits = struct.unpack("<HHIIHH", body[:16])
+        elif not body:
             file.seek(size + size % 2, 1)
     return None
+
+
+def _header(file: BinaryIO, wav: _Wav | None) -> tuple[int, int, int]:
+    import soundfile
+
+    length = file.seek(0, 2)
+    if length == 0:
+        raise AudioError("empty: the file has no bytes")
+    if wav and wav.size > length - wav.begin:  # libsndfile reads a cut file without a word
+        raise AudioError(f"truncated: the header declares {wav.size} bytes of samples, there are {length - wav.begin}")
+    if _plain(wav):
+        rate_hz, frames, channels = wav.rate_hz, wav.size // (2 * wav.channels), wav.channels
+    else:
+        try:
+            info = soundfile.info(file.name)
+        except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless format, such as .raw
+            raise AudioError(f"not audio: {getattr(error, 'error_string', error)}") from None
+        rate_hz, frames, channels = int(info.samplerate), int(info.frames), int(info.channels)
+    if frames == 0:
+        raise AudioError("empty: the file holds no samples")
+    if rate_hz <= 0:
+        raise AudioError("not audio: the header declares a rate of 0 Hz")
+    if frames > length * MOST_SAMPLES_A_BYTE:  # would ask for the memory before reading
+        raise AudioError(
+            f"truncated: the header declares {frames} samples, more than {length} bytes can hold"
+            " (a FLAC written to a pipe declares no length: encode it again)"
+        )
+    return rate_hz, frames, channels
+
+
+def _decode(file: BinaryIO, frames: int) -> np.ndarray:
+    import soundfile
+
+    try:
+        samples, _ = soundfile.read(file.name, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"truncated: {error.error_string}") from None
+    if len(samples) < frames:
+        raise AudioError(f"truncated: the header declares {frames} samples, {len(samples)} could be read")
+    return np.ascontiguousarray(samples[:, 0])

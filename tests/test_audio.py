@@ -105,9 +105,9 @@ def as_samples(samples: np.ndarray, rate_hz: int = 4000, subtype: str = "PCM_16"
     return make
 
 
-def renamed(name: str) -> Callable[[pathlib.Path], pathlib.Path]:
+def renamed(name: str, change: Callable[[bytes], bytes] = lambda whole: whole) -> Callable[[pathlib.Path], pathlib.Path]:
     def make(folder: pathlib.Path) -> pathlib.Path:
-        return as_bytes(lambda whole: whole)(folder).rename(folder / name)
+        return as_bytes(change)(folder).rename(folder / name)
 
     return make
 
@@ -139,7 +139,7 @@ DAMAGED_HEADER = {
     "zeros": (as_bytes(lambda whole: bytes(len(whole))), "not audio: "),
     "no rate": (as_bytes(lambda whole: whole[:24] + bytes(4) + whole[28:]), "not audio: "),
     "no channels": (as_bytes(lambda whole: whole[:22] + bytes(2) + whole[24:]), "not audio: "),
-    "no header": (renamed("a.raw"), "not audio: "),
+    "no header": (renamed("a.raw", lambda whole: whole[44:]), "not audio: "),
 }
 # What only the samples show.
 DAMAGED_SAMPLES = {

@@ -539,7 +539,7 @@ def load(source: str | pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     if not source.exists() or (source.is_dir() and not any(source.iterdir())):
         from absl import logging
 
-        logging.info("%s holds no corpus: writing the default one (about half a minute)", source)
+        logging.info("%s holds no corpus: writing the default one", source)
         write(source)
     settings = source / "synthetic.json"
     if not settings.is_file():
