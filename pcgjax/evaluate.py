@@ -50,7 +50,9 @@ def make_predict(
     def forward(params, rest, batch, capacity, i):
         model = nnx.merge(graphdef, params, rest)
         keys = jax.random.split(jax.random.fold_in(key, i), batch["ids"].shape[0])
-        log_p, log_q = jax.vmap(lambda b, k: task.forward(model, b, capacity, k))(constrain(batch), keys)
+        log_p, log_q = input_pipeline.each_group(
+            lambda b, k: task.forward(model, b, capacity, k), constrain(batch), keys
+        )
         return jnp.stack([log_p, log_q], axis=-1)
 
     if resident is not None:

@@ -74,9 +74,9 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         windows = geometry.windows(lengths)[recording]
         real = j < ends[-1]
         if geometry.shared:
-            logits = model.half_overlapping(cut).reshape(-1)
-            mask = (real[:, None] & (2 * nth[:, None] + jnp.arange(2) < windows[:, None])).reshape(-1)
-            recording = jnp.repeat(recording, 2)
+            logits = model.half_overlapping(cut)
+            mask = jnp.concatenate([real & (2 * nth < windows), (real & (2 * nth + 1 < windows))[:-1]])
+            recording = jnp.concatenate([recording, recording[:-1]])
         else:
             logits, mask = model(cut), real & (nth < windows)
         log_p, log_q, _ = recording_log_probabilities(logits, recording, mask, len(lengths))

@@ -81,7 +81,7 @@ def make_step(task: tasks.Task, update: optax.GradientTransformation, graphdef: 
 
         def mean_loss(params):
             model = nnx.merge(graphdef, params, state.rest)
-            log_p, log_q = jax.vmap(lambda b, k: task.forward(model, b, capacity, k))(batch, keys)
+            log_p, log_q = input_pipeline.each_group(lambda b, k: task.forward(model, b, capacity, k), batch, keys)
             y = batch["labels"]
             loss = -((y * log_p + (1 - y) * log_q) * used).sum()
             correct = (((log_p > log_q) == (y > 0)) & used).sum()

@@ -44,9 +44,9 @@ class CNN1D(nnx.Module):
         """Windows (B, T) -> logits (B,)."""
         h = x_BxT[..., None]
         for kernel, bias in ((self.kernel1, self.bias1), (self.kernel2, self.bias2)):
-            length = _pooled(h.shape[1], self.kernel_size)
-            even, odd = _conv_pairs(h, kernel[...])
-            h = jax.nn.relu(jnp.maximum(even, odd)[:, :length] + bias[...])
+            batch, length, _ = h.shape
+            pooled = jnp.maximum(*_conv_pairs(h, kernel[...])).reshape(batch, length // 2, -1)
+            h = jax.nn.relu(pooled[:, : _pooled(length, self.kernel_size)] + bias[...])
         return self._head(h)
 
     def half_overlapping(self, x_JxT: jax.Array) -> jax.Array:
@@ -57,24 +57,21 @@ class CNN1D(nnx.Module):
 
         Args:
           x_JxT: (J, T) rows; T a multiple of 4.
-        Returns: (J, 2): of row j's own window, and of the one from its middle into row j + 1 (the last means nothing).
+        Returns: (2 J - 1,): of the J rows themselves, then of the J - 1 windows from the middle of one into the next.
         """
         rows, window = x_JxT.shape
         if window % 4:
             raise ValueError(f"half-overlapping windows need a multiple of 4 samples, not {window}")
         quarter = window // 4
-        h = _conv_pairs(x_JxT.reshape(1, -1, 1), self.kernel1[...])
-        h = jax.nn.relu(jnp.maximum(*h) + self.bias1[...])
-        even, odd = (y[0] for y in _conv_pairs(h, self.kernel2[...]))
+        h = jax.nn.relu(jnp.maximum(*_conv_pairs(x_JxT.reshape(1, -1, 1), self.kernel1[...])) + self.bias1[...])
+        even, odd = _conv_pairs(h[None], self.kernel2[...])
         # In samples of the first pooling, a row is T/2 long and the window from its middle starts at T/4, which may be
         # odd: then its pooling pairs an odd sample with the even one after it.
-        if quarter % 2:
-            late = jnp.maximum(odd, jnp.roll(even, -1, axis=0))
-        else:
-            late = jnp.maximum(even, odd)
-        late = jnp.roll(late, -(quarter // 2), axis=0)
-        rows_of = lambda y: jax.nn.relu(y.reshape(rows, quarter, -1)[:, : self.pooled] + self.bias2[...])
-        return jnp.stack([self._head(rows_of(jnp.maximum(even, odd))), self._head(rows_of(late))], axis=1)
+        begin, count = quarter // 2, quarter * (rows - 1)
+        first, second = (odd, even[1:]) if quarter % 2 else (even, odd)
+        late = jnp.maximum(first[begin : begin + count], second[begin : begin + count])
+        pooled = [y.reshape(-1, quarter, y.shape[-1])[:, : self.pooled] for y in (jnp.maximum(even, odd), late)]
+        return self._head(jax.nn.relu(jnp.concatenate(pooled) + self.bias2[...]))
 
     def _head(self, h_BxTxC: jax.Array) -> jax.Array:
         return self.output(jax.nn.relu(self.hidden(h_BxTxC.reshape(len(h_BxTxC), -1))))[:, 0]
@@ -94,17 +91,19 @@ def _pooled(length: int, kernel_size: int) -> int:
 
 
 def _conv_pairs(x_BxTxC: jax.Array, kernel_KxCxF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The convolution's outputs at even and at odd positions, (B, T // 2, F) each, zeros assumed after the end.
+    """The convolution's outputs at even and at odd positions, (B (T // 2), F) each, zeros assumed after the end.
 
     One product of (K + 1)-sample patches with the kernel written twice, one sample apart: two outputs a row keep the
-    matrices wide, and pooling becomes the maximum of two arrays instead of a reduce-window.
+    matrices wide, and pooling becomes the maximum of two arrays instead of a reduce-window. The product is of plain
+    matrices: with a batch axis, even of size 1, XLA's CPU code for the gradients takes nearly twice as long.
     """
     size, channels, features = kernel_KxCxF.shape
     batch, length, _ = x_BxTxC.shape
     count, reach = length // 2, (size + 1) // 2
-    pairs = jnp.pad(x_BxTxC[:, : 2 * count].reshape(batch, count, 2 * channels), ((0, 0), (0, reach - 1), (0, 0)))
-    patches = jnp.concatenate([pairs[:, i : i + count] for i in range(reach)], axis=-1)
+    pairs = x_BxTxC[:, : 2 * count].reshape(batch, count, 2 * channels)
+    pairs = jnp.pad(pairs, ((0, 0), (0, reach - 1), (0, 0)))
+    patches = jnp.concatenate([pairs[:, i : i + count] for i in range(reach)], axis=-1).reshape(batch * count, -1)
     early = jnp.pad(kernel_KxCxF, ((0, 1), (0, 0), (0, 0))).reshape(-1, features)
     late = jnp.pad(kernel_KxCxF, ((1, 0), (0, 0), (0, 0))).reshape(-1, features)
     out = patches @ jnp.concatenate([early, late], axis=1)
-    return out[..., :features], out[..., features:]
+    return out[:, :features], out[:, features:]
