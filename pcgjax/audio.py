@@ -44,18 +44,25 @@ def read(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
     Raises:
       AudioError: as `header`, and `not finite`, `silent`, `too short`.
     """
+    samples, rate_hz, channels = read_steps(path)
+    return samples * np.float32(1 / 32768), rate_hz, channels
+
+
+def read_steps(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
+    """As `read`, with full scale at 32768: int16 where the file holds 16-bit integers, else float32."""
     with _opened(path) as file:
         wav = _wav(file)
         rate_hz, frames, channels = _header(file, wav)
         if _plain(wav):
             # What nearly all heart sounds are: libsndfile would take longer to open the file than this to read it.
             file.seek(wav.begin)
-            samples = np.frombuffer(file.read(2 * frames * channels), "<i2")[::channels] * np.float32(1 / 32768)
+            samples = np.frombuffer(file.read(2 * frames * channels), "<i2")[::channels]
         else:
             samples = _decode(file, frames)
-    if not np.isfinite(samples).all():
-        raise AudioError(f"not finite: {np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
-    if np.ptp(samples) == 0:
+            if not np.isfinite(samples).all():
+                raise AudioError(f"not finite: {np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
+            samples *= np.float32(32768)
+    if samples.min() == samples.max():
         raise AudioError("silent: every sample has the same value")
     if len(samples) < SHORTEST_S * rate_hz:
         raise AudioError(f"too short: {len(samples) / rate_hz:.3f} s, at least {SHORTEST_S} s is needed")

@@ -42,7 +42,7 @@ def make_predict(
 ) -> Callable[[Any, Any], np.ndarray]:
     """A function (params, rest) -> log p and log (1 - p), (n, 2) float32, of the recordings `indices`, in their order.
 
-    With `resident` (from `input_pipeline.to_device`) it is one compiled program; otherwise batches are streamed.
+    `resident`: the whole corpus on the device, from `input_pipeline.block`; None to stream it.
     """
     labels = np.zeros(len(corpus.rows), np.float32)
     plan = input_pipeline.evaluation_plan(indices, corpus.lengths, task.geometry, batch, devices)
@@ -55,29 +55,24 @@ def make_predict(
         )
         return jnp.stack([log_p, log_q], axis=-1)
 
-    if resident is not None:
+    @jax.jit
+    def run(params, rest, data, ids, capacity, steps, done):
+        def body(out, batch, size, i):
+            place = jnp.where(batch["ids"] >= 0, batch["ids"], len(out))
+            return out.at[place].set(forward(params, rest, batch, size, done + i), mode="drop")
 
-        @jax.jit
-        def run(params, rest, resident, ids, capacity):
-            def body(out, batch, size, i):
-                place = jnp.where(batch["ids"] >= 0, batch["ids"], len(out))
-                return out.at[place].set(forward(params, rest, batch, size, i), mode="drop")
-
-            out = jnp.zeros((len(corpus.rows), 2))
-            return input_pipeline.loop(
-                resident, ids, capacity, plan.capacities, task.geometry, body, out, 0, len(plan.ids)
-            )
-
-        ids, capacity = jax.device_put((plan.ids, plan.capacity))
-        return lambda params, rest: np.asarray(run(params, rest, resident, ids, capacity))[indices]
-
-    step = jax.jit(forward, static_argnums=3)
+        out = jnp.zeros((len(data["first"]), 2))
+        return input_pipeline.loop(data, ids, capacity, plan.capacities, task.geometry, body, out, 0, steps)
 
     def predict(params, rest):
-        out = np.zeros((len(corpus.rows), 2), np.float32)
-        for i, batch in enumerate(input_pipeline.stream(corpus, labels, plan, task.geometry)):
-            answer = step(params, rest, batch, plan.capacities[plan.capacity[i]], i)
-            out[batch["ids"][batch["ids"] >= 0]] = np.asarray(answer)[batch["ids"] >= 0]
+        if resident is not None:
+            return np.asarray(run(params, rest, resident, plan.ids, plan.capacity, len(plan.ids), 0))[indices]
+        out, done = np.zeros((len(corpus.rows), 2), np.float32), 0
+        for data, ids, capacity, steps in input_pipeline.stream(corpus, labels, plan, 0, len(plan.ids)):
+            asked = plan.ids[done : done + steps]
+            answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))
+            out[asked[asked >= 0]] = answers[ids[ids >= 0]]
+            done += steps
         return out[indices]
 
     return predict

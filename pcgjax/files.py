@@ -31,12 +31,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """`absl.app.run`, where a ValueError or OSError, what bad input raises here, ends in its message and status 1."""
+    """`absl.app.run`, where what bad input raises here ends in its message and status 1."""
 
     def quiet(argv: list[str]) -> Any:
         try:
             return main(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             logging.debug("the error's origin", exc_info=True)  # --verbosity=1 shows it
             print(f"error: {error}", file=sys.stderr)
             return 1

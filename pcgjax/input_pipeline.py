@@ -188,7 +188,7 @@ def order_digest(corpus: Corpus, **facts) -> str:
 
 
 def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geometry: Geometry) -> dict:
-    """One batch, made on the host. ids: (G, R)."""
+    """One batch, made on the host one recording at a time: what `gather` must equal. ids: (G, R)."""
     groups, recordings = ids.shape
     used = np.where(ids >= 0, corpus.lengths[ids], 0).astype(np.int32)
     buffer = np.zeros((groups, geometry.buffer_rows(capacity, recordings) * ALIGN), np.int16)
@@ -205,20 +205,30 @@ def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geo
     }
 
 
-def to_device(corpus: Corpus, labels: np.ndarray) -> dict:
-    """The whole corpus as device arrays: {samples (rows, ALIGN) int16, first (N,), lengths (N,), labels (N,)}."""
-    rows = -(-corpus.lengths // ALIGN)
-    first = np.r_[0, np.cumsum(rows)].astype(np.int32)
-    flat = np.zeros((first[-1] + 1, ALIGN), np.int16)  # the last row stays zero: what a gather reads for padding
-    for index, length in enumerate(corpus.lengths):
-        flat[first[index] : first[index + 1]].reshape(-1)[:length] = corpus.read(index)
-    return jax.device_put({"samples": flat, "first": first[:-1], "lengths": corpus.lengths, "labels": labels})
+def block(corpus: Corpus, labels: np.ndarray, indices: Sequence[int], rows: int = 0, places: int = 0) -> dict:
+    """Recordings as arrays to gather batches from: {samples (rows, ALIGN) int16, first, lengths, labels (places,)}.
+
+    `rows` and `places`, when given, fix the shapes; the last row is always zeros, what a gather reads for padding.
+    """
+    lengths = corpus.lengths[indices]
+    ends = np.cumsum(-(-lengths // ALIGN))
+    first = np.r_[0, ends].astype(np.int32)
+    samples = np.zeros((max(rows, first[-1] + 1), ALIGN), np.int16)
+    for place, index in enumerate(indices):
+        samples[first[place] : first[place + 1]].reshape(-1)[: lengths[place]] = corpus.read(int(index))
+    fill = (0, max(places - len(lengths), 0))
+    return {
+        "samples": samples,
+        "first": np.pad(first[:-1], fill),
+        "lengths": np.pad(lengths, fill),
+        "labels": np.pad(labels[indices], fill),
+    }
 
 
-def gather(resident: dict, ids: jax.Array, capacity: int, geometry: Geometry) -> dict:
-    """One batch, gathered on the device: equal to `pack`. ids: (G, R)."""
+def gather(data: dict, ids: jax.Array, capacity: int, geometry: Geometry) -> dict:
+    """One batch, gathered on the device from a `block`: equal to `pack`. ids: (G, R), places in the block."""
     recordings = ids.shape[1]
-    lengths = jnp.where(ids >= 0, resident["lengths"][ids], 0)
+    lengths = jnp.where(ids >= 0, data["lengths"][ids], 0)
     row = jnp.arange(geometry.buffer_rows(capacity, recordings))
 
     def rows_of(ids_R, lengths_R):
@@ -226,12 +236,12 @@ def gather(resident: dict, ids: jax.Array, capacity: int, geometry: Geometry) ->
         place = jnp.searchsorted(starts // ALIGN, row, side="right", method="compare_all") - 1
         offset = row - starts[place] // ALIGN
         own = (place >= 0) & (offset * ALIGN < lengths_R[place])
-        return jnp.where(own, resident["first"][ids_R[place]] + offset, len(resident["samples"]) - 1)
+        return jnp.where(own, data["first"][ids_R[place]] + offset, len(data["samples"]) - 1)
 
     return {
-        "samples": resident["samples"][jax.vmap(rows_of)(ids, lengths)],
+        "samples": data["samples"][jax.vmap(rows_of)(ids, lengths)],
         "lengths": lengths,
-        "labels": jnp.where(ids >= 0, resident["labels"][ids], 0),
+        "labels": jnp.where(ids >= 0, data["labels"][ids], 0),
         "ids": ids,
     }
 
@@ -245,7 +255,7 @@ def each_group(function: Callable, batch: dict, keys: jax.Array) -> Any:
 
 
 def loop(
-    resident: dict,
+    data: dict,
     ids: jax.Array,
     capacity: jax.Array,
     capacities: tuple[int, ...],
@@ -262,24 +272,46 @@ def loop(
     """
 
     def branch(size):
-        return lambda i, carry: body(carry, gather(resident, ids[i], size, geometry), size, i)
+        return lambda i, carry: body(carry, gather(data, ids[i], size, geometry), size, i)
 
     branches = [branch(size) for size in capacities]
     return jax.lax.fori_loop(start, stop, lambda i, carry: jax.lax.switch(capacity[i], branches, i, carry), carry)
 
 
-def stream(corpus: Corpus, labels: np.ndarray, plan_: Plan, geometry: Geometry, start: int = 0) -> Iterator[dict]:
-    """The batches of a plan from step `start` on, read and packed by Grain's threads ahead of time."""
+def stream(
+    corpus: Corpus, labels: np.ndarray, plan_: Plan, start: int, stop: int, mib: float = 32, steps: int = 256
+) -> Iterator[tuple[dict, np.ndarray, np.ndarray, int]]:
+    """The steps [start, stop) of a plan in blocks, read by Grain's threads while the device works on earlier ones.
+
+    Yields (block, ids, capacity, steps in it): a stretch of the plan whose ids count within the block, all of fixed
+    shape (at most `steps` steps and about `mib` MiB), so that `loop` runs them with one compiled program, and with the
+    very arithmetic it applies to a resident corpus.
+    """
     import grain
 
-    class Batches:
+    rows_of = np.where(plan_.ids >= 0, -(-corpus.lengths[plan_.ids] // ALIGN), 0).sum((1, 2))
+    rows = max(int(mib * 2**20 / (2 * ALIGN)), int(rows_of.max())) + 1
+    stretches, begin = [], start
+    while begin < stop:
+        fits = int(np.searchsorted(np.cumsum(rows_of[begin:stop]), rows - 1, side="right"))
+        end = min(begin + min(fits, steps), stop)
+        stretches.append((begin, end))
+        begin = end
+
+    class Blocks:
         def __len__(self):
-            return len(plan_.ids) - start
+            return len(stretches)
 
-        def __getitem__(self, step):
-            step = int(step) + start
-            capacity = plan_.capacities[plan_.capacity[step]]
-            return pack(corpus, labels, plan_.ids[step], capacity, geometry)
+        def __getitem__(self, number):
+            begin, end = stretches[int(number)]
+            ids = np.full((steps, *plan_.ids.shape[1:]), -1, np.int32)
+            ids[: end - begin] = plan_.ids[begin:end]
+            used = ids >= 0
+            indices = ids[used]
+            ids[used] = np.arange(len(indices))
+            capacity = np.zeros(steps, np.int32)
+            capacity[: end - begin] = plan_.capacity[begin:end]
+            return block(corpus, labels, indices, rows, ids.size), ids, capacity, end - begin
 
-    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
-    return iter(grain.MapDataset.source(Batches()).to_iter_dataset(options))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    yield from grain.MapDataset.source(Blocks()).to_iter_dataset(options)

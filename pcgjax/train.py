@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
 import json
 import logging as std_logging
 import pathlib
@@ -103,14 +102,14 @@ def make_step(task: tasks.Task, update: optax.GradientTransformation, graphdef: 
 
 
 def make_run(step, geometry: input_pipeline.Geometry, capacities: tuple[int, ...], constrain=lambda batch: batch):
-    """Many steps as one program: (state, totals, resident, ids, capacity, start, stop) -> (state, totals)."""
+    """Many steps as one program: (state, totals, data, ids, capacity, start, stop) -> (state, totals)."""
 
     def body(carry, batch, capacity, i):
         return step(carry, constrain(batch), capacity, i)
 
-    def run(state, totals, resident, ids, capacity, start, stop):
+    def run(state, totals, data, ids, capacity, start, stop):
         carry = (state, totals)
-        return input_pipeline.loop(resident, ids, capacity, capacities, geometry, body, carry, start, stop)
+        return input_pipeline.loop(data, ids, capacity, capacities, geometry, body, carry, start, stop)
 
     return run
 
@@ -233,7 +232,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     pipeline = choose_pipeline(config.data.pipeline, corpus.bytes)
     resident = None
     if pipeline == "resident":
-        resident = jax.device_put(input_pipeline.to_device(corpus, labels), sharding.replicated(mesh))
+        everything = input_pipeline.block(corpus, labels, np.arange(len(corpus.rows)))
+        resident = jax.device_put(everything, sharding.replicated(mesh))
+        del everything
 
     # --------------------------------------------------------------------------------------------------- state
     update = optimizer.make(config.optimizer)
@@ -261,15 +262,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         mapped = lambda s, o, data, ids, *rest: run(s, o, data, ids[:, None], *rest)
         in_axes = (0, 0, None, 1, None, None, None)
         run = jax.pmap(mapped, axis_name="group", in_axes=in_axes, donate_argnums=(0, 1))
-        one_step = jax.pmap(
-            lambda carry, batch, capacity: step(carry, jax.tree.map(lambda x: x[None], batch), capacity, 0),
-            axis_name="group", static_broadcasted_argnums=2, donate_argnums=0,
-        )  # fmt: skip
     else:
         run = jax.jit(run, donate_argnums=(0, 1))
-        one_step = jax.jit(
-            lambda carry, batch, capacity: step(carry, constrain(batch), capacity, 0), static_argnums=2, donate_argnums=0
-        )
     spread = (lambda x: jax.tree.map(lambda a: jnp.stack([a] * groups), x)) if pmap else (lambda x: x)
     gathered = (lambda x: jax.tree.map(lambda a: a[0], x)) if pmap else (lambda x: x)
     predicts = {
@@ -279,6 +273,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         )
         for part in ("validation", "test")
     }  # fmt: skip
+
+    def pieces(plan, start, stop):
+        """What `run` is called with for these steps of an epoch: once when resident, else block by block."""
+        if resident is not None:
+            yield resident, plan.ids, plan.capacity, start, stop
+        else:
+            for data, ids, capacity, steps in input_pipeline.stream(corpus, labels, plan, start, stop):
+                yield data, ids, capacity, 0, steps
 
     example = input_pipeline.plan(order_of(0), corpus.lengths, task.geometry, capacities)
     facts = {
@@ -292,12 +294,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     }
     logging.info("%s", json.dumps(facts))
     if dry_run:
-        if resident is None:
-            batch = input_pipeline.pack(corpus, labels, example.ids[0], capacities[-1], task.geometry)
-            lowered = one_step.lower((spread(state), spread(zero_totals())), batch, capacities[-1])
-        else:
-            lowered = run.lower(spread(state), spread(zero_totals()), resident, example.ids, example.capacity, 0, 1)
-        compiled = lowered.compile()
+        compiled = run.lower(spread(state), spread(zero_totals()), *next(pieces(example, 0, 1))).compile()
         memory = compiled.memory_analysis()
         facts |= {
             "flops": (compiled.cost_analysis() or {}).get("flops"),
@@ -311,19 +308,23 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     log = workdir / "metrics.jsonl"
     plain = json.loads(config.to_json_best_effort())
     meta = {"config": plain, "order_sha256": digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
-    found = checkpoint.restore(workdir / "checkpoints" / "last", state)
+    totals = jax.device_put(zero_totals(), sharding.replicated(mesh))
+    found = checkpoint.restore(workdir / "checkpoints" / "last")
     if found:
-        at, state, saved = found
+        saved = found[2]
+        _refuse_changes(saved["config"], plain, workdir)
         if saved["order_sha256"] != digest:
             raise checkpoint.CheckpointError(
-                f"{workdir}: its checkpoint was trained in another order of data (data, split, seed, batch or device "
-                "count changed); give another --workdir, or what it was trained with"
+                f"{workdir}: its checkpoint was trained in another order of data (data, split or device count "
+                "changed); give another --workdir, or what it was trained with"
             )
-        _refuse_changes(saved["config"], plain, workdir)
+        at, held, saved = checkpoint.restore(workdir / "checkpoints" / "last", {"state": state, "totals": totals})
+        state, totals = held["state"], held["totals"]
         meta["best"] = saved["best"]
         logging.info("resuming at step %d", at)
-        lines = log.read_text().splitlines() if log.exists() else []
-        files.write_text(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= at))
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        kept = [line for line in lines if line["step"] <= at and line["split"] != "test"]
+        files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
     elif log.exists():
         log.unlink()
     files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
@@ -334,7 +335,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
 
     # ------------------------------------------------------------------------------------------------ the loop
     at = int(state.step)
-    state, totals = spread(state), spread(zero_totals())
+    state, totals = spread(state), spread(totals)
     bar = tqdm.tqdm(total=last_step, initial=at, desc="train", unit="step", mininterval=1.0)
     seconds = {"train": 0.0, "validate": 0.0, "save": 0.0}
     try:
@@ -344,12 +345,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             to_save = t.checkpoint_steps - at % t.checkpoint_steps
             until = min(steps_an_epoch, within + to_save)
             clock = time.monotonic()
-            if resident is not None:
-                state, totals = run(state, totals, resident, plan.ids, plan.capacity, within, until)
-            else:
-                batches = input_pipeline.stream(corpus, labels, plan, task.geometry, within)
-                for i, batch in enumerate(itertools.islice(batches, until - within)):
-                    state, totals = one_step((state, totals), batch, capacities[plan.capacity[within + i]])
+            for piece in pieces(plan, within, until):
+                state, totals = run(state, totals, *piece)
             counted = jax.device_get(gathered(totals))  # waits for the device
             seconds["train"] += time.monotonic() - clock
             bar.update(until - within)
@@ -367,7 +364,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 n = max(int(counted.recordings), 1)
                 values = {"loss": float(counted.loss) / n, "accuracy": float(counted.correct) / n}
                 _log(log, at, "train", values | {"epoch": epoch + 1, "seconds": seconds["train"]})
-                totals = spread(zero_totals())
+                totals = spread(jax.device_put(zero_totals(), sharding.replicated(mesh)))
                 clock = time.monotonic()
                 held = gathered(state)
                 log_p = predicts["validation"](held.params, held.rest)
@@ -388,7 +385,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             clock = time.monotonic()
             # Totals of a part of an epoch travel with the checkpoint: the epoch's line is the same after a resume.
             if at % t.checkpoint_steps == 0 or until == steps_an_epoch or stopped:
-                checkpoint.save(last, at, gathered(state), meta)
+                checkpoint.save(last, at, {"state": gathered(state), "totals": gathered(totals)}, meta)
             seconds["save"] += time.monotonic() - clock
     finally:
         bar.close()
@@ -492,6 +489,8 @@ def _log_to(workdir: pathlib.Path) -> None:
     handler = std_logging.FileHandler(workdir / "train.log")
     handler.setFormatter(logging.PythonFormatter())
     logging.get_absl_logger().addHandler(handler)
+    for one in (handler, logging.get_absl_handler()):  # Orbax tells the story of each checkpoint otherwise
+        one.addFilter(lambda record: record.levelno > std_logging.INFO or "pcgjax" in record.pathname)
 
 
 def main(argv: list[str]) -> None:

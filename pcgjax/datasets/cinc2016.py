@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 from pcgjax import audio
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, state_ans
+from pcgjax.datasets.tables import read_rows, read_table, relative
 
 LAYOUT = (
     "folders training-a .. training-f (any of them), each with REFERENCE.csv and <record>.wav; validation/ is not "
@@ -54,69 +51,6 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     for folder in folders:
         recordings += _database(folder, source, appendix, states, problems)
     return recordings, problems
-
-
-def read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file as (line number, fields without blanks at either end); blank lines are left out.
-
-    Raises:
-      DatasetError: not a CSV file, or no row.
-    """
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    if "\0" in text:
-        raise DatasetError(f"{path}: not a CSV table (it holds zero bytes); put the published file back")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
-    except csv.Error as error:
-        raise DatasetError(f"{path}: not a CSV table (line {reader.line_num}: {error})") from None
-    rows = [(line, fields) for line, fields in rows if any(fields)]
-    if not rows:
-        raise DatasetError(f"{path}: the table is empty; put the published file back")
-    return rows
-
-
-def read_table(
-    path: pathlib.Path, required: Iterable[str], source: pathlib.Path
-) -> tuple[list[tuple[int, dict[str, str]]], list[Problem]]:
-    """A CSV file with a header: its rows as (line number, {column: field}), and the rows with too few or many fields.
-
-    Columns are given as `column_name` spells them.
-
-    Raises:
-      DatasetError: as `read_rows`; a column of `required` is missing; no row fits the header.
-    """
-    (_, header), *body = read_rows(path)
-    columns = [column_name(field) for field in header]
-    for column in required:
-        if column not in columns:
-            raise DatasetError(f"{path}: no column {column!r} among {', '.join(columns)}; add or rename it")
-    rows, problems = [], []
-    for line, fields in body:
-        if len(fields) == len(columns):
-            rows.append((line, dict(zip(columns, fields, strict=True))))
-        else:
-            reason = f"mislabelled: line {line} has {len(fields)} fields, the header {len(columns)}"
-            problems.append(Problem(relative(path, source), reason))
-    if not rows:
-        raise DatasetError(
-            f"{path}: no row has the {len(columns)} fields {', '.join(columns)}; put the published file back"
-        )
-    return rows, problems
-
-
-def column_name(text: str) -> str:
-    """The name of a column or `#Key:` as releases agree on it: lower case, single blanks, no colon."""
-    return " ".join(text.strip().rstrip(":").lower().split())
-
-
-def relative(path: pathlib.Path, source: pathlib.Path) -> str:
-    """`path` as seen from `source`, which need not contain it."""
-    return pathlib.Path(os.path.relpath(path, source)).as_posix()
 
 
 def _database(
@@ -284,38 +218,13 @@ def _annotations(path: pathlib.Path, rate_hz: int, frames: int) -> tuple[tuple[f
     Raises:
       ValueError: what is wrong with the file.
     """
-    import scipy.io
-
-    try:
-        table = scipy.io.loadmat(path, variable_names=["state_ans"])["state_ans"]
-    except KeyError:
-        raise ValueError("the file has no variable 'state_ans'") from None
-    except Exception as error:  # whatever the damage makes of the bytes
-        raise ValueError(f"not a MATLAB file that can be read ({error})") from None
-    if table.ndim != 2 or table.shape[1] != 2 or not len(table):
-        raise ValueError(f"'state_ans' has shape {table.shape}, expected (n, 2): sample index, state name")
-    starts, states = [], []
-    for position, name in table:
-        position, name = _innermost(position), str(_innermost(name)).strip()
-        if name not in STATES:
-            raise ValueError(f"unknown state {name!r}; known are {', '.join(STATES)}")
-        if not isinstance(position, np.integer | np.floating) or not float(position).is_integer():
-            raise ValueError(f"sample index {position} is not a whole number")
-        starts.append(int(position))
-        states.append(STATES[name])
+    starts, names = state_ans.read(path.read_bytes())
+    if unknown := set(names) - STATES.keys():
+        raise ValueError(f"unknown state {min(unknown)!r}; known are {', '.join(STATES)}")
     for before, after in itertools.pairwise(starts):
         if after <= before:
             raise ValueError(f"sample index {after} follows {before}; the indices must increase")
     if starts[0] < 1 or starts[-1] > frames:
         raise ValueError(f"sample indices {starts[0]} to {starts[-1]}, the recording has samples 1 to {frames}")
     edges_s = [(start - 1) / rate_hz for start in starts] + [frames / rate_hz]
-    return tuple(zip(edges_s, edges_s[1:], states, strict=False))
-
-
-def _innermost(cell: Any) -> Any:
-    """A MATLAB cell's value: some cells hold cells, as the hand corrections were saved by different programs."""
-    while isinstance(cell, np.ndarray):
-        if cell.size != 1:
-            raise ValueError(f"a cell of 'state_ans' holds {cell.size} values, expected one")
-        cell = cell.item() if cell.dtype == object else cell.ravel()[0]
-    return cell
+    return tuple(zip(edges_s, edges_s[1:], map(STATES.__getitem__, names), strict=False))

@@ -10,7 +10,7 @@ import re
 
 from pcgjax import audio
 from pcgjax.datasets import DatasetError, Problem, Recording
-from pcgjax.datasets.cinc2016 import column_name, read_table, relative
+from pcgjax.datasets.tables import column_name, read_table, relative
 
 LAYOUT = "training_data/ (or its files themselves) with <patient>.txt, .hea, .wav, .tsv, and training_data.csv beside"
 
@@ -33,6 +33,7 @@ LABELS = {
     for phase in ("systolic", "diastolic")
     for feature in ("timing", "shape", "grading", "pitch", "quality")
 }
+STATES = frozenset(range(5))
 SLACK_S = 0.005  # neighbours in the published .tsv files overlap by up to 1 ms, from rounding
 
 
@@ -259,14 +260,17 @@ def _annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, fl
             start_s, end_s, state = map(float, cells)
         except ValueError:
             raise ValueError(f"line {number} must be start, end and state as numbers, is {line.strip()!r}") from None
-        if state not in range(5):
+        if state not in STATES:
             raise ValueError(f"line {number}: unknown state {cells[2]!r}; known are 0 to 4")
-        if not (math.isfinite(start_s) and math.isfinite(end_s)) or end_s < start_s:
-            raise ValueError(f"line {number}: the interval ends at {end_s} s, before its start at {start_s} s")
-        if start_s < before_s - SLACK_S:
-            raise ValueError(f"line {number}: it starts at {start_s} s, before the previous end at {before_s} s")
-        if end_s > duration_s + SLACK_S:
-            raise ValueError(f"line {number}: it ends at {end_s} s, the recording at {duration_s:.3f} s")
+        # A comparison with nan is false, so one chain refuses all that is wrong.
+        if not before_s - SLACK_S <= start_s <= end_s <= duration_s + SLACK_S:
+            if start_s < before_s - SLACK_S:
+                why = f"it starts at {start_s} s, before the previous end at {before_s} s"
+            elif duration_s + SLACK_S < end_s < math.inf:
+                why = f"it ends at {end_s} s, the recording at {duration_s:.3f} s"
+            else:
+                why = f"the interval ends at {end_s} s, before its start at {start_s} s"
+            raise ValueError(f"line {number}: {why}")
         start_s, end_s = max(start_s, before_s), min(end_s, duration_s)
         if start_s < end_s:
             intervals.append((start_s, end_s, int(state)))

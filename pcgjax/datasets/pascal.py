@@ -9,7 +9,7 @@ import pathlib
 
 from pcgjax import audio
 from pcgjax.datasets import S1, S2, Problem, Recording
-from pcgjax.datasets.cinc2016 import read_table, relative
+from pcgjax.datasets.tables import read_table, relative
 
 LAYOUT = "set_a.csv with the folder set_a/, or set_b.csv with set_b/, or both, and set_a_timing.csv"
 
@@ -126,7 +126,7 @@ def _parts(name: str) -> tuple[str, bool, str]:
     murmur_noisymurmur_162_1307101835989_B_1.wav, Btraining_murmur_noisymurmur_162_1307101835989_B_1.wav and
     Btraining_noisymurmur_162_1307101835989_B_1.wav give ("murmur", True, "162_1307101835989_B_1").
     """
-    words = [word for word in pathlib.PurePosixPath(name).stem.split("_") if word and word not in PREFIXES]
+    words = [word for word in os.path.splitext(name)[0].split("_") if word and word not in PREFIXES]
     kinds = list(itertools.takewhile(str.isalpha, words))
     noisy = any(kind.startswith("noisy") for kind in kinds)
     return (kinds[-1].removeprefix("noisy") if kinds else "", noisy, "_".join(words[len(kinds) :]))

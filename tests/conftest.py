@@ -1,0 +1,102 @@
+"""What several test files share: a CPU, a small corpus on disk, a small experiment, and runs in fresh processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Before JAX is imported. Programs compiled by one test serve the others and the processes that they start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_CACHE = tempfile.TemporaryDirectory(prefix="pcgjax-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory) -> pathlib.Path:
+    """source/: 24 simulated people in CinC 2016's layout; prepared/: the same at 1000 Hz."""
+    from pcgjax import prepare
+    from pcgjax.datasets import synthetic
+
+    folder = tmp_path_factory.mktemp("corpus")
+    synthetic.write(folder / "source", people=24, recordings_per_person=2, duration_s=(3.0, 4.0), rate_hz=1000)
+    prepare.prepare("cinc2016", folder / "source", folder / "prepared", workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus_folder) -> pathlib.Path:
+    return corpus_folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def make_config(prepared):
+    """make_config({"train.epochs": 2}): configs/cnn.py made small, on the small corpus."""
+    spec = importlib.util.spec_from_file_location("cnn_config", ROOT / "configs" / "cnn.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def make(changes: dict | None = None):
+        config = module.get_config()
+        with config.ignore_type():
+            config.update_from_flattened_dict({**SMALL, "data.prepared": str(prepared), **(changes or {})})
+        return config
+
+    return make
+
+
+SMALL = {
+    "data.pipeline": "resident",
+    "features.window_s": 0.5,
+    "model.filters": (4, 8),
+    "model.hidden": 8,
+    "train.epochs": 2,
+    "train.batch_recordings": 4,
+    "evaluation.resamples": 20,
+}
+
+
+@pytest.fixture(scope="session")
+def command(prepared):
+    """command("train", "--workdir=...", ...): the argument list and environment of a `python -m pcgjax.train`."""
+
+    def make(module: str, *arguments: str, **environment: str):
+        if module == "train":
+            flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
+            config = f"--config={ROOT / 'configs' / 'cnn.py'}"
+            arguments = (config, *flags, f"--config.data.prepared={prepared}", *arguments)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return [sys.executable, "-m", f"pcgjax.{module}", *arguments], {**os.environ, "PYTHONPATH": path, **environment}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_command(command):
+    """run_command("train", ...) -> the finished process with its text output."""
+
+    def run(module: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+        words, env = command(module, *arguments, **environment)
+        return subprocess.run(words, env=env, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python(code): a fresh interpreter with the repository on its path."""
+
+    def run(code: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": path, **environment}
+        words = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(words, env=env, capture_output=True, text=True, timeout=timeout)
+
+    return run
