@@ -56,7 +56,7 @@ def read_steps(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
         if _plain(wav):
             # What nearly all heart sounds are: libsndfile would take longer to open the file than this to read it.
             file.seek(wav.begin)
-            samples = np.frombuffer(file.read(2 * frames * channels), "<i2")[::channels]
+            samples = np.ascontiguousarray(np.frombuffer(file.read(2 * frames * channels), "<i2")[::channels])
         else:
             samples = _decode(file, frames)
             if not np.isfinite(samples).all():
@@ -105,7 +105,8 @@ def _header(file: BinaryIO, wav: _Wav | None) -> tuple[int, int, int]:
     if length == 0:
         raise AudioError("empty: the file has no bytes")
     if wav and wav.size > length - wav.begin:  # libsndfile reads a cut file without a word
-        raise AudioError(f"truncated: the header declares {wav.size} bytes of samples, there are {length - wav.begin}")
+        found = length - wav.begin
+        raise AudioError(f"truncated: the header declares {wav.size} bytes of samples, there are {found}")
     if _plain(wav):
         rate_hz, frames, channels = wav.rate_hz, wav.size // (2 * wav.channels), wav.channels
     else:

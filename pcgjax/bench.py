@@ -8,7 +8,6 @@ DataLoader, Conv1d and MaxPool1d, SGD. Both see the same recordings in the same 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import pathlib
@@ -112,40 +111,55 @@ class Ours:
         return input_pipeline.stream(self.corpus, self.labels, self.plan, 0, len(self.plan.ids))
 
 
+class Segments:
+    """The peer's Dataset: one recording's filtered, z-scored windows (S, T) and its label."""
+
+    def __init__(self, samples: list[np.ndarray], labels: np.ndarray, window: int, hop: int, sample_rate_hz: int):
+        import scipy.signal
+
+        self.samples, self.labels, self.window, self.hop = samples, labels, window, hop
+        self.sos = scipy.signal.butter(4, [25, 400], "bandpass", fs=sample_rate_hz, output="sos")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        import scipy.signal
+        import torch
+
+        x = scipy.signal.sosfiltfilt(self.sos, self.samples[index] / 32767)
+        x = (x - x.mean()) / x.std()
+        count = max(1, (len(x) - self.window) // self.hop + 1)
+        x = np.pad(x, (0, max(0, self.window - len(x))))
+        cut = np.stack([x[i * self.hop : i * self.hop + self.window] for i in range(count)])
+        return torch.tensor(cut, dtype=torch.float32), float(self.labels[index])
+
+
+def collate(items):
+    """Recordings -> (segments (S, 1, T), recording ids (S,), labels (R,))."""
+    import torch
+
+    segments = torch.cat([segments for segments, _ in items])[:, None]
+    ids = torch.repeat_interleave(torch.arange(len(items)), torch.tensor([len(s) for s, _ in items]))
+    return segments, ids, torch.tensor([label for _, label in items])
+
+
 class Peer:
     """The same training in PyTorch, on the same batches."""
 
     def __init__(self, ours: Ours, workers: int = 0):
-        import scipy.signal
         import torch
 
-        corpus, plan = ours.corpus, ours.plan
-        sos = scipy.signal.butter(4, [25, 400], "bandpass", fs=corpus.sample_rate_hz, output="sos")
-        window, hop = ours.geometry.window, ours.geometry.hop
-        labels = ours.labels
-
-        class Segments(torch.utils.data.Dataset):
-            def __len__(self):
-                return len(corpus.rows)
-
-            def __getitem__(self, index):
-                x = scipy.signal.sosfiltfilt(sos, corpus.read(index) / 32767)
-                x = (x - x.mean()) / x.std()
-                count = max(1, (len(x) - window) // hop + 1)
-                x = np.pad(x, (0, max(0, window - len(x))))
-                cut = np.stack([x[i * hop : i * hop + window] for i in range(count)])
-                return torch.tensor(cut, dtype=torch.float32), float(labels[index])
-
-        def collate(items):
-            segments = torch.cat([segments for segments, _ in items])[:, None]
-            ids = torch.repeat_interleave(torch.arange(len(items)), torch.tensor([len(s) for s, _ in items]))
-            return segments, ids, torch.tensor([label for _, label in items])
-
-        batches = [[int(i) for i in step.reshape(-1) if i >= 0] for step in plan.ids]
+        corpus, window = ours.corpus, ours.geometry.window
+        samples = [corpus.read(i) for i in range(len(corpus.rows))]
         self.loader = torch.utils.data.DataLoader(
-            Segments(), batch_sampler=batches, collate_fn=collate, num_workers=workers,
+            Segments(samples, ours.labels, window, ours.geometry.hop, corpus.sample_rate_hz),
+            batch_sampler=[[int(i) for i in step.reshape(-1) if i >= 0] for step in ours.plan.ids],
+            collate_fn=collate,
+            num_workers=workers,
             persistent_workers=workers > 0,
-        )  # fmt: skip
+            multiprocessing_context="spawn" if workers else None,  # a fork of a process with JAX's threads can hang
+        )
         pooled = ((window - 4) // 2 - 4) // 2
         self.net = torch.nn.Sequential(
             torch.nn.Conv1d(1, 16, 5), torch.nn.ReLU(), torch.nn.MaxPool1d(2),
@@ -248,8 +262,7 @@ def cnn(prepared: str, recordings: int) -> dict:
     one = Ours(corpus, 1)
     # The peer's better choice on this machine.
     alone, helped = Peer(one), Peer(one, workers=2)
-    with contextlib.closing(_once(lambda: (alone.epoch(), helped.epoch()))) as warm:
-        next(warm)
+    alone.epoch(), helped.epoch()
     times = {0: seconds(alone.epoch), 2: seconds(helped.epoch)}
     best = alone if times[0] <= times[2] else helped
     epoch = paired(lambda: one.steps(0, len(one.plan.ids)), best.epoch, 5, "epoch, 1 recording")
@@ -268,10 +281,6 @@ def cnn(prepared: str, recordings: int) -> dict:
     result["prepare"] = _prepare_rate()
     result["memory"] = _memory()
     return result
-
-
-def _once(function: Callable[[], object]) -> Iterator[object]:
-    yield function()
 
 
 def _floor(ours: Ours, steps: int, measured_s: float) -> dict:

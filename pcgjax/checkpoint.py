@@ -36,7 +36,8 @@ def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dic
     folder = pathlib.Path(folder).resolve()
     if not folder.is_dir():
         return None
-    with manager(folder) as kept:
+    # Not `manager`, which would remove what a training that runs meanwhile has half-written.
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as kept:
         step = kept.latest_step()
         if step is None:
             return None

@@ -41,4 +41,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
-    app.run(quiet)
+    app.run(quiet, flags_parser=_parsed)
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, OSError) as error:  # of config_flags: no such field in the config, no such config
+        sys.exit(f"error: {' '.join(str(error).split())}")

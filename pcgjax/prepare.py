@@ -11,33 +11,31 @@ and several machines that share the folder each do some of the shards.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import platform
 import shutil
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from pcgjax import __version__, audio, datasets
+from pcgjax import __version__, audio, datasets, files
 from pcgjax.audio import AudioError
-from pcgjax.datasets import DatasetError, Problem, Recording
+from pcgjax.datasets import Problem, Recording
 
 Row = dict[str, Any]
 Decoded = tuple[Row | None, np.ndarray | None, str | None]  # row, samples, or the reason why there are none
 
-FORMAT = 1
+FORMAT = 2
 RECORDINGS_A_SHARD = 64  # also the unit of work; fixed, so that the shards do not depend on who wrote them
 _FULL_SCALE = 32767
 _SAID = ("id", "person", "person_known", "database", "labels", "annotations")
@@ -62,31 +60,32 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
 
     Returns: (row, int16 samples (row["num_samples"],)). A row is what json can hold: id, person, person_known,
       database, labels, annotations [[start_s, end_s, state], ...], path, source_rate_hz, sample_rate_hz,
-      channels, num_samples, scale, sha256 (of the samples as they are in the file, in int16; in float32 where
-      the peak is below 1/128 and int16 would make quiet recordings equal), fingerprint (see there).
+      channels, num_samples, scale, sha256 (of the int16 samples), fingerprint (see there).
     Raises:
       AudioError: as `audio.read`, or nothing is left below half the new rate.
     """
     import soxr
 
-    samples, source_rate_hz, channels = audio.read(recording.path)
-    steps = samples * np.float32(32768)
-    native = np.clip(np.rint(steps, out=steps), -32768, 32767, out=steps).astype("<i2")
-    distinctive = native if max(native.max(), -int(native.min())) >= 256 else samples.astype("<f4", copy=False)
+    samples, source_rate_hz, channels = audio.read_steps(recording.path)
+    native = samples
+    if samples.dtype != np.int16:
+        native = np.clip(np.rint(samples), -32768, 32767).astype("<i2")
+    samples = samples.astype(np.float32, copy=False)
     if source_rate_hz != sample_rate_hz:
         samples = soxr.resample(samples, source_rate_hz, sample_rate_hz, quality="HQ")
-    scale = float(max(samples.max(), -samples.min()))
-    if scale == 0:
+    peak = float(max(samples.max(), -samples.min()))
+    if peak == 0:
         raise AudioError(f"silent: nothing is left at {sample_rate_hz} Hz")
-    scaled = np.rint(samples * np.float32(_FULL_SCALE / scale)).astype("<i2")
+    scaled = samples * np.float32(_FULL_SCALE / peak)
+    scaled = np.rint(scaled, out=scaled).astype("<i2")
     row = _said(recording) | {
         "path": str(recording.path),
         "source_rate_hz": source_rate_hz,
         "sample_rate_hz": sample_rate_hz,
         "channels": channels,
         "num_samples": len(scaled),
-        "scale": scale,
-        "sha256": hashlib.sha256(distinctive.data).hexdigest(),
+        "scale": peak / 32768,
+        "sha256": hashlib.sha256(scaled.data).hexdigest(),
         "fingerprint": fingerprint(native, source_rate_hz),
     }
     return row, scaled
@@ -100,16 +99,16 @@ def _said(recording: Recording) -> Row:
         "person_known": recording.person_known,
         "database": recording.database,
         "labels": dict(sorted(recording.labels.items())),
-        "annotations": [list(state) for state in recording.annotations],
+        "annotations": recording.annotations,
     }
 
 
 _WINDOW = 64  # samples of a fingerprint window, at about 2 kHz
 _SELECT = np.array([40503, 60493, 44111], np.uint16)
-_HASH = np.random.default_rng(2016).integers(0, 2**63, 16, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+_HASH = np.frombuffer(hashlib.shake_256(b"any odd numbers").digest(128), "<u8") | np.uint64(1)
 
 
-def fingerprint(samples: np.ndarray, rate_hz: int) -> list[str]:
+def fingerprint(samples: np.ndarray, rate_hz: int) -> str:
     """Hashes of some 32 ms windows, chosen by what they hold: excerpts of one recording share theirs.
 
     About 8 windows a second are kept, wherever an excerpt begins. A second of shared audio gives 8 common
@@ -118,22 +117,26 @@ def fingerprint(samples: np.ndarray, rate_hz: int) -> list[str]:
 
     Args:
       samples: int16 (n,), as they are in the file.
-    Returns: sorted, distinct, 8 hexadecimal digits each.
+    Returns: the hashes in order, 8 hexadecimal digits each, with blanks between.
     """
     # Oversampled audio changes little from sample to sample, so the window's length in seconds is kept instead.
     step = max(1, round(rate_hz / 2000))
     samples = np.ascontiguousarray(samples, "<i2")
     if len(samples) < _WINDOW * step:
-        return []
+        return ""
     # A multiply-add hash of 4 samples of every window chooses; 16-bit arithmetic is what makes this quick.
     chosen = samples.view(np.uint16) * _SELECT[0]
     for lag, factor in ((13 * step, _SELECT[1]), (37 * step, _SELECT[2])):
-        chosen = chosen[:-lag] + chosen[lag:] * factor
-    starts = np.flatnonzero(chosen[: len(samples) - (_WINDOW - 1) * step] < max(1, round(65536 * 8 / rate_hz)))
-    windows = samples[starts[:, None] + np.arange(0, _WINDOW * step, step)]
+        later = chosen[lag:] * factor
+        chosen = np.add(later, chosen[:-lag], out=later)
+    count = len(samples) - (_WINDOW - 1) * step
+    starts = np.flatnonzero(chosen[:count] < max(1, round(65536 * 8 / rate_hz)))
+    every = np.ndarray((count, _WINDOW), samples.dtype, samples, strides=(2, 2 * step))
+    windows = every[starts]
     windows = windows[np.count_nonzero(windows[:, 1:] != windows[:, :-1], axis=1) >= _WINDOW // 2]
-    hashes = np.unique((windows.view("<u8") * _HASH).sum(axis=1) >> np.uint64(32))
-    return hashes.astype(">u4").tobytes().hex(" ", 4).split()
+    hashes = windows.view("<u8") @ _HASH >> np.uint64(32)
+    hashes.sort()
+    return hashes.astype(">u4").tobytes().hex(" ", 4)
 
 
 def decode_all(
@@ -144,42 +147,48 @@ def decode_all(
     Yields: (recording, row, samples, None) as `decode` gives them, or (recording, None, None, reason).
     """
     chunks = [recordings[i : i + 8] for i in range(0, len(recordings), 8)]
-    jobs = ((chunk, sample_rate_hz) for chunk in chunks)
-    with _bar(len(recordings), description) as bar:
+    jobs = [(chunk, sample_rate_hz) for chunk in chunks]
+    with _progress(len(recordings), description) as advance:
         for chunk, results in zip(chunks, _in_order(_decode_many, jobs, len(recordings), workers), strict=True):
             for recording, (row, samples, reason) in zip(chunk, results, strict=True):
                 yield recording, row, samples, reason
-            bar.update(len(chunk))
+            advance(len(chunk))
 
 
 def _decode_many(job: tuple[Sequence[Recording], int]) -> list[Decoded]:
     recordings, sample_rate_hz = job
-    results: list[Decoded] = []
-    for recording in recordings:
-        try:
-            results.append((*decode(recording, sample_rate_hz), None))
-        except AudioError as error:
-            results.append((None, None, str(error)))
-        except OSError as error:
-            results.append((None, None, f"unreadable: {error.strerror or error}"))
-    return results
+    return [_try_decode(recording, sample_rate_hz) for recording in recordings]
+
+
+def _try_decode(recording: Recording, sample_rate_hz: int) -> Decoded:
+    try:
+        return *decode(recording, sample_rate_hz), None
+    except AudioError as error:
+        return None, None, str(error)
+    except OSError as error:
+        return None, None, f"unreadable: {error.strerror or error}"
 
 
 # ------------------------------------------------------------------------------------------------- processes
 
 
-def _in_order(function: Callable, jobs: Iterable, recordings: int, workers: int | None) -> Iterator:
-    """function(job) for each job, in order, over processes; in this process where those would not pay."""
+def _in_order(function: Callable, jobs: Sequence, recordings: int, workers: int | None) -> Iterator:
+    """function(job) for each job, in order, over `workers` processes (default: one a core where that pays)."""
     # A fork copies only the calling thread, so locks that another one holds stay locked for ever.
     fork = sys.platform == "linux" and "jax" not in sys.modules and threading.active_count() == 1
-    # A forked worker starts in milliseconds; a fresh interpreter takes as long as a thousand recordings.
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    workers = min(workers or cores, recordings // (16 if fork else 1024))
-    if workers <= 1:
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        # A forked worker starts in the time of a hundred recordings, a fresh interpreter in that of a thousand.
+        workers = min(cores, recordings // (128 if fork else 1024))
+    if min(workers, len(jobs)) <= 1:
+        _keep_memory()
         yield from map(function, jobs)
         return
+    import concurrent.futures.process
+    import multiprocessing
+
     context = multiprocessing.get_context("fork" if fork else "spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _exit_with_parent, (os.getpid(),))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),))
     try:
         running: collections.deque[concurrent.futures.Future] = collections.deque()
         for job in jobs:
@@ -194,8 +203,18 @@ def _in_order(function: Callable, jobs: Iterable, recordings: int, workers: int 
         pool.shutdown(cancel_futures=True)
 
 
-def _exit_with_parent(parent: int) -> None:
-    """In a worker: ends it when the parent was killed, which otherwise leaves it waiting for ever."""
+def _keep_memory() -> None:
+    """Has the C library keep the memory of freed arrays for the next ones.
+
+    Otherwise it maps each array of 128 KiB or more anew, and the kernel's page faults take longer than decoding.
+    Freeing one large array, never touched, is what raises glibc's threshold (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    np.empty(30 << 20, np.uint8)
+
+
+def _begin_worker(parent: int) -> None:
+    """Ends the worker when its parent was killed, which otherwise leaves it waiting for ever."""
+    _keep_memory()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -205,14 +224,29 @@ def _exit_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _bar(total: int, description: str) -> Any:
-    import tqdm
+@contextlib.contextmanager
+def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
+    """Yields what to call with the number of recordings done; what takes longer than a second gets a bar."""
+    started, done, bar = time.monotonic(), 0, None
 
-    class Bar(tqdm.tqdm):
-        monitor_interval = 0  # no thread beside this one: see _in_order
+    def advance(count: int) -> None:
+        nonlocal done, bar
+        done += count
+        if bar is None and time.monotonic() - started > 1:
+            import tqdm  # later than this, as a small data set is prepared in the time of the import
 
-    interval = 0.2 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
-    return Bar(total=total, desc=description, unit="recording", mininterval=interval, smoothing=0.1)
+            tqdm.tqdm.monitor_interval = 0  # no thread beside this one: see _in_order
+            interval = 0.2 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
+            bar = tqdm.tqdm(total=total, desc=description, unit="recording", mininterval=interval, smoothing=0.1)
+            bar.update(done)
+        elif bar is not None:
+            bar.update(count)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 # ---------------------------------------------------------------------------------------------------- shards
@@ -267,10 +301,10 @@ def prepare(
     mine = [(out, n, units[n], parameters) for n in range(shard_index, len(units), num_shards)]
     todo = sum(len(unit) for _, _, unit, _ in mine)
     keys: dict[int, str] = {}
-    with _bar(todo, f"preparing {dataset}") as bar:
+    with _progress(todo, f"preparing {dataset}") as advance:
         for (_, number, unit, _), key in zip(mine, _in_order(_write_unit, mine, todo, workers), strict=True):
             keys[number] = key
-            bar.update(len(unit))
+            advance(len(unit))
     try:
         for number, unit in enumerate(units):
             if number not in keys:
@@ -285,7 +319,7 @@ def prepare(
 def _unit_key(recordings: Sequence[Recording], parameters: dict[str, Any], said: list[str] | None = None) -> str:
     """Changes with the parameters and with anything about the recordings: files, labels, annotations."""
     digest = hashlib.sha256(json.dumps([FORMAT, parameters], sort_keys=True).encode())
-    for recording, text in zip(recordings, said or map(_said_json, recordings), strict=True):
+    for recording, text in zip(recordings, said or map(_json, map(_said, recordings)), strict=True):
         try:
             stat = os.stat(recording.path)
             file = f"{recording.path} {stat.st_size} {stat.st_mtime_ns}"
@@ -293,10 +327,6 @@ def _unit_key(recordings: Sequence[Recording], parameters: dict[str, Any], said:
             file = f"{recording.path} missing"
         digest.update(f"{text}\n{file}\n".encode())
     return digest.hexdigest()
-
-
-def _said_json(recording: Recording) -> str:
-    return json.dumps(_said(recording), ensure_ascii=False)
 
 
 def _unit_paths(out: pathlib.Path, number: int) -> tuple[pathlib.Path, pathlib.Path]:
@@ -319,71 +349,53 @@ def _write_unit(job: tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any
     from array_record.python.array_record_module import ArrayRecordWriter
 
     out, number, recordings, parameters = job
-    said = [_said_json(recording) for recording in recordings]
+    said = [_json(_said(recording)) for recording in recordings]
     key = _unit_key(recordings, parameters, said)
     if _unit_done(out, number, key):
         return key
     shard, side = _unit_paths(out, number)
-    temporary = _temporary(side)
     lines, count = [], 0
-    writer = None
-    side.unlink(missing_ok=True)
     try:
-        for recording, text in zip(recordings, said, strict=True):
-            row, samples, reason = _decode_many(([recording], parameters["sample_rate_hz"]))[0]
-            if row is None or samples is None:
-                lines.append(json.dumps({"problem": {"path": str(recording.path), "reason": reason}}) + "\t")
-                continue
-            writer = writer or ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-            writer.write(samples.tobytes())
-            heard = {name: value for name, value in row.items() if name not in _SAID}
-            heard |= {"shard": shard.name, "index": count}
-            # What the join needs stands before the whole row, which it need not parse.
-            short = {name: row[name] for name in _FOR_JOIN}
-            short["content"] = hashlib.sha256(f"{text} {row['sha256']}".encode()).hexdigest()
-            whole = f"{text[:-1]}, {json.dumps(heard, ensure_ascii=False)[1:]}"
-            lines.append(f"{json.dumps(short, ensure_ascii=False)}\t{whole}")
-            count += 1
-        sha256, size = "", 0
-        if writer is not None:
+        side.unlink(missing_ok=True)
+        with files.replacing(shard) as temporary:
+            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            for recording, text in zip(recordings, said, strict=True):
+                row, samples, reason = _try_decode(recording, parameters["sample_rate_hz"])
+                if row is None or samples is None:
+                    lines.append(_json({"problem": {"path": str(recording.path), "reason": reason}}) + "\t")
+                    continue
+                writer.write(samples.tobytes())
+                heard = {name: value for name, value in row.items() if name not in _SAID}
+                heard |= {"shard": shard.name, "index": count}
+                # What the join needs stands before the whole row, which it need not parse.
+                short = {name: row[name] for name in _FOR_JOIN}
+                short["content"] = hashlib.sha256(f"{text} {row['sha256']}".encode()).hexdigest()
+                lines.append(f"{_json(short)}\t{text[:-1]},{_json(heard)[1:]}")
+                count += 1
             writer.close()
-            content = temporary.read_bytes()
-            sha256, size = hashlib.sha256(content).hexdigest(), len(content)
-            os.replace(temporary, shard)
-        else:
-            shard.unlink(missing_ok=True)
+        head = {"key": key, "parameters": parameters, "bytes": shard.stat().st_size, "records": count}
+        files.write_text(side, "\n".join([_json(head), *lines, ""]))
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError when the disk is full
-        raise PrepareError(f"{shard}: could not be written: {error}; mend this and run again, what is done is kept") \
-            from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    head = {"key": key, "parameters": parameters, "sha256": sha256, "bytes": size, "records": count}
-    _write_text(side, "\n".join([json.dumps(head), *lines, ""]))
+        raise PrepareError(
+            f"{shard}: could not be written: {error}; mend this and run again, what is done is kept"
+        ) from None
     return key
 
 
-def _temporary(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    """The whole text appears under `path` at once, or not at all."""
-    temporary = _temporary(path)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PrepareError(f"{path}: could not be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _remove(out: pathlib.Path) -> None:
     """Removes what `prepare` writes, the manifest first; other files in the folder stay."""
-    for path in (out / "manifest.json", out / "records.jsonl", *sorted(out.glob("shard-*.array_record"))):
+    for path in (out / "manifest.json", out / "records.jsonl", *_shards(out)):
         path.unlink(missing_ok=True)
     if (out / "parts").exists():
         shutil.rmtree(out / "parts")
+
+
+def _shards(out: pathlib.Path) -> list[pathlib.Path]:
+    """All shards in the folder, and what a killed run left of others."""
+    return sorted([*out.glob("shard-*.array_record"), *out.glob(".shard-*.tmp")])
 
 
 def _finished(
@@ -442,7 +454,7 @@ def _join(
                     rows.append(row)
                     lines[row["id"]] = whole
         if head["records"]:
-            shards.append({"file": shard.name} | {name: head[name] for name in ("sha256", "bytes", "records")})
+            shards.append({"file": shard.name, "bytes": head["bytes"], "records": head["records"]})
     doubles = _doubles(rows)
     problems += doubles.values()
     # As the loaders name files: from the source on.
@@ -467,10 +479,13 @@ def _join(
         "source_keys": keys,
         "content_sha256": content.hexdigest(),
     }
-    _write_text(out / "records.jsonl", "".join(lines[row["id"]] for row in rows))
-    for path in set(out.glob("shard-*.array_record")) - {out / shard["file"] for shard in shards}:
-        path.unlink(missing_ok=True)  # of an unfinished run on a larger source
-    _write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    try:
+        files.write_text(out / "records.jsonl", "".join(lines[row["id"]] for row in rows))
+        for path in set(_shards(out)) - {out / shard["file"] for shard in shards}:
+            path.unlink(missing_ok=True)  # of an unfinished run on a larger source
+        files.write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise PrepareError(f"{out}: the manifest could not be written: {error}; mend this and run again") from None
     shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
 
@@ -520,10 +535,10 @@ def _counts(rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    import importlib.metadata
+    import soxr
 
-    packages = {name: importlib.metadata.version(name) for name in ("numpy", "soxr", "soundfile", "array_record")}
-    return {"pcgjax": __version__, **packages, "python": platform.python_version()}
+    return {"pcgjax": __version__, "numpy": np.__version__, "soxr": soxr.__version__,
+            "python": platform.python_version()}  # fmt: skip
 
 
 def _listed(problems: list[Problem]) -> str:
@@ -588,36 +603,28 @@ class Records:
         return len(self._where)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._read(self._where[index : index + 1 or None])[0]
+        shard, position, num_samples = self._where[index]
+        path = self._folder / shard
+        fix = "run prepare again with --overwrite"
+        try:
+            samples = np.frombuffer(self._reader(path).read([position])[0], "<i2")
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise PrepareError(f"{path}: missing, cut or corrupt ({error}): {fix}") from None
+        if len(samples) != num_samples:
+            found = f"record {position} holds {len(samples)} samples, records.jsonl says {num_samples}"
+            raise PrepareError(f"{path}: {found}: {fix}")
+        return samples
 
     __call__ = __getitem__
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for _, run in itertools.groupby(self._where, key=lambda where: where[0]):
-            yield from self._read(list(run))
+        return map(self.__getitem__, range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder, "_where": self._where}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _readers={}, _lock=threading.Lock())
-
-    def _read(self, where: list[tuple[str, int, int]]) -> list[np.ndarray]:
-        """Several records of one shard."""
-        path = self._folder / where[0][0]
-        try:
-            records = self._reader(path).read([index for _, index, _ in where])
-        except (RuntimeError, IndexError, ValueError) as error:
-            fix = "run prepare again with --overwrite"
-            raise PrepareError(f"{path}: missing, cut or corrupt ({error}): {fix}") from None
-        samples = [np.frombuffer(record, "<i2") for record in records]
-        for (_, index, num_samples), found in zip(where, samples, strict=True):
-            if len(found) != num_samples:
-                raise PrepareError(
-                    f"{path}: record {index} holds {len(found)} samples, records.jsonl says {num_samples}: "
-                    "run prepare again with --overwrite"
-                )
-        return samples
 
     def _reader(self, path: pathlib.Path) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
@@ -634,15 +641,6 @@ class Records:
 def open_records(prepared: str | pathlib.Path, rows: Sequence[Row]) -> Records:
     """Random access to the samples of `rows` (from `read_rows`); shards are opened when first used."""
     return Records(prepared, rows)
-
-
-def read_samples(prepared: str | pathlib.Path, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-    """Yields the int16 (num_samples,) of each row, in order, a shard's neighbours in one call.
-
-    Raises:
-      PrepareError: a shard is missing, cut or corrupt.
-    """
-    return iter(Records(prepared, rows))
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -668,25 +666,20 @@ def summary(manifest: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _main(flags_: Any) -> int:
+def _main(flags_: Any) -> None:
     started = time.perf_counter()
-    try:
-        manifest = prepare(
-            flags_.dataset, flags_.source, flags_.out, flags_.sample_rate_hz, strict=flags_.strict,
-            workers=flags_.workers, num_shards=flags_.num_shards, shard_index=flags_.shard_index,
-            overwrite=flags_.overwrite,
-        )
-    except (DatasetError, PrepareError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    manifest = prepare(
+        flags_.dataset, flags_.source, flags_.out, flags_.sample_rate_hz, strict=flags_.strict,
+        workers=flags_.workers, num_shards=flags_.num_shards, shard_index=flags_.shard_index,
+        overwrite=flags_.overwrite,
+    )  # fmt: skip
     seconds = time.perf_counter() - started
     if manifest is None:
         print(f"{flags_.out}: this machine's shards are done ({seconds:.1f} s), others' are missing: "
               "the machine that finishes last joins them, or a call without --num_shards")
-        return 0
-    print(summary(manifest))
-    print(f"{flags_.out}: complete after {seconds:.1f} s")
-    return 0
+    else:
+        print(summary(manifest))
+        print(f"{flags_.out}: complete after {seconds:.1f} s")
 
 
 if __name__ == "__main__":
@@ -699,4 +692,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_shards", 1, "How many machines share the work.", 1)
     flags.DEFINE_integer("shard_index", 0, "Which of them this is, from 0.", 0)
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier call with other parameters wrote to --out.")
-    app.run(lambda _: _main(flags.FLAGS))
+    files.run(lambda _: _main(flags.FLAGS))

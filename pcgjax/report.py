@@ -3,28 +3,22 @@
     python -m pcgjax.report RUN                        draws RUN/report.html again
     python -m pcgjax.report RUN RUN ... [--out=FILE]   compares runs in one page (comparison.html beside the first)
 
-RUN is a workdir of pcgjax.train. Figures are inline SVG whose colours are the page's own CSS variables, so that
-they follow the reader's light or dark theme.
+RUN is a workdir of pcgjax.train. How such a page is made stands in pcgjax/page.py, what it shows here.
 """
 
 from __future__ import annotations
 
 import csv
-import html
-import io
 import json
 import math
-import os
 import pathlib
-import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pcgjax import metrics
+from pcgjax import files, metrics, page
+from pcgjax.page import BLUE, INK, MUTED, ORANGE, PURPLE, SERIES, TEAL
 
 # The CNN paper's Table 1 (Lamperti), for `compare`. 301 recordings are the size of the Challenge's `validation`
 # folder, whose files are copies of training recordings.
@@ -48,14 +42,6 @@ PAPER_METRICS = ("accuracy", "auc", "precision", "recall", "f1")
 PREDICTION_FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
 DECISIONS = ("normal", "abnormal")
 _SHOWN_S = 5.0  # of an example: some five heartbeats
-
-# The light theme's colours stand in the SVG for the CSS variables of the same name.
-_COLOURS = {
-    "ink": "#1b2430", "muted": "#667085", "line": "#e3e7ee", "blue": "#2f6bdb", "orange": "#d9650b",
-    "teal": "#0f8f7e", "purple": "#8052cc", "pink": "#c93a78", "olive": "#86800f",
-}  # fmt: skip
-INK, MUTED, LINE, BLUE, ORANGE, TEAL, PURPLE, PINK, OLIVE = _COLOURS.values()
-_SERIES = (BLUE, ORANGE, TEAL, PURPLE, PINK, OLIVE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -99,10 +85,15 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         ("examples", "The surest answers", _example_figures(examples)),
         ("setup", "Setup", _setup(results, config)),
     ]
-    counts = [_count(test.get("recordings"), "test recording"), _count(test.get("people"), "person", "people"),
-              _count(len(test.get("per_database") or ()) or None, "database")]  # fmt: skip
-    page = _page(f"Run {workdir.resolve().name}", " · ".join(c for c in counts if c), sections)
-    return _save(workdir / "report.html", page)
+    counts = [
+        page.count(test.get("recordings"), "test recording"),
+        page.count(test.get("people"), "person", "people"),
+        page.count(len(test.get("per_database") or ()) or None, "database"),
+    ]
+    subtitle = " · ".join(filter(None, counts))
+    path = workdir / "report.html"
+    files.write_text(path, page.document(f"Run {workdir.resolve().name}", subtitle, sections))
+    return path
 
 
 def surest(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[Mapping[str, Any]]]:
@@ -173,7 +164,7 @@ def compare(
     names = [str(row["name"]) for row in rows]
     if len(set(names)) < len(names):
         raise ValueError(f"rows: two runs have one name among {', '.join(names)}; give each its own")
-    known = [m for m in WORDS if any(_value(row["metrics"].get(m)) is not None for row in rows)]
+    known = [m for m in WORDS if any(page.finite(row["metrics"].get(m)) is not None for row in rows)]
     shown = [m for m in PAPER_METRICS if m in known] or known
     table_metrics = shown + [m for m in ("mean_accuracy", "mean_database_auc") if m in known and m not in shown]
     histories = {}
@@ -189,7 +180,8 @@ def compare(
         ("training", "Loss curves", _compare_losses(names, histories, missing)),
         ("table", "All numbers", _compare_table(rows, table_metrics, paper)),
     ]
-    return _save(pathlib.Path(out), _page(title, _count(len(rows), "run"), sections))
+    files.write_text(pathlib.Path(out), page.document(title, page.count(len(rows), "run"), sections))
+    return pathlib.Path(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,7 +292,7 @@ def _examples(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list[dic
 def _overall(test: Mapping[str, Any]) -> dict[str, Any]:
     """{metric: number or {"value", "low", "high"}}: a judgement's, or whatever scores another task left."""
     if "overall" not in test:
-        return {k: v for k, v in test.items() if _value(v) is not None}
+        return {k: v for k, v in test.items() if page.finite(v) is not None}
     overall = dict(test["overall"])
     if "mean_database_auc" in test:
         overall = {"mean_database_auc": test["mean_database_auc"], **overall}
@@ -313,7 +305,7 @@ def _best_trivial(test: Mapping[str, Any], metric: str) -> tuple[str, float] | N
         return "the database alone", 0.5
     if metric in ("sensitivity", "specificity", "recall", "precision"):
         return None
-    known = {name: _value(scores.get(metric)) for name, scores in (test.get("trivial") or {}).items()}
+    known = {name: page.finite(scores.get(metric)) for name, scores in (test.get("trivial") or {}).items()}
     scores = {name: value for name, value in known.items() if value is not None}
     if not scores:
         return None
@@ -325,40 +317,23 @@ def _headline(test: Mapping[str, Any]) -> str:
     overall = _overall(test)
     cards = []
     for metric in [m for m in HEADLINE if m in overall] or list(overall)[:8]:
-        value, low, high = (_value(overall[metric], key) for key in ("value", "low", "high"))
+        value, low, high = (page.finite(overall[metric], key) for key in ("value", "low", "high"))
         trivial = _best_trivial(test, metric)
         if trivial:
             clear = low is not None and low > trivial[1]
             kind, verdict = ("good", "clearly above") if clear else ("warn", "not clearly above")
-            note = f'<span class="{kind}">{verdict}</span> {_e(trivial[0])} ({_number(trivial[1])})'
+            note = f'<span class="{kind}">{verdict}</span> {page.escape(trivial[0])} ({page.number(trivial[1])})'
         elif metric in ("sensitivity", "specificity"):
-            note = f"at threshold {_number(test.get('threshold'), 2)}"
+            note = f"at threshold {page.number(test.get('threshold'), 2)}"
         else:
             note = "&nbsp;"
-        interval = f"95 % interval {_interval(low, high)}" if low is not None else "no interval"
+        interval = f"95 % interval {page.interval(low, high)}" if low is not None else "no interval"
         cards.append(
-            f'<div class="card score"><h3>{_e(_word(metric))}</h3><p class="big">{_number(value)}</p>'
-            f"{_gauge(value, low, high, trivial[1] if trivial else None)}"
+            f'<div class="card score"><h3>{page.escape(_word(metric))}</h3><p class="big">{page.number(value)}</p>'
+            f"{page.gauge(value, low, high, trivial[1] if trivial else None)}"
             f'<p class="small">{interval}</p><p class="small">{note}</p></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _gauge(value: float | None, low: float | None, high: float | None, trivial: float | None) -> str:
-    """A ruler from 0 to 1 with the interval, the value and a tick for the trivial answer."""
-    if value is None or not 0 <= value <= 1:
-        return ""
-    parts = ['<line x1="0" y1="7" x2="200" y2="7" stroke="var(--line)" stroke-width="4" stroke-linecap="round"/>']
-    if low is not None and high is not None:
-        parts.append(
-            f'<line x1="{low * 200:.1f}" y1="7" x2="{high * 200:.1f}" y2="7" stroke="var(--blue)" '
-            'stroke-opacity="0.45" stroke-width="4" stroke-linecap="round"/>'
-        )
-    if trivial is not None:
-        x = f"{trivial * 200:.1f}"
-        parts.append(f'<line x1="{x}" y1="0" x2="{x}" y2="14" stroke="var(--orange)" stroke-width="2"/>')
-    parts.append(f'<circle cx="{value * 200:.1f}" cy="7" r="5" fill="var(--blue)"/>')
-    return f'<svg class="gauge" viewBox="-6 0 212 14" aria-hidden="true">{"".join(parts)}</svg>'
 
 
 def _honesty(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | None) -> str:
@@ -371,9 +346,9 @@ def _honesty(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | Non
     both = who["test"] & who["validation"]
     apart = split.get("people_apart")
     if both:
-        names = ", ".join(_e(person) for _, person in sorted(both)[:5]) + (" …" if len(both) > 5 else "")
+        names = ", ".join(page.escape(person) for _, person in sorted(both)[:5]) + (" …" if len(both) > 5 else "")
         says.append(
-            f'<span class="warn">{_count(len(both), "person is", "people are")} both in validation and in '
+            f'<span class="warn">{page.count(len(both), "person is", "people are")} both in validation and in '
             f"test:</span> {names}. The numbers may be higher than on people not heard."
         )
     elif apart is True:
@@ -392,21 +367,21 @@ def _honesty(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | Non
     if isinstance(how, dict) and how.get("resamples"):
         says.append(
             "Intervals hold 95 % of the scores when people, not recordings, are drawn anew with replacement within "
-            f"their database ({_number(how['resamples'])} times): several recordings of one person say little more "
-            "than one. They do not cover another training run, hospital or stethoscope; and where all of few people "
-            "were answered alike, a narrow interval such as 1.000–1.000 is not certainty."
+            f"their database ({page.number(how['resamples'])} times): several recordings of one person say little "
+            "more than one. They do not cover another training run, hospital or stethoscope; and where all of few "
+            "people were answered alike, a narrow interval such as 1.000–1.000 is not certainty."
         )
     if "mean_database_auc" in test:
         counted = test["mean_database_auc"]
         counted = counted.get("databases") if isinstance(counted, Mapping) else None
-        over = f", here over {_count(counted, 'database')} with both classes" if counted else ""
+        over = f", here over {page.count(counted, 'database')} with both classes" if counted else ""
         says.append(
             "Databases differ in device, place and share of patients. A model that only recognises the database "
             "scores well on all recordings together; it gets 0.5 in each database. The mean AUC over databases is "
             f"therefore the number to trust{over}."
         )
     notes = split.get("notes") or []
-    says += [_e(note) for note in ([notes] if isinstance(notes, str) else notes)]
+    says += [page.escape(note) for note in ([notes] if isinstance(notes, str) else notes)]
     if test.get("trivial"):
         says.append(
             "The orange tick is the best answer that needs no listening. It is told the test set's own labels, so "
@@ -423,18 +398,21 @@ def _decision_figures(test: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         if 0 < y.sum() < len(y):
             parts += [_roc(test, y, p), _pr(test, y, p)]
         else:
-            parts.append(_absent("ROC and precision-recall curves need both classes; the test set holds only one."))
+            why = "ROC and precision-recall curves need both classes; the test set holds only one."
+            parts.append(page.absent(why))
     else:
-        parts.append(_absent("ROC and precision-recall curves are left out: predictions.csv has no test rows here."))
+        why = "ROC and precision-recall curves are left out: predictions.csv has no test rows here."
+        parts.append(page.absent(why))
     counts, bins = test.get("counts"), (test.get("calibration") or {}).get("bins")
-    parts.append(_confusion(test) if counts else _absent("No confusion matrix: metrics.json has no counts."))
-    parts.append(_reliability(test) if bins else _absent("No reliability curve: metrics.json has no calibration."))
+    parts.append(_confusion(test) if counts else page.absent("No confusion matrix: metrics.json has no counts."))
+    none = "No reliability curve: metrics.json has no calibration."
+    parts.append(_reliability(test) if bins else page.absent(none))
     return f'<div class="grid two">{"".join(parts)}</div>'
 
 
 def _roc(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
     fpr, tpr, _ = metrics.roc_curve(y, p)
-    auc, se, sp = (_value(_overall(test).get(k)) for k in ("auc", "sensitivity", "specificity"))
+    auc, se, sp = (page.finite(_overall(test).get(k)) for k in ("auc", "sensitivity", "specificity"))
 
     def paint(figure: Any) -> None:
         ax = figure.subplots()
@@ -444,19 +422,19 @@ def _roc(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
         ax.plot(fpr, tpr, color=BLUE)
         if se is not None and sp is not None:
             ax.plot([1 - sp], [se], "o", color=ORANGE, markersize=8)
-            ax.annotate(f"at threshold {_number(test.get('threshold'), 2)}", (1 - sp, se), (12, -14),
+            ax.annotate(f"at threshold {page.number(test.get('threshold'), 2)}", (1 - sp, se), (12, -14),
                         textcoords="offset points", color=ORANGE)  # fmt: skip
         _unit_square(ax, "1 − specificity", "sensitivity")
 
-    at = f"at the threshold sensitivity {_number(se)}, specificity {_number(sp)}"
-    figure = _svg(420, 380, f"ROC curve of the test set, AUC {_number(auc)}; {at}", paint)
+    at = f"at the threshold sensitivity {page.number(se)}, specificity {page.number(sp)}"
+    figure = page.svg(420, 380, f"ROC curve of the test set, AUC {page.number(auc)}; {at}", paint)
     said = "of an abnormal and a normal recording, how often the abnormal one gets the higher probability"
-    return _card("ROC curve", figure, f"AUC {_number(auc)}: {said}.")
+    return page.card("ROC curve", figure, f"AUC {page.number(auc)}: {said}.")
 
 
 def _pr(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
     recall, precision, _ = metrics.pr_curve(y, p)
-    ap, re, pr = (_value(_overall(test).get(k)) for k in ("auprc", "recall", "precision"))
+    ap, re, pr = (page.finite(_overall(test).get(k)) for k in ("auprc", "recall", "precision"))
     share = float(y.mean())
 
     def paint(figure: Any) -> None:
@@ -469,9 +447,10 @@ def _pr(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
             ax.plot([re], [pr], "o", color=ORANGE, markersize=8)
         _unit_square(ax, "recall", "precision")
 
-    alt = f"Precision-recall curve of the test set, average precision {_number(ap)}, share of abnormal {share:.3f}"
-    caption = f"Average precision {_number(ap)}. The orange point is the decision threshold."
-    return _card("Precision and recall", _svg(420, 380, alt, paint), caption)
+    said = f"average precision {page.number(ap)}, share of abnormal {share:.3f}"
+    figure = page.svg(420, 380, f"Precision-recall curve of the test set, {said}", paint)
+    caption = f"Average precision {page.number(ap)}. The orange point is the decision threshold."
+    return page.card("Precision and recall", figure, caption)
 
 
 def _confusion(test: Mapping[str, Any]) -> str:
@@ -491,14 +470,14 @@ def _confusion(test: Mapping[str, Any]) -> str:
         '<table class="confusion"><thead><tr><td>truth</td><th scope="col">called normal</th>'
         f'<th scope="col">called abnormal</th></tr></thead><tbody>{"".join(body)}</tbody></table>'
     )
-    threshold = _number(test.get("threshold"), 2)
-    return _card("Confusion matrix", table, f"Called abnormal when the probability is {threshold} or more.")
+    threshold = page.number(test.get("threshold"), 2)
+    return page.card("Confusion matrix", table, f"Called abnormal when the probability is {threshold} or more.")
 
 
 def _reliability(test: Mapping[str, Any]) -> str:
     bins = test["calibration"]["bins"]
     used = [b for b in bins if b["recordings"]]
-    ece, brier = _value(test["calibration"].get("ece")), _value(_overall(test).get("brier"))
+    ece, brier = page.finite(test["calibration"].get("ece")), page.finite(_overall(test).get("brier"))
 
     def paint(figure: Any) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -514,20 +493,21 @@ def _reliability(test: Mapping[str, Any]) -> str:
         bottom.set_title("recordings", color=MUTED, fontweight="normal", fontsize=11)
         bottom.grid(False, axis="x")
 
-    said = f"expected calibration error {_number(ece)}, Brier score {_number(brier)}"
-    figure = _svg(420, 380, f"Reliability curve of the test set and histogram of its probabilities, {said}", paint)
-    return _card("Reliability", figure, f"E{said[1:]}. On the dashed line a probability is what it says.")
+    said = f"expected calibration error {page.number(ece)}, Brier score {page.number(brier)}"
+    alt = f"Reliability curve of the test set and histogram of its probabilities, {said}"
+    figure = page.svg(420, 380, alt, paint)
+    return page.card("Reliability", figure, f"E{said[1:]}. On the dashed line a probability is what it says.")
 
 
 def _training(history: Sequence[Mapping[str, Any]] | None) -> str:
     if not history:
-        return _absent("No curves: the run left no metrics.jsonl.")
+        return page.absent("No curves: the run left no metrics.jsonl.")
     train, validation = (_curve(history, split, "loss") for split in ("train", "validation"))
     score = next((m for m in (*HEADLINE, *metrics.METRICS) if len(_curve(history, "validation", m)[0]) > 1), None)
     epochs = [h["epoch"] for h in history if isinstance(h.get("epoch"), int | float)]
     x_label = f"step ({len(set(epochs))} epochs)" if epochs else "step"
     if not len(train[0]) and not len(validation[0]) and score is None:
-        return _absent("No curves: metrics.jsonl holds no loss.")
+        return page.absent("No curves: metrics.jsonl holds no loss.")
 
     def marks(curve: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
         return {"marker": "o", "markersize": 4} if len(curve[0]) < 60 else {}
@@ -557,9 +537,9 @@ def _training(history: Sequence[Mapping[str, Any]] | None) -> str:
             ax.set_xlabel(x_label)
 
     both = {"training": _smooth(train), "validation": validation}
-    last = [f"{name} loss ends at {_number(curve[1][-1])}" for name, curve in both.items() if len(curve[0])]
+    last = [f"{name} loss ends at {page.number(curve[1][-1])}" for name, curve in both.items() if len(curve[0])]
     caption = "; ".join(last).capitalize() + "." if last else ""
-    return _card("", _svg(960, 300, f"Loss curves over steps. {caption}", paint), caption)
+    return page.card("", page.svg(960, 300, f"Loss curves over steps. {caption}", paint), caption)
 
 
 def _curve(history: Iterable[Mapping[str, Any]], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -581,21 +561,21 @@ def _smooth(curve: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarra
 def _databases(test: Mapping[str, Any]) -> str:
     per_database = test.get("per_database")
     if not per_database:
-        return _absent("metrics.json has no per_database.")
-    mean = _value(test.get("mean_database_auc"))
+        return page.absent("metrics.json has no per_database.")
+    mean = page.finite(test.get("mean_database_auc"))
     height = 70 + 46 * len(per_database)
 
     def paint(figure: Any) -> None:
         ax = figure.subplots()
         for i, (_, scores) in enumerate(per_database.items()):
-            value, low, high = (_value(scores.get("auc"), key) for key in ("value", "low", "high"))
+            value, low, high = (page.finite(scores.get("auc"), key) for key in ("value", "low", "high"))
             if value is None:
                 ax.text(0.505, i, "one class only", va="center", color=MUTED, fontsize=10)
             else:
                 ax.barh(i, value - 0.5, left=0.5, height=0.5, color=BLUE, alpha=0.75)
                 if low is not None:
                     ax.plot([low, high], [i, i], color=INK, linewidth=1.5, marker="|", markersize=8)
-                ax.text(1.015, i - 0.14, _number(value), va="center", fontweight="bold")
+                ax.text(1.015, i - 0.14, page.number(value), va="center", fontweight="bold")
             recordings, people, abnormal = (scores.get(k) for k in ("recordings", "people", "positives"))
             counted = f"{recordings} recordings, {people} people, {abnormal} abnormal"
             ax.text(1.015, i + (0.2 if value is not None else 0), counted, va="center", color=MUTED, fontsize=9.5)
@@ -606,21 +586,21 @@ def _databases(test: Mapping[str, Any]) -> str:
         ax.set_yticks(range(len(per_database)), list(per_database))
         ax.tick_params(axis="y", colors=INK, length=0)
         ax.set_ylim(len(per_database) - 0.4, -0.6)
-        lows = [v for s in per_database.values() if (v := _value(s.get("auc"), "low")) is not None]
-        values = [v for s in per_database.values() if (v := _value(s.get("auc"))) is not None]
+        lows = [v for s in per_database.values() if (v := page.finite(s.get("auc"), "low")) is not None]
+        values = [v for s in per_database.values() if (v := page.finite(s.get("auc"))) is not None]
         ax.set_xlim(max(0, min([0.4, *(v - 0.03 for v in lows + values)])), 1.0)
         ax.grid(False, axis="y")
         ax.spines["left"].set_visible(False)
         ax.set_xlabel("AUC (0.5 is chance)")
         figure.subplots_adjust(left=0.12, right=0.73, top=1 - 28 / height, bottom=42 / height)
 
-    told = "; ".join(f"{name} {_number(_value(s.get('auc')))}" for name, s in per_database.items())
-    figure = _svg(960, height, f"AUC of each database with its interval: {told}", paint, free=True)
+    told = "; ".join(f"{name} {page.number(page.finite(s.get('auc')))}" for name, s in per_database.items())
+    figure = page.svg(960, height, f"AUC of each database with its interval: {told}", paint, free=True)
     columns = ("auc", "mean_accuracy", "sensitivity", "specificity", "f1", "brier")
     head = ["Database", "Recordings", "People", "Abnormal", *(_word(c) for c in columns)]
-    body = [[_e(name), *(_e(s.get(k)) for k in ("recordings", "people", "positives")),
-             *(_score(s.get(c)) for c in columns)] for name, s in per_database.items()]  # fmt: skip
-    return _card("", figure, "Bars from chance; whiskers are 95 % intervals.") + _table(head, body)
+    body = [[page.escape(name), *(page.escape(s.get(k)) for k in ("recordings", "people", "positives")),
+             *(page.score(s.get(c)) for c in columns)] for name, s in per_database.items()]  # fmt: skip
+    return page.card("", figure, "Bars from chance; whiskers are 95 % intervals.") + page.table(head, body)
 
 
 def _trivial(results: Mapping[str, Any]) -> str:
@@ -635,12 +615,12 @@ def _trivial(results: Mapping[str, Any]) -> str:
         judged = {name: v for name, v in named.items() if isinstance(v, dict) and "overall" in v}
         columns += [(_word(name), _overall(v)) for name, v in judged.items()]
         rest = {k: v for k, v in control.items() if k not in judged and "overall" not in control}
-        said = f"<h3>Control</h3>{_facts(rest)}" if rest else ""
+        said = f"<h3>Control</h3>{page.facts(rest)}" if rest else ""
     trivial = results["test"].get("trivial") or {}
     # An answer that is the same within a database has AUC 0.5 there, whatever it is.
     columns += [(_word(name).capitalize(), {"mean_database_auc": 0.5, **scores}) for name, scores in trivial.items()]
     order = [m for m in (*HEADLINE, "precision", "brier") if m in columns[0][1]] or list(columns[0][1])
-    body = [[_e(_word(m)), *(_score(scores.get(m)) for _, scores in columns)] for m in order]
+    body = [[page.escape(_word(m)), *(page.score(scores.get(m)) for _, scores in columns)] for m in order]
     note = (
         "MAcc is the mean of sensitivity and specificity. Of the Brier score less is better. n/a is a score that is "
         "undefined, such as the precision of an answer that never says abnormal. "
@@ -649,33 +629,36 @@ def _trivial(results: Mapping[str, Any]) -> str:
         note += "Trivial answers are told the test set's commoner class and its databases' shares of abnormal."
     else:
         note += "metrics.json has no trivial answers to compare with."
-    note = f'<p class="small">{_e(note)}</p>'
-    return _table(["Score", *(name for name, _ in columns)], body) + note + said
+    note = f'<p class="small">{page.escape(note)}</p>'
+    return page.table(["Score", *(name for name, _ in columns)], body) + note + said
 
 
 def _classes(test: Mapping[str, Any]) -> str:
     parts = []
     if test.get("report"):
         head = ["", "Precision", "Recall", "F1", "Recordings"]
-        body = [[_e(name.capitalize()), *(_score(row.get(k)) for k in ("precision", "recall", "f1")),
-                 _e(row.get("support"))] for name, row in test["report"].items()]  # fmt: skip
-        parts.append(f"<div><h3>The two decisions</h3>{_table(head, body)}</div>")
+        body = [[page.escape(name.capitalize()), *(page.score(row.get(k)) for k in ("precision", "recall", "f1")),
+                 page.escape(row.get("support"))] for name, row in test["report"].items()]  # fmt: skip
+        parts.append(f"<div><h3>The two decisions</h3>{page.table(head, body)}</div>")
     if test.get("per_class"):
         head = ["The data set's word", "Recordings", "Mean probability", "Called abnormal"]
-        body = [[_e(word), _e(row.get("recordings")), _number(_value(row.get("mean_probability"))),
-                 _share(row.get("share_abnormal"))] for word, row in test["per_class"].items()]  # fmt: skip
-        parts.append(f"<div><h3>The data set's classes</h3>{_table(head, body)}</div>")
-    return f'<div class="grid two">{"".join(parts)}</div>' if parts else _absent("metrics.json has no classes.")
+        body = [
+            [page.escape(word), page.escape(row.get("recordings")),
+             page.number(page.finite(row.get("mean_probability"))), page.share(row.get("share_abnormal"))]
+            for word, row in test["per_class"].items()
+        ]  # fmt: skip
+        parts.append(f"<div><h3>The data set's classes</h3>{page.table(head, body)}</div>")
+    return f'<div class="grid two">{"".join(parts)}</div>' if parts else page.absent("metrics.json has no classes.")
 
 
 def _example_figures(examples: Sequence[Mapping[str, Any]] | None) -> str:
     if not examples:
-        return _absent("No waveforms: the run left no examples.npz, or no predictions.csv to name them.")
+        return page.absent("No waveforms: the run left no examples.npz, or no predictions.csv to name them.")
     parts = []
     for title, right in (("Right, and sure of it", True), ("Wrong, and sure of it", False)):
         own = [e for e in examples if (e["label"] == e["decision"]) == right]
         cards = "".join(_example(e, TEAL if right else ORANGE) for e in own)
-        none = _absent("None were kept: every answer was of the other kind.")
+        none = page.absent("None were kept: every answer was of the other kind.")
         parts.append(f'<h3>{title}</h3><div class="grid two">{cards or none}</div>')
     return "".join(parts)
 
@@ -709,12 +692,13 @@ def _example(example: Mapping[str, Any], colour: str) -> str:
     truth, called = DECISIONS[example["label"]], DECISIONS[example["decision"]]
     alt = f"Waveform and spectrogram of recording {example['id']}: truth {truth}, called {called}"
     whole = f" First {len(shown) / rate:.0f} of {len(waveform) / rate:.0f} s." if len(shown) < len(waveform) else ""
+    name, database, person, word = (page.escape(example[field]) for field in ("id", "database", "person", "class"))
     caption = (
-        f"<b>{_e(example['id'])}</b> · {_e(example['database'])} · person {_e(example['person'])}<br>"
-        f"Truth <b>{truth}</b> ({_e(example['class'])}), called <b>{called}</b> with probability of abnormal "
-        f"<b>{_number(example['probability'])}</b>.{whole}"
+        f"<b>{name}</b> · {database} · person {person}<br>"
+        f"Truth <b>{truth}</b> ({word}), called <b>{called}</b> with probability of abnormal "
+        f"<b>{page.number(example['probability'])}</b>.{whole}"
     )
-    return _card("", _svg(460, 250, alt, paint), caption)
+    return page.card("", page.svg(460, 250, alt, paint), caption)
 
 
 def _setup(results: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:
@@ -722,18 +706,31 @@ def _setup(results: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:
     command = system.pop("command", None)
     if isinstance(command, list):
         command = " ".join(map(str, command))
-    said = f"<pre>{_e(command)}</pre>" if command else _absent("metrics.json does not hold the command of this run.")
+    none = page.absent("metrics.json does not hold the command of this run.")
+    said = f"<pre>{page.escape(command)}</pre>" if command else none
     parts = [f"<h3>Command</h3>{said}"]
     split = {k: v for k, v in (results.get("split") or {}).items() if k != "notes"}
     facts = {"Data": results.get("data"), "Split": split, "System": system}
-    cards = (f'<div class="card"><h3>{title}</h3>{_facts(part)}</div>' for title, part in facts.items() if part)
+    cards = (f'<div class="card"><h3>{title}</h3>{page.facts(part)}</div>' for title, part in facts.items() if part)
     parts.append(f'<div class="grid three">{"".join(cards)}</div>')
     if config is None:
-        parts.append(_absent("No config: the run left no config.json."))
+        parts.append(page.absent("No config: the run left no config.json."))
     else:
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        parts.append(f"<details open><summary>config.json</summary><pre>{_e(text)}</pre></details>")
+        parts.append(f"<details open><summary>config.json</summary><pre>{page.escape(text)}</pre></details>")
     return "".join(parts)
+
+
+def _word(metric: str) -> str:
+    return WORDS.get(metric, metric.replace("_", " "))
+
+
+def _unit_square(ax: Any, x: str | None, y: str) -> None:
+    ax.set_xlim(-0.01, 1.01)
+    ax.set_ylim(-0.01, 1.03)
+    ax.set_title(y, color=MUTED, fontweight="normal", fontsize=11)
+    if x:
+        ax.set_xlabel(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -742,12 +739,12 @@ def _setup(results: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:
 
 
 def _paper_number(paper: Mapping[str, Any] | None, name: str, metric: str) -> float | None:
-    return _value(((paper or {}).get("results") or {}).get(name, {}).get(metric))
+    return page.finite(((paper or {}).get("results") or {}).get(name, {}).get(metric))
 
 
 def _compare_bars(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], paper: Mapping[str, Any] | None) -> str:
     if not shown:
-        return _absent("None of the runs has a known score.")
+        return page.absent("None of the runs has a known score.")
     width = 0.8 / len(rows)
 
     def paint(figure: Any) -> None:
@@ -757,11 +754,11 @@ def _compare_bars(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], paper
         for i, row in enumerate(rows):
             for j, metric in enumerate(shown):
                 s = row["metrics"].get(metric)
-                value, low, high = (_value(s, key) for key in ("value", "low", "high"))
+                value, low, high = (page.finite(s, key) for key in ("value", "low", "high"))
                 x = j + (i - (len(rows) - 1) / 2) * width
                 label = str(row["name"]) if j == 0 else None
-                ax.bar(x, value or 0, width * 0.9, color=_SERIES[i % len(_SERIES)],
-                       alpha=0.8 if i < len(_SERIES) else 0.4, label=label)  # fmt: skip
+                ax.bar(x, value or 0, width * 0.9, color=SERIES[i % len(SERIES)],
+                       alpha=0.8 if i < len(SERIES) else 0.4, label=label)  # fmt: skip
                 if low is not None:
                     ax.plot([x, x], [low, high], color=INK, linewidth=1.2, marker="_", markersize=5)
                 number = _paper_number(paper, str(row["name"]), metric)
@@ -779,11 +776,11 @@ def _compare_bars(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], paper
 
     told = []
     for row in rows:
-        scores = (f"{_word(m)} {_number(_value(row['metrics'].get(m)))}" for m in shown)
+        scores = (f"{_word(m)} {page.number(page.finite(row['metrics'].get(m)))}" for m in shown)
         told.append(f"{row['name']}: {', '.join(scores)}")
-    figure = _svg(960, 400, f"Scores of each run. {'; '.join(told)}", paint)
+    figure = page.svg(960, 400, f"Scores of each run. {'; '.join(told)}", paint)
     caption = "Whiskers are 95 % intervals over people. Where they overlap, the order of the bars may be chance."
-    card = _card("", figure, caption)
+    card = page.card("", figure, caption)
     return card + _paper_note(paper)
 
 
@@ -791,8 +788,8 @@ def _paper_note(paper: Mapping[str, Any] | None) -> str:
     if not paper:
         return ""
     return (
-        f'<div class="card prose"><h3>About the paper\'s numbers</h3><p>{_e(paper.get("note") or "")}</p>'
-        f'<p class="small">{_e(paper.get("source") or "")}</p></div>'
+        f'<div class="card prose"><h3>About the paper\'s numbers</h3><p>{page.escape(paper.get("note") or "")}</p>'
+        f'<p class="small">{page.escape(paper.get("source") or "")}</p></div>'
     )
 
 
@@ -802,22 +799,23 @@ def _compare_losses(names: Sequence[str], histories: Mapping[str, Any], missing:
         curves = {name: _smooth(_curve(history, split, "loss")) for name, history in histories.items()}
         curves = {name: curve for name, curve in curves.items() if len(curve[0])}
         if not curves:
-            parts.append(_absent(f"No {split} loss: no metrics.jsonl has one."))
+            parts.append(page.absent(f"No {split} loss: no metrics.jsonl has one."))
             continue
 
         def paint(figure: Any, curves: Mapping[str, Any] = curves) -> None:
             ax = figure.subplots()
             for name, curve in curves.items():
-                ax.plot(*curve, color=_SERIES[names.index(name) % len(_SERIES)], label=name)
+                ax.plot(*curve, color=SERIES[names.index(name) % len(SERIES)], label=name)
             ax.set_xlabel("step")
             ax.set_ylim(bottom=0)
             ax.legend(loc="upper right")
 
-        last = "; ".join(f"{name} ends at {_number(curve[1][-1])}" for name, curve in curves.items())
+        last = "; ".join(f"{name} ends at {page.number(curve[1][-1])}" for name, curve in curves.items())
         title = {"train": "Training loss", "validation": "Validation loss"}[split]
-        parts.append(_card(title, _svg(460, 320, f"{title} over steps. {last}", paint), f"{_e(last)}."))
-    left_out = _absent(f"Without loss curves, as metrics.jsonl is missing: {', '.join(missing)}.") if missing else ""
-    return f'<div class="grid two">{"".join(parts)}</div>{left_out}'
+        figure = page.svg(460, 320, f"{title} over steps. {last}", paint)
+        parts.append(page.card(title, figure, f"{page.escape(last)}."))
+    left_out = f"Without loss curves, as metrics.jsonl is missing: {', '.join(missing)}." if missing else ""
+    return f'<div class="grid two">{"".join(parts)}</div>' + (page.absent(left_out) if left_out else "")
 
 
 def _compare_table(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], paper: Mapping[str, Any] | None) -> str:
@@ -827,10 +825,10 @@ def _compare_table(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], pape
     body: list[list[str]] = []
     for row in rows:
         name = str(row["name"])
-        body.append([f"<b>{_e(name)}</b>", *(_score(row["metrics"].get(m)) for m in shown)])
+        body.append([f"<b>{page.escape(name)}</b>", *(page.score(row["metrics"].get(m)) for m in shown)])
         numbers = [_paper_number(paper, name, m) for m in shown]
         if any(number is not None for number in numbers):
-            body.append([muted("the paper"), *(muted(_number(n, 4)) if n is not None else "" for n in numbers)])
+            body.append([muted("the paper"), *(muted(page.number(n, 4)) if n is not None else "" for n in numbers)])
     # Runs judged on the same recordings have the same trivial answers: those are told once.
     trivial = {str(row["name"]): row.get("trivial") or {} for row in rows}
     same = len({json.dumps(t, sort_keys=True) for t in trivial.values()}) == 1
@@ -838,241 +836,12 @@ def _compare_table(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], pape
         for answer, scores in answers.items():
             label = _word(answer) if same else f"{_word(answer)} ({name})"
             scores = {"mean_database_auc": 0.5, **scores}
-            body.append([muted(_e(label)), *(muted(_score(scores.get(m))) for m in shown)])
+            body.append([muted(page.escape(label)), *(muted(page.score(scores.get(m))) for m in shown)])
     note = "" if same else (
         '<p class="small warn">The runs were not judged on the same recordings: their trivial answers differ, so '
         "compare each with its own.</p>"
     )  # fmt: skip
-    return _table(["Run", *(_word(m) for m in shown)], body) + note
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Numbers, tables, figures, page
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _e(value: Any) -> str:
-    return html.escape("n/a" if value is None else str(value), quote=True)
-
-
-def _word(name: str) -> str:
-    return WORDS.get(name, name.replace("_", " "))
-
-
-def _value(score: Any, key: str = "value") -> float | None:
-    """The finite number of a score, which is a number or {"value", "low", "high"}."""
-    value = score.get(key) if isinstance(score, Mapping) else score if key == "value" else None
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    """As text for a page or a figure: counts whole with thousands apart, else `digits` decimals."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    value = _value(value)
-    return "n/a" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.3f}–{high:.3f}"
-
-
-def _score(score: Any) -> str:
-    interval = _interval(_value(score, "low"), _value(score, "high"))
-    return _number(_value(score)) + (f"<small>{interval}</small>" if interval else "")
-
-
-def _share(value: Any) -> str:
-    number = _value(value)
-    if number is None:
-        return "n/a"
-    return f'<span class="meter" style="--share:{100 * number:.0f}%"></span>{number:.0%}'
-
-
-def _count(number: int | None, one: str, many: str = "") -> str:
-    return "" if number is None else f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _absent(sentence: str) -> str:
-    return f'<p class="absent">{_e(sentence)}</p>'
-
-
-def _card(title: str, inside: str, caption: str) -> str:
-    head = f"<h3>{_e(title)}</h3>" if title else ""
-    return f'<figure class="card">{head}{inside}<figcaption>{caption}</figcaption></figure>'
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """`body` is HTML already, `head` is text."""
-    columns = "".join(f'<th scope="col">{_e(h)}</th>' for h in head)
-    lines = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in body
-    )
-    return f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def _facts(facts: Mapping[str, Any], prefix: str = "") -> str:
-    """Nested values as a list of names and texts."""
-
-    def flat(value: Any, name: str) -> Iterable[tuple[str, str]]:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                yield from flat(inner, f"{name}.{key}" if name else str(key))
-        elif isinstance(value, list):
-            shown = ", ".join(json.dumps(v) if isinstance(v, dict | list) else str(v) for v in value[:12])
-            yield name, shown + (f", … ({len(value)})" if len(value) > 12 else "")
-        elif isinstance(value, float):
-            yield name, f"{value:.6g}"
-        else:
-            yield name, "n/a" if value is None else str(value)
-
-    items = "".join(f"<div><dt>{_e(name)}</dt><dd>{_e(text)}</dd></div>" for name, text in flat(facts, prefix))
-    return f"<dl>{items}</dl>"
-
-
-def _unit_square(ax: Any, x: str | None, y: str) -> None:
-    ax.set_xlim(-0.01, 1.01)
-    ax.set_ylim(-0.01, 1.03)
-    ax.set_title(y, color=MUTED, fontweight="normal", fontsize=11)
-    if x:
-        ax.set_xlabel(x)
-
-
-def _svg(width: int, height: int, alt: str, paint: Callable[[Any], None], free: bool = False) -> str:
-    """What `paint(figure)` draws as inline SVG, `width` x `height` units of about a CSS pixel.
-
-    Colours of `_COLOURS` become CSS variables, text stays text, ids are made the figure's own, and nothing in it
-    refers outside. `free`: paint places the axes itself.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": alt, "text.parse_math": False, "font.size": 11, "text.color": INK,
-        "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "axes.titlesize": 12, "axes.titlelocation": "left",
-        "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8, "xtick.color": LINE,
-        "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "axes.facecolor": "none",
-        "figure.facecolor": "none", "lines.linewidth": 2, "legend.frameon": False, "axes.unicode_minus": True,
-    }  # fmt: skip
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a reader's own matplotlibrc must not change the page
-        matplotlib.rcParams.update(style)
-        figure = Figure((width / 72, height / 72), dpi=144, layout=None if free else "constrained")
-        FigureCanvasSVG(figure)
-        paint(figure)
-        buffer = io.StringIO()
-        # No metadata: it would hold links and the date.
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r"<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
-    own = f"f{zlib.crc32(alt.encode()):08x}-"
-    body = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{own}", body)
-    for name, colour in _COLOURS.items():
-        body = body.replace(colour, f"var(--{name})")
-    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_e(alt)}">{body}'
-    return f'<div class="wide">{svg}</div>' if width > 600 else svg  # on a phone a wide one scrolls
-
-
-def _page(heading: str, subtitle: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    links = "".join(f'<a href="#{name}">{_e(title)}</a>' for name, title, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{_e(title)}</h2>{inside}</section>' for name, title, inside in sections)
-    # The policy makes the browser itself refuse anything from outside and any script.
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        'img-src data:"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{_e(heading)}</title><style>{_CSS}</style></head>'
-        f"<body><header><p class=\"eyebrow\">pcgjax · phonocardiogram models</p><h1>{_e(heading)}</h1>"
-        f'<p class="sub">{_e(subtitle)}</p><nav>{links}</nav></header><main>{body}</main></body></html>\n'
-    )
-
-
-def _save(path: pathlib.Path, text: str) -> pathlib.Path:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
-
-
-_DARK = (
-    "--ink:#e6eaf2;--muted:#98a2b5;--line:#2e3746;--blue:#7fa8ff;--orange:#ff9d52;--teal:#4fd0bb;--purple:#bb9bff;"
-    "--pink:#ff84b4;--olive:#cfc65c;--page:#10151d;--card:#181f2a;--good:#4fd0bb"
-)
-_CSS = (
-    ":root{color-scheme:light dark;" + "".join(f"--{k}:{v};" for k, v in _COLOURS.items())
-    + "--page:#f5f7fa;--card:#fff;--good:#0b7d6e}@media(prefers-color-scheme:dark){:root{" + _DARK + "}}"
-    + """
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
-header,main{max-width:1120px;margin:0 auto;padding:0 24px}
-header{padding-top:44px}
-h1{font-size:2.1rem;line-height:1.2;margin:.1em 0;letter-spacing:-.02em;overflow-wrap:anywhere}
-h2{font-size:1.35rem;margin:0 0 .8em;letter-spacing:-.01em}
-h3{font-size:1rem;margin:0 0 .5em}
-section{padding:28px 0 12px;scroll-margin-top:8px}
-section>h3{margin-top:1.2em}
-.eyebrow{margin:0;color:var(--muted);font-size:.82rem;letter-spacing:.04em}
-.sub{margin:0 0 1em;color:var(--muted)}
-nav{display:flex;flex-wrap:wrap;gap:6px 20px;padding:10px 0;border-bottom:1px solid var(--line)}
-a{color:var(--blue);text-decoration:none;font-size:.92rem}
-a:hover{text-decoration:underline}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:16px}
-.grid{display:grid;gap:16px;margin-bottom:16px}
-.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
-.three{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;margin:0 0 16px;
-min-width:0}
-.grid .card,.cards .card{margin:0}
-.cards+.card{margin-top:16px}
-.score h3{color:var(--muted);font-weight:500;font-size:.92rem;margin:0}
-.big{font-size:2.15rem;font-weight:650;line-height:1.15;margin:.1em 0 .2em;letter-spacing:-.02em}
-.small,figcaption{color:var(--muted);font-size:.86rem;margin:.25em 0 0}
-.muted{color:var(--muted)}
-.good{color:var(--good);font-weight:600}.warn{color:var(--orange);font-weight:600}
-.prose ul{margin:0;padding-left:1.2em}.prose li{margin:.4em 0;max-width:78ch}.prose p{max-width:78ch;margin:.3em 0}
-.absent{color:var(--muted);font-style:italic;margin:0 0 16px}
-svg{display:block;width:100%;height:auto}
-.wide{overflow-x:auto}.wide svg{min-width:640px}
-svg *{stroke-linejoin:round}
-svg text{font-family:inherit!important}svg image{image-rendering:auto!important}
-.gauge{height:14px;max-width:230px}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:12px;margin-bottom:16px}
-table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{text-align:right;padding:9px 14px;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
-tbody tr:last-child>*{border-bottom:0}
-thead th{color:var(--muted);font-weight:500;font-size:.85rem;white-space:normal;vertical-align:bottom}
-th:first-child{text-align:left}
-tbody th{font-weight:500}
-td small,th small{display:block;color:var(--muted);font-size:.8rem;font-weight:400}
-.confusion{margin:12px 0 6px;table-layout:fixed;border-collapse:separate;border-spacing:6px}
-.confusion th,.confusion td{border:0;white-space:normal;text-align:center;vertical-align:middle}
-.confusion thead td{color:var(--muted);font-size:.85rem;text-align:left}
-.confusion th[scope=row]{text-align:left;padding-left:4px}
-.confusion tbody td{height:150px;border-radius:8px;font-size:.85rem}
-.confusion b{display:block;font-size:1.7rem;line-height:1.3}
-.confusion span{color:var(--muted)}
-.right{background:color-mix(in srgb,var(--teal) calc(6% + var(--share)*.34),transparent)}
-.wrong{background:color-mix(in srgb,var(--orange) calc(6% + var(--share)*.34),transparent)}
-.meter{display:inline-block;width:90px;height:8px;border-radius:4px;margin-right:10px;vertical-align:middle;
-background:linear-gradient(to right,var(--blue) var(--share),var(--line) var(--share))}
-dl{margin:0;font-size:.9rem}
-dl div{display:flex;gap:12px;justify-content:space-between;border-bottom:1px solid var(--line);padding:5px 0}
-dl div:last-child{border:0}
-dt{color:var(--muted)}dd{margin:0;text-align:right;overflow-wrap:anywhere;min-width:0}
-pre{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px;overflow-x:auto;
-font:13px/1.5 ui-monospace,"Cascadia Mono",Menlo,Consolas,monospace;margin:0 0 16px}
-summary{cursor:pointer;font-weight:600;margin-bottom:8px}
-@media(max-width:600px){header,main{padding-left:14px;padding-right:14px}
-.cards{grid-template-columns:1fr 1fr;gap:10px}.card{padding:14px}.big{font-size:1.6rem}}
-@media print{nav{display:none}.card,figure{break-inside:avoid}}
-"""
-)
+    return page.table(["Run", *(_word(m) for m in shown)], body) + note
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1080,29 +849,24 @@ summary{cursor:pointer;font-weight:600;margin-bottom:8px}
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _main(runs: Sequence[str], out: str | None) -> int:
-    try:
-        if not runs:
-            raise ValueError("no RUN given: python -m pcgjax.report RUN [RUN ...] [--out=FILE]; --help explains")
-        if len(runs) == 1:
-            if out:
-                raise ValueError("--out is for the comparison of several runs; one run is drawn to RUN/report.html")
-            path = write(runs[0])
-        else:
-            beside = pathlib.Path(runs[0]).resolve().parent
-            rows = [compare_row(run) for run in runs]
-            if len({row["name"] for row in rows}) < len(rows):  # a/cnn and b/cnn: the whole paths tell them apart
-                rows = [{**row, "name": run.rstrip("/")} for row, run in zip(rows, runs, strict=True)]
-            path = compare(rows, out or beside / "comparison.html", "Comparison of runs")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def _main(runs: Sequence[str], out: str | None) -> None:
+    if not runs:
+        raise ValueError("no RUN given: python -m pcgjax.report RUN [RUN ...] [--out=FILE]; --help explains")
+    if len(runs) == 1:
+        if out:
+            raise ValueError("--out is for the comparison of several runs; one run is drawn to RUN/report.html")
+        path = write(runs[0])
+    else:
+        beside = pathlib.Path(runs[0]).resolve().parent
+        rows = [compare_row(run) for run in runs]
+        if len({row["name"] for row in rows}) < len(rows):  # a/cnn and b/cnn: the whole paths tell them apart
+            rows = [{**row, "name": run.rstrip("/")} for row, run in zip(rows, runs, strict=True)]
+        path = compare(rows, out or beside / "comparison.html", "Comparison of runs")
     print(path)
-    return 0
 
 
 if __name__ == "__main__":
-    from absl import app, flags
+    from absl import flags
 
     flags.DEFINE_string("out", None, "The page that compares runs; default: comparison.html beside the first.")
-    app.run(lambda argv: _main(argv[1:], flags.FLAGS.out))
+    files.run(lambda argv: _main(argv[1:], flags.FLAGS.out))

@@ -11,14 +11,14 @@ import csv
 import hashlib
 import itertools
 import json
-import os
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
+
+from pcgjax import files
 
 Row = dict[str, Any]
 Split = dict[str, Any]
@@ -91,8 +91,7 @@ def make(
         parts, notes = _by_person(labelled, kind, target, fractions, fold, folds, database, rng)
     for name in databases if kind != "paper301" else ():
         if any(row["database"] == name and not row["person_known"] for row in labelled):
-            notes.append(f"{name}: people are not known for all recordings; those are split by recording, "
-                         "and one person may be in several parts")
+            notes.append(f"{name}: people are not known for all recordings, and one person may be in several parts")
     for part, members in parts.items():
         classes = {row["labels"][target] for row in members}
         if len(classes) < 2:
@@ -271,7 +270,7 @@ def overlaps(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
     """Pairs of recordings that share a stretch of audio: (id, id, common fingerprint hashes), by id."""
     owners = collections.defaultdict(list)
     for row in rows:
-        for value in row["fingerprint"]:
+        for value in set(row["fingerprint"].split()):
             owners[value].append(row["id"])
     common: collections.Counter[tuple[str, str]] = collections.Counter()
     for ids in owners.values():
@@ -337,14 +336,7 @@ def _some(ids: Sequence[str]) -> str:
 
 def save(split: Split, path: str | pathlib.Path) -> None:
     """Writes the split as JSON; the file is there as a whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(split, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_text(pathlib.Path(path), json.dumps(split, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(path: str | pathlib.Path, rows: Sequence[Row]) -> Split:
@@ -385,20 +377,16 @@ def summary(split: Split) -> str:
 def _main(flags_: Any) -> int:
     from pcgjax import prepare
 
-    try:
-        _, rows = prepare.read_rows(flags_.prepared)
-        if flags_.check:
-            split = load(flags_.check, rows)
-        else:
-            if not (flags_.kind and flags_.target and flags_.out):
-                raise SplitError("give --kind, --target and --out to make a split, or --check=FILE to check one")
-            fractions = [float(fraction) for fraction in flags_.fractions]
-            split = make(rows, flags_.kind, flags_.target, flags_.seed, fractions, flags_.fold, flags_.folds,
-                         flags_.database, flags_.names)
-            save(split, flags_.out)
-    except (ValueError, OSError) as error:  # PrepareError and SplitError are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _, rows = prepare.read_rows(flags_.prepared)
+    if flags_.check:
+        split = load(flags_.check, rows)
+    else:
+        if not (flags_.kind and flags_.target and flags_.out):
+            raise SplitError("give --kind, --target and --out to make a split, or --check=FILE to check one")
+        fractions = [float(fraction) for fraction in flags_.fractions]
+        split = make(rows, flags_.kind, flags_.target, flags_.seed, fractions, flags_.fold, flags_.folds,
+                     flags_.database, flags_.names)
+        save(split, flags_.out)
     found = leaks(split, rows)
     print(summary(split))
     print("\n".join(f"LEAK: {message}" for message in found) or "no leaks found")
@@ -417,4 +405,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("folds", 5, "person_kfold: how many.")
     flags.DEFINE_string("database", None, "leave_database_out: the one to test on.")
     flags.DEFINE_string("names", None, "paper301: a text or csv file whose first column names the test recordings.")
-    app.run(lambda _: _main(flags.FLAGS))
+    files.run(lambda _: _main(flags.FLAGS))

@@ -38,13 +38,18 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         raise ValueError(f"features.filter={f.filter!r}: choose one of {', '.join(FILTERS)}")
     if not 0 <= f.overlap < 1:
         raise ValueError(f"features.overlap={f.overlap}: must be at least 0 and below 1")
+    if not f.noise_snr_db > -float("inf"):
+        raise ValueError(f"features.noise_snr_db={f.noise_snr_db}: give decibels, or inf for no noise")
     window = round(f.window_s * sample_rate_hz)
     hop = round(window * (1 - f.overlap))
     if window < 16 or hop < 1:
         raise ValueError(f"features.window_s={f.window_s} with features.overlap={f.overlap} is shorter than 16 samples")
     lead = gap = 0
     if f.filter != "none":
-        sos = filters.butterworth(f.filter_order, (f.low_hz, f.high_hz), sample_rate_hz, "bandpass")
+        try:
+            sos = filters.butterworth(f.filter_order, (f.low_hz, f.high_hz), sample_rate_hz, "bandpass")
+        except ValueError as error:
+            raise ValueError(f"features.filter_order, features.low_hz, features.high_hz: {error}") from None
         lead = filters.edge_samples(sos)
         gap = lead + filters.settling_samples(sos)
     geometry = Geometry(window, hop, lead, gap)

@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import json
 import logging as std_logging
+import os
 import pathlib
 import platform
 import shlex
@@ -34,6 +35,7 @@ from ml_collections import config_flags
 import pcgjax
 from pcgjax import checkpoint, evaluate, files, input_pipeline, metrics, optimizer, report, sharding, splits, tasks
 
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "pcgjax", "xla")
 # Streams of randomness, each folded into the seed's key first.
 ORDER, STEP, EVALUATION, SHUFFLE = range(4)
 
@@ -198,9 +200,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     began = time.monotonic()
     workdir = pathlib.Path(workdir)
     t = config.train
-    for field, least in (("epochs", 1), ("batch_recordings", 1), ("checkpoint_steps", 1)):
-        if t[field] < least:
-            raise ValueError(f"train.{field}={t[field]}: must be at least {least}")
+    for part, field in (("train", "epochs"), ("train", "batch_recordings"), ("train", "checkpoint_steps"),
+                        ("evaluation", "batch_recordings"), ("evaluation", "resamples")):  # fmt: skip
+        if config[part][field] < 1:
+            raise ValueError(f"{part}.{field}={config[part][field]}: must be at least 1")
+    if not 0 <= config.evaluation.threshold <= 1:
+        raise ValueError(f"evaluation.threshold={config.evaluation.threshold}: must lie between 0 and 1")
     if t.select not in (*metrics.METRICS, "loss"):
         raise ValueError(f"train.select={t.select!r}: choose one of loss, {', '.join(metrics.METRICS)}")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -220,7 +225,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
 
     needed = [input_pipeline.batch_units(order_of(e), corpus.lengths, task.geometry) for e in range(min(t.epochs, 50))]
     # The largest batch that any order can make, so that no later epoch finds its batches without a place.
-    units = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-(t.batch_recordings // groups) :].sum()
+    largest = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-(t.batch_recordings // groups) :]
+    # Balanced epochs repeat recordings, so that a batch may hold the longest one several times.
+    units = largest.sum() if balance is None else largest[-1] * (t.batch_recordings // groups)
     capacities = input_pipeline.choose_capacities(np.concatenate(needed))
     capacities = (*capacities, int(units)) if t.epochs > 50 and units > capacities[-1] else capacities
     steps_an_epoch = len(order_of(0))
@@ -322,8 +329,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         state, totals = held["state"], held["totals"]
         meta["best"] = saved["best"]
         logging.info("resuming at step %d", at)
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        kept = [line for line in lines if line["step"] <= at and line["split"] != "test"]
+        kept = [line for line in _history(log) if line["step"] <= at and line["split"] != "test"]
         files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
     elif log.exists():
         log.unlink()
@@ -378,6 +384,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 bar.set_postfix(loss=f"{values['loss']:.3f}", **{f"val_{t.select}": f"{scores[t.select]:.3f}"})
                 clock = time.monotonic()
                 better = -scores[t.select] if t.select in ("loss", "brier") else scores[t.select]
+                better = better if np.isfinite(better) else -np.inf
                 if meta["best"] is None or better > meta["best"]["score"]:
                     meta["best"] = {"score": better, "step": at, "epoch": epoch + 1, "metric": t.select}
                     checkpoint.save(best, at, held, meta)
@@ -450,6 +457,19 @@ def _refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
                 )
 
 
+def _history(path: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last one that was cut, as a full disk leaves it, is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number}: {error}; remove that line") from None
+    return values
+
+
 def _log(path: pathlib.Path, step: int, split: str, values: dict) -> None:
     finite = {k: (v if v is None or np.isfinite(v) else None) for k, v in values.items()}
     with path.open("a") as file:
@@ -473,7 +493,7 @@ def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict
         one.sweep = ml_collections.ConfigDict()
         one.lock()
         one.update(overrides)
-        one.split.file = str(workdir / "split.json")  # one split for all
+        one.split.file = config.split.file or str(workdir / "split.json")  # one split for all
         done = workdir / name / "metrics.json"
         logging.info("sweep: %s", name)
         if not done.exists():
@@ -497,6 +517,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}")
     logging.set_verbosity(logging.INFO)
+    # A program compiled once is not compiled again: not by a resumed run, nor by the next one of the same shapes.
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE))
     workdir = pathlib.Path(FLAGS.workdir)
     _log_to(workdir)
     if len(CONFIG.value.sweep):

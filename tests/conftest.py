@@ -26,7 +26,7 @@ def corpus_folder(tmp_path_factory) -> pathlib.Path:
     from pcgjax.datasets import synthetic
 
     folder = tmp_path_factory.mktemp("corpus")
-    synthetic.write(folder / "source", people=24, recordings_per_person=2, duration_s=(3.0, 4.0), rate_hz=1000)
+    synthetic.write(folder / "source", people=24, recordings_per_person=2, duration_s=(3.0, 3.4), rate_hz=1000)
     prepare.prepare("cinc2016", folder / "source", folder / "prepared", workers=1)
     return folder
 
@@ -57,10 +57,23 @@ SMALL = {
     "features.window_s": 0.5,
     "model.filters": (4, 8),
     "model.hidden": 8,
-    "train.epochs": 2,
-    "train.batch_recordings": 4,
+    "optimizer.name": "adam",
+    "optimizer.learning_rate": 0.003,
+    "train.epochs": 6,
+    "train.batch_recordings": 2,
+    "train.checkpoint_steps": 3,
     "evaluation.resamples": 20,
 }
+
+
+@pytest.fixture(scope="session")
+def trained(make_config, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run of SMALL that nothing disturbed. Not to be written to."""
+    from pcgjax import train
+
+    workdir = tmp_path_factory.mktemp("trained")
+    train.train(make_config(), workdir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

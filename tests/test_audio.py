@@ -105,7 +105,9 @@ def as_samples(samples: np.ndarray, rate_hz: int = 4000, subtype: str = "PCM_16"
     return make
 
 
-def renamed(name: str, change: Callable[[bytes], bytes] = lambda whole: whole) -> Callable[[pathlib.Path], pathlib.Path]:
+def renamed(
+    name: str, change: Callable[[bytes], bytes] = lambda whole: whole
+) -> Callable[[pathlib.Path], pathlib.Path]:
     def make(folder: pathlib.Path) -> pathlib.Path:
         return as_bytes(change)(folder).rename(folder / name)
 

@@ -150,15 +150,14 @@ def test_a_loud_recording_does_not_leak_into_its_neighbours(zero_phase):
     lead = filters.edge_samples(sos)
     gap = lead + filters.settling_samples(sos)
     quiet, loud, after = recordings_of([501, 700, 333])
-    outputs = []
     run = jax.jit(lambda buffer, where: filters.filter_packed(sos, buffer, where, zero_phase))
-    for gain in (1.0, 1e5):
+    for gain in (100, 1e5):
         buffer, where, _ = packed([quiet, loud * np.float32(gain), after], lead, gap)
-        outputs.append(unpacked(run(buffer, where), where))
-    # A full-scale int16 recording beside one of a single step: what leaks must stay below float32's own error
-    # in the loud one, 1e-7 of it.
-    for i in (0, 2):
-        assert np.abs(outputs[0][i] - outputs[1][i]).max() < 1e5 * 3e-7
+        outputs = unpacked(run(buffer, where), where)
+        oracle = scipy.signal.sosfiltfilt if zero_phase else scipy.signal.sosfilt
+        # They share transforms, whose float32 rounding is of the order of the louder one; nothing else may pass.
+        for y, x in ((outputs[0], quiet), (outputs[2], after)):
+            assert np.abs(y - oracle(sos, x.astype(np.float64))).max() < 2e-6 * gain + 2e-5
 
 
 def test_packed_gradients_stay_within_a_recording():

@@ -70,7 +70,7 @@ def test_samples_come_back_as_librosa_would_resample_them(corpus: pathlib.Path, 
     read_manifest, rows = prepare.read_rows(tmp_path / "out")
     assert read_manifest == manifest
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
-    for row, samples in zip(rows, prepare.read_samples(tmp_path / "out", rows), strict=True):
+    for row, samples in zip(rows, prepare.open_records(tmp_path / "out", rows), strict=True):
         expected = soxr.resample(noise(int(row["id"][1:])) / np.float32(32768), RATE_HZ, 1000, quality="HQ")
         assert samples.dtype == np.int16
         assert abs(samples.astype(int)).max() == 32767
@@ -82,7 +82,7 @@ def test_reading_at_random_by_threads_and_after_pickling(corpus: pathlib.Path, t
     prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
     _, rows = prepare.read_rows(tmp_path)
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    in_order = list(prepare.read_samples(tmp_path, rows))
+    in_order = list(prepare.open_records(tmp_path, rows))
     records = prepare.open_records(tmp_path, rows)
     assert len(records) == 140
     indices = np.random.default_rng(1).integers(-140, 140, 400).tolist()
@@ -115,7 +115,7 @@ def test_a_killed_run_is_taken_up(tmp_path: pathlib.Path) -> None:
     assert resumed == whole
     assert (out / "records.jsonl").read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
     assert resumed is not None
-    assert len({shard["sha256"] for shard in resumed["shards"]}) == 10
+    assert len({path.read_bytes() for path in out.glob("shard-*.array_record")}) == 10
     for name, written in shards.items():  # not written again
         assert (out / name.replace(".jsonl", ".array_record")).stat().st_mtime_ns == written
     assert not list(out.rglob("*.tmp*"))
@@ -245,7 +245,7 @@ def test_damaged_files_are_left_out_and_listed(tmp_path: pathlib.Path) -> None:
     assert manifest["counts"]["left_out"] == {kind: 1 for kind in sorted(damaged.values())}
     _, rows = prepare.read_rows(tmp_path / "out")
     assert [row["id"] for row in rows] == ["e00001", "e00002"]
-    assert [len(samples) for samples in prepare.read_samples(tmp_path / "out", rows)] == [1000, 1000]
+    assert [len(samples) for samples in prepare.open_records(tmp_path / "out", rows)] == [1000, 1000]
     text = prepare.summary(manifest)
     assert "problems: 6" in text
     assert "training-e/e00004.wav: silent" in text
@@ -286,7 +286,7 @@ def test_doubled_audio(tmp_path: pathlib.Path) -> None:
     _, rows = prepare.read_rows(tmp_path / "out")
     assert [row["id"] for row in rows] == ["e00001", "e00004"]
     expected = [prepare.decode(recording, 1000)[1] for recording in datasets.load("cinc2016", tmp_path / "source")[0]]
-    for samples, index in zip(prepare.read_samples(tmp_path / "out", rows), (0, 3), strict=True):
+    for samples, index in zip(prepare.open_records(tmp_path / "out", rows), (0, 3), strict=True):
         np.testing.assert_array_equal(samples, expected[index])
 
 
@@ -317,7 +317,7 @@ def test_first_channel_of_stereo_is_taken_and_said(tmp_path: pathlib.Path) -> No
     assert row["channels"] == 2
     write_corpus(tmp_path / "mono", {"e00001": noise(1)})
     mono_row, mono = prepare.decode(recording(tmp_path / "mono" / "training-e" / "e00001.wav"), 1000)
-    np.testing.assert_array_equal(next(prepare.read_samples(tmp_path / "out", [row])), mono)
+    np.testing.assert_array_equal(prepare.open_records(tmp_path / "out", [row])[0], mono)
     assert row["sha256"] == mono_row["sha256"]
 
 
@@ -341,7 +341,7 @@ def test_quiet_recordings_keep_their_precision_and_are_not_taken_for_doubles(tmp
         np.testing.assert_allclose(samples * (row["scale"] / 32767), values[i], atol=1e-10)
         rows.append(row)
     assert rows[0]["sha256"] != rows[1]["sha256"]
-    assert rows[0]["fingerprint"] == []
+    assert rows[0]["fingerprint"] == ""
 
 
 def test_nothing_left_below_half_the_new_rate(tmp_path: pathlib.Path) -> None:
@@ -395,7 +395,7 @@ def test_a_damaged_shard_is_named(corpus: pathlib.Path, tmp_path: pathlib.Path, 
         shard.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     _, rows = prepare.read_rows(tmp_path)
     with pytest.raises(prepare.PrepareError, match=r"shard-00001.array_record: missing, cut or corrupt.*--overwrite"):
-        list(prepare.read_samples(tmp_path, rows))
+        list(prepare.open_records(tmp_path, rows))
     records = prepare.open_records(tmp_path, rows)
     assert len(records[0]) == 1000  # the other shards can be read
     with pytest.raises(prepare.PrepareError, match=r"shard-00001.array_record.*--overwrite"):
@@ -427,7 +427,7 @@ def test_read_rows_names_what_is_wrong(corpus: pathlib.Path, tmp_path: pathlib.P
         prepare.read_rows(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(prepare.PrepareError, match="format 99, this version reads 1"):
+    with pytest.raises(prepare.PrepareError, match="format 99, this version reads"):
         prepare.read_rows(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(prepare.PrepareError, match="not a manifest"):
@@ -466,18 +466,18 @@ def test_a_full_disk_leaves_no_named_file(corpus: pathlib.Path, tmp_path: pathli
 def test_fingerprint_finds_shared_audio_at_any_offset() -> None:
     for rate_hz in (2000, 4000, 44100):
         whole = noise(1, 8, rate_hz)
-        first = set(prepare.fingerprint(whole[: 5 * rate_hz + 7], rate_hz))
-        second = set(prepare.fingerprint(whole[3 * rate_hz + 1 :], rate_hz))
+        first = set(prepare.fingerprint(whole[: 5 * rate_hz + 7], rate_hz).split())
+        second = set(prepare.fingerprint(whole[3 * rate_hz + 1 :], rate_hz).split())
         assert 20 < len(first) < 70  # about 8 a second
         assert len(first & second) >= 3
         assert all(len(value) == 8 and int(value, 16) >= 0 for value in first)
-        assert not first & set(prepare.fingerprint(noise(2, 8, rate_hz), rate_hz))
+        assert not first & set(prepare.fingerprint(noise(2, 8, rate_hz), rate_hz).split())
 
 
 def test_fingerprint_ignores_what_many_recordings_have() -> None:
     silence = np.zeros(20_000, np.int16)
     clipped = np.repeat(np.array([32767, -32768] * 500, np.int16), 20)
-    assert prepare.fingerprint(silence, RATE_HZ) == []
-    assert prepare.fingerprint(clipped, RATE_HZ) == []
-    assert prepare.fingerprint(noise(1)[:63], RATE_HZ) == []
-    assert prepare.fingerprint(np.repeat(silence, 2), 44100) == []
+    assert prepare.fingerprint(silence, RATE_HZ) == ""
+    assert prepare.fingerprint(clipped, RATE_HZ) == ""
+    assert prepare.fingerprint(noise(1)[:63], RATE_HZ) == ""
+    assert prepare.fingerprint(np.repeat(silence, 2), 44100) == ""

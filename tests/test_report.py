@@ -357,14 +357,14 @@ def test_comparison_refuses_bad_rows(tmp_path):
 
 def test_command_line(run, tmp_path, capsys):
     a, b = (shutil.copytree(run, tmp_path / name / "cnn") for name in "ab")
-    assert report._main([str(a), str(b)], None) == 0
+    report._main([str(a), str(b)], None)
     assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "comparison.html")
     page = (tmp_path / "a" / "comparison.html").read_text()
     assert f"<b>{b}</b>" in page  # two runs called cnn are told apart by their paths
-    assert report._main([], None) == 1
-    assert "RUN" in capsys.readouterr().err
-    assert report._main([str(tmp_path / "none")], None) == 1
-    assert "no such file" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="RUN"):
+        report._main([], None)
+    with pytest.raises(ValueError, match="no such file"):
+        report._main([str(tmp_path / "none")], None)
 
 
 def test_command_line_as_a_user_runs_it(run, tmp_path):
@@ -374,6 +374,8 @@ def test_command_line_as_a_user_runs_it(run, tmp_path):
     done = call([sys.executable, "-m", "pcgjax.report", str(copy)], cwd=pathlib.Path(report.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert (copy / "report.html").is_file()
+    done = call([sys.executable, "-m", "pcgjax.report"], cwd=pathlib.Path(report.__file__).parents[1])
+    assert (done.returncode, done.stderr[:20]) == (1, "error: no RUN given:")
 
 
 # --- in a browser

@@ -7,8 +7,6 @@ import os
 import pathlib
 import re
 
-import numpy as np
-
 from pcgjax import audio
 from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, state_ans
 from pcgjax.datasets.tables import read_rows, read_table, relative
@@ -31,7 +29,8 @@ APPENDIX_SITE = "transducer site on body"
 def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     """The recordings of `source`, the challenge's folder or one training-x folder.
 
-    Persons are the subjects of database b, the tapes of a, and the records of c; d, e and f do not say.
+    Persons are the subjects of database b, the tapes of a, and the records of c. d, e and f do not say; what
+    `_same_person` infers for d and e keeps recordings together, but the person counts as unknown.
     Labels: `class`, `abnormal`, and where the tables say `sqi` ("1" good, "0" bad), `diagnosis`, `site`.
 
     Raises:
@@ -90,15 +89,16 @@ def _database(
             except ValueError as error:
                 problems.append(Problem(relative(states[record], source), f"annotation: {error}"))
         extra = {"sqi": sqi.get(record), "diagnosis": row.get("diagnosis"), "site": row.get(APPENDIX_SITE)}
-        person = _person(folder.name[-1], row) if appendix is not None else None
-        if appendix is not None and folder.name == "training-c":
+        database = folder.name[-1]
+        person = _person(database, row) if appendix is not None else None
+        if appendix is not None and database == "c":
             person = record  # one recording a subject
         recordings.append(
             Recording(
                 id=record,
-                person=person or record,
+                person=person or _same_person(database, row) or record,
                 person_known=person is not None,
-                database=f"cinc2016-{folder.name[-1]}",
+                database=f"cinc2016-{database}",
                 rate_hz=rate_hz,
                 labels={"class": CLASSES[label], "abnormal": "1" if label == "1" else "0"}
                 | {key: value for key, value in extra.items() if value},
@@ -106,9 +106,8 @@ def _database(
                 path=path,
             )
         )
-    for path in sorted(folder.glob("*.wav")):
-        if path.stem not in labels:
-            problems.append(Problem(relative(path, source), f"unlabelled: no label in {primary}"))
+    for path in sorted(path for path in folder.glob("*.wav") if path.stem not in labels):
+        problems.append(Problem(relative(path, source), f"unlabelled: no label in {primary}"))
     return recordings
 
 
@@ -203,11 +202,29 @@ def _person(database: str, row: dict[str, str]) -> str | None:
     return None
 
 
+def _same_person(database: str, row: dict[str, str]) -> str | None:
+    """Who it must have been where the appendix does not say it, by our own inference from its other columns.
+
+    e: recordings of one class with one raw record's number agree in gender, age and state (at rest, after climbing
+    steps), and their original names are at most a dozen numbers apart; normal and abnormal ones are numbered by
+    themselves. d: C014PRAU and C014PRAU2 are one person, and the names of the six men of Mars-500 do not tell them
+    apart, so they count as one.
+    """
+    raw, original = row.get("# raw record", ""), row.get("original record name", "")
+    if database == "e" and raw:
+        return f"cinc2016-e-{'a' if row.get(APPENDIX_CLASS) == '1' else 'n'}{raw}"
+    if database == "d" and row.get("diagnosis", "").endswith("MARS500"):
+        return "cinc2016-d-MARS500"
+    if database == "d" and original:
+        return f"cinc2016-d-{original.rstrip('0123456789') or original}"
+    return None
+
+
 def _state_files(source: pathlib.Path, folders: list[pathlib.Path]) -> dict[str, pathlib.Path]:
     """The hand-corrected state files by record, from `annotations` next to, above or inside the training folders."""
     found: dict[str, pathlib.Path] = {}
     for base in dict.fromkeys((source.parent, source, *folders)):
-        for path in sorted((base / "annotations" / "hand_corrected").glob("*/*_StateAns.mat")):
+        for path in sorted((base / "annotations" / "hand_corrected").glob("*/*_StateAns.mat"), key=str):
             found[path.name.removesuffix("_StateAns.mat")] = path
     return found
 

@@ -271,7 +271,10 @@ def _annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, fl
             else:
                 why = f"the interval ends at {end_s} s, before its start at {start_s} s"
             raise ValueError(f"line {number}: {why}")
-        start_s, end_s = max(start_s, before_s), min(end_s, duration_s)
+        if start_s < before_s:
+            start_s = before_s
+        if end_s > duration_s:
+            end_s = duration_s
         if start_s < end_s:
             intervals.append((start_s, end_s, int(state)))
             before_s = end_s

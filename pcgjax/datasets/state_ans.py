@@ -49,7 +49,9 @@ def _number(value: int) -> bytes:
     """A number in the smallest type, as MATLAB saves a double that is whole."""
     if value < 256:
         return _element(_UINT8, struct.pack("<B", value))
-    return _element(_UINT16, struct.pack("<H", value)) if value < 65536 else _element(_INT32, struct.pack("<i", value))
+    if value < 65536:
+        return _element(_UINT16, struct.pack("<H", value))
+    return _element(_INT32, struct.pack("<i", value))
 
 
 def _text(name: str) -> bytes:
@@ -57,7 +59,8 @@ def _text(name: str) -> bytes:
 
 
 _NUMBER = np.frombuffer(_matrix(_DOUBLE, (1, 1), _number(1)), "<u4")  # the last two: type and value
-_TYPES = {bytes_ << 16 | kind: 256**bytes_ for kind, bytes_ in ((_UINT8, 1), (_UINT16, 2))} | {4 << 16 | _INT32: 2**31}
+_TYPES = {1 << 16 | _UINT8, 2 << 16 | _UINT16, 4 << 16 | _INT32}
+_LARGEST = np.array([0, 2**8 - 1, 2**16 - 1, 0, 2**31 - 1], "<u4")  # by the bytes of a type
 _NAMES = {
     cell: name
     for name in ("S1", "systole", "S2", "diastole", "(N", "N)")
@@ -89,12 +92,12 @@ def _as_published(content: bytes) -> tuple[list[int], list[str]] | None:
     ):
         return None
     numbers = np.frombuffer(array, "<u4", count * len(_NUMBER), start).reshape(count, -1)
-    if (numbers[:, :-2] != _NUMBER[:-2]).any():
+    types, values = numbers[:, -2], numbers[:, -1]
+    if (numbers[:, :-2] != _NUMBER[:-2]).any() or not _TYPES.issuperset(types.tolist()):
         return None
-    types, values = numbers[:, -2].tolist(), numbers[:, -1].tolist()
-    if not all(value < _TYPES.get(kind, 0) for kind, value in zip(types, values, strict=True)):
+    if (values > _LARGEST[types >> 16]).any():
         return None
-    return values, [_NAMES[name] for name in names]
+    return values.tolist(), [_NAMES[name] for name in names]
 
 
 def _as_scipy_reads_it(content: bytes) -> tuple[list[int], list[str]]:
@@ -110,7 +113,8 @@ def _as_scipy_reads_it(content: bytes) -> tuple[list[int], list[str]]:
         raise ValueError(f"not a MATLAB file that can be read ({error})") from None
     if table.ndim != 2 or table.shape[1] != 2 or not len(table):
         raise ValueError(f"'state_ans' has shape {table.shape}, expected (n, 2): sample index, state name")
-    indices, names = [_innermost(cell) for cell in table[:, 0]], [str(_innermost(cell)).strip() for cell in table[:, 1]]
+    indices = [_innermost(cell) for cell in table[:, 0]]
+    names = [str(_innermost(cell)).strip() for cell in table[:, 1]]
     for index in indices:
         if not isinstance(index, np.integer | np.floating) or not float(index).is_integer():
             raise ValueError(f"sample index {index} is not a whole number")

@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import functools
 import importlib
-import io
 import json
 import math
 import multiprocessing
@@ -28,7 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.fft
 
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording
+from pcgjax import files
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, state_ans
 
 LAYOUT = "a folder that `python -m pcgjax.datasets.synthetic --out=DIR` wrote, or an empty or missing one"
 LAYOUTS = {"cinc2016": 2000, "circor": 4000, "pascal": 4000}  # layout -> its usual rate in Hz
@@ -521,9 +521,7 @@ def write(
         (out / folder).mkdir(parents=True)
     rows = _map(functools.partial(write_person, out, corpus), people)
     write_tables(out, [row for person_rows in rows for row in person_rows])
-    unfinished = out / "synthetic.json.tmp"
-    unfinished.write_text(json.dumps(dataclasses.asdict(corpus), indent=1) + "\n")
-    os.replace(unfinished, out / "synthetic.json")
+    files.write_text(out / "synthetic.json", json.dumps(dataclasses.asdict(corpus), indent=1) + "\n")
     return sum(len(row["recordings"]) for person_rows in rows for row in person_rows)
 
 
@@ -618,8 +616,6 @@ _TRANSDUCER_SITES = {  # database a's own words
 
 
 def _cinc_person(out: pathlib.Path, corpus: _Corpus, person_index: int) -> list[dict[str, Any]]:
-    import scipy.io
-
     # Clinics take turns, and each has its own quota of murmurs: the clinic tells nothing of the class.
     database = list(CLINICS)[person_index % len(CLINICS)]
     index = person_index // len(CLINICS)
@@ -638,17 +634,10 @@ def _cinc_person(out: pathlib.Path, corpus: _Corpus, person_index: int) -> list[
         noise = dataclasses.replace(noise, gain_db=noise.gain_db + gain_db, breathing=noise.breathing * breathing)
         path = out / f"training-{database}" / f"{record}.wav"
         annotations, _ = _save(path, corpus, rng, person, site, noise, stethoscope)
-        cells = np.empty((len(annotations), 2), object)
-        for row, (start_s, _, state) in enumerate(annotations):
-            word = np.empty((1, 1), object)
-            word[0, 0] = _STATE_WORDS[state]
-            cells[row] = round(start_s * corpus.rate_hz) + 1, word
+        indices = [round(start_s * corpus.rate_hz) + 1 for start_s, _, _ in annotations]
+        names = [_STATE_WORDS[state] for _, _, state in annotations]
         folder = out / "annotations" / "hand_corrected" / f"training-{database}_StateAns"
-        mat = io.BytesIO()
-        scipy.io.savemat(mat, {"state_ans": cells})
-        # The first 116 bytes are a text that tells the time of writing.
-        mat_bytes = b"MATLAB 5.0 MAT-file".ljust(116) + mat.getvalue()[116:]
-        (folder / f"{record}_StateAns.mat").write_bytes(mat_bytes)
+        (folder / f"{record}_StateAns.mat").write_bytes(state_ans.write(indices, names))
         original = {"a": f"C{index + 1}S{take}", "b": f"S{index + 1}f{take + 1}_data"}.get(database, record)
         abnormal = 1 if person.murmurs else -1
         appendix = {
@@ -800,20 +789,17 @@ def main(argv: Sequence[str]) -> None:
         low_s, high_s = map(float, values.duration_s)
     except ValueError:
         raise app.UsageError(f"--duration_s={','.join(values.duration_s)}: give two numbers, as in 6,12") from None
-    try:
-        count = write(
-            values.out,
-            layout=values.layout,
-            people=values.people,
-            recordings_per_person=values.recordings_per_person,
-            duration_s=(low_s, high_s),
-            rate_hz=values.rate_hz,
-            seed=values.seed,
-            snr_db=values.snr_db,
-            murmur_fraction=values.murmur_fraction,
-        )
-    except DatasetError as error:
-        raise SystemExit(f"error: {error}") from None
+    count = write(
+        values.out,
+        layout=values.layout,
+        people=values.people,
+        recordings_per_person=values.recordings_per_person,
+        duration_s=(low_s, high_s),
+        rate_hz=values.rate_hz,
+        seed=values.seed,
+        snr_db=values.snr_db,
+        murmur_fraction=values.murmur_fraction,
+    )
     print(f"{count} recordings of {values.people} people in {values.out}")
 
 
@@ -837,7 +823,5 @@ def _define_flags() -> None:
 
 
 if __name__ == "__main__":
-    from absl import app
-
     _define_flags()
-    app.run(main)
+    files.run(main)

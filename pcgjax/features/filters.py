@@ -24,8 +24,10 @@ def butterworth(order: int, cutoff_hz: float | tuple[float, float], sample_rate_
     """Second-order sections (sections, 6), float64, of SciPy's `butter`; kind: lowpass, highpass or bandpass.
 
     Raises:
-      ValueError: a cut-off outside (0, sample_rate_hz / 2), or a band whose edges are not in order.
+      ValueError: an order below 1, a cut-off outside (0, sample_rate_hz / 2), or a band whose edges are not in order.
     """
+    if order < 1:
+        raise ValueError(f"order {order}: must be at least 1")
     edges = np.atleast_1d(np.asarray(cutoff_hz, np.float64))
     if edges.min() <= 0 or edges.max() >= sample_rate_hz / 2 or (np.diff(edges) <= 0).any():
         raise ValueError(
