@@ -2,12 +2,13 @@
 
     python -m pcgjax.bench --suite=cnn --out=cnn.json [--prepared=DIR]
 
-The peer of `cnn` is what people write in PyTorch for the same net: a Dataset that filters with SciPy and cuts windows, a
-DataLoader, Conv1d and MaxPool1d, SGD. Both see the same recordings in the same batches.
+The peer of `cnn` is what people write in PyTorch for the same net: a Dataset that filters with SciPy and cuts windows,
+a DataLoader, Conv1d and MaxPool1d, SGD. Both see the same recordings in the same batches.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import pathlib
@@ -16,6 +17,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,13 +84,12 @@ class Ours:
         used = np.where(order >= 0, corpus.lengths[order], 0)
         self.windows = task.geometry.windows(used).sum((1, 2))
         update = optimizer.make(config.optimizer)
-        graphdef, params, rest = nnx.split(task.init(nnx.Rngs(0)), nnx.Param, ...)
-        params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-        self.state = train.TrainState(jnp.zeros((), jnp.int32), params, rest, update.init(params))
+        graphdef = nnx.graphdef(task.init(nnx.Rngs(0)))
+        self.state = tasks.initial_state(task, update, seed=0)
         self.totals = train.zero_totals()
         step = train.make_step(task, update, graphdef, key, 1)
         run = jax.jit(train.make_run(step, task.geometry, capacities), donate_argnums=(0, 1))
-        self.resident = jax.device_put(input_pipeline.block(corpus, self.labels, np.arange(len(corpus.rows))))
+        self.resident = jax.device_put(input_pipeline.block(corpus, self.labels, range(len(corpus.rows))))
         began = time.perf_counter()
         arguments = (self.state, self.totals, self.resident, self.plan.ids, self.plan.capacity, 0, 1)
         self.compiled = run.lower(*arguments).compile()
@@ -152,8 +153,9 @@ class Peer:
 
         corpus, window = ours.corpus, ours.geometry.window
         samples = [corpus.read(i) for i in range(len(corpus.rows))]
-        self.loader = torch.utils.data.DataLoader(
-            Segments(samples, ours.labels, window, ours.geometry.hop, corpus.sample_rate_hz),
+        dataset: Any = Segments(samples, ours.labels, window, ours.geometry.hop, corpus.sample_rate_hz)
+        self.loader: Any = torch.utils.data.DataLoader(
+            dataset,
             batch_sampler=[[int(i) for i in step.reshape(-1) if i >= 0] for step in ours.plan.ids],
             collate_fn=collate,
             num_workers=workers,
@@ -219,68 +221,88 @@ def cnn(prepared: str, recordings: int) -> dict:
     """The suite `cnn`: one step at 8 recordings a batch, an epoch at 1, streaming, memory, prepare."""
     corpus = input_pipeline.from_prepared(prepared) if prepared else make_corpus(recordings)
     if prepared:  # what a run reads again and again lies in memory for both
-        samples = [corpus.read(i) for i in range(len(corpus.rows))][:recordings]
-        corpus = input_pipeline.in_memory(corpus.rows[:recordings], samples, corpus.sample_rate_hz)
-    result: dict = {"corpus": {"recordings": len(corpus.rows), "seconds": float(corpus.lengths.sum() / SAMPLE_RATE_HZ)}}
+        samples = [corpus.read(i) for i in range(min(recordings, len(corpus.rows)))]
+        corpus = input_pipeline.in_memory(corpus.rows[: len(samples)], samples, corpus.sample_rate_hz)
+    return {
+        "corpus": {"recordings": len(corpus.rows), "seconds": float(corpus.lengths.sum() / corpus.sample_rate_hz)},
+        **_step(corpus),
+        **_epoch(corpus),
+        "prepare": _prepare_rate(),
+        "memory": _memory(),
+    }
 
-    eight = Ours(corpus, 8)
-    peer = Peer(eight)
-    few = min(len(eight.plan.ids), 8)
+
+def _step(corpus: Corpus, batch: int = 8) -> dict:
+    ours = Ours(corpus, batch)
+    peer = Peer(ours)
+    few = min(len(ours.plan.ids), 8)
     ready = [batch for _, batch in zip(range(few), peer.loader, strict=False)]
-    step = paired(
-        lambda: eight.steps(0, few), lambda: [peer.step(*batch) for batch in ready], 7, "step, 8 recordings"
-    )
-    windows = int(eight.windows[:few].sum())
-    singles = [seconds(lambda i=i: eight.steps(i % few, i % few + 1)) for i in range(5 * few)]
-    peers = [seconds(lambda b=ready[i % few]: peer.step(*b)) for i in range(5 * few)]
-    cost = eight.compiled.cost_analysis() or {}
-    result["step_8"] = step | {
-        "meaning": "ours: gather, filter, z-score, windows, forward, backward, update, per step of the epoch program; "
-        "peer: forward, backward, update on windows that are ready",
+    step = paired(lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 9, f"step, {batch} recordings")
+    windows = int(ours.windows[:few].sum())
+    singles = [seconds(functools.partial(ours.steps, i % few, i % few + 1)) for i in range(5 * few)]
+    peers = [seconds(functools.partial(peer.step, *ready[i % few])) for i in range(5 * few)]
+    cost = ours.compiled.cost_analysis() or {}
+    step |= {
+        "meaning": "ours: gather, filter, z-score, windows, forward, backward and update, in the epoch program; "
+        "peer: forward, backward and update on windows that are ready",
+        "batch_recordings": batch,
         "steps": few,
         "windows": windows,
         "ours_windows_a_s": windows / step["ours_s"],
         "peer_windows_a_s": windows / step["peer_s"],
-        "ours_dispatched_alone_ms": {"median": float(np.median(singles) * 1e3), "p95": float(np.quantile(singles, 0.95) * 1e3)},
-        "peer_ms": {"median": float(np.median(peers) * 1e3), "p95": float(np.quantile(peers, 0.95) * 1e3)},
-        "compile_s": eight.compile_s,
-        "capacities": list(eight.plan.capacities),
-        "padding_waste": eight.waste,
+        "ours_dispatched_alone_ms": _median_p95(singles),
+        "peer_ms": _median_p95(peers),
+        "compile_s": ours.compile_s,
+        "capacities": list(ours.plan.capacities),
+        "padding_waste": ours.waste,
         "flops_of_all_branches": cost.get("flops"),
         "bytes_of_all_branches": cost.get("bytes accessed"),
-        "floor": _floor(eight, few, step["ours_s"]),
+        "floor": _floor(ours, few, step["ours_s"]),
     }
-    streamed = paired(eight.streamed, lambda: eight.steps(0, len(eight.plan.ids)), 5, "streamed, 8 recordings")
-    result["streamed_8"] = {"streamed_s": streamed["ours_s"], "resident_s": streamed["peer_s"],
-                            "streamed_rate_over_resident": streamed["ratio"], "range": streamed["ratio_range"]}  # fmt: skip
-    loader_s = seconds(lambda: [None for _ in eight.blocks()])
-    peer_loader_s = seconds(lambda: [None for _ in peer.loader])
-    total = int(eight.windows.sum())
-    result["loader_only"] = {"ours_windows_a_s": total / loader_s, "peer_windows_a_s": total / peer_loader_s}
-    del eight, peer, ready
+    streamed = paired(ours.streamed, lambda: ours.steps(0, len(ours.plan.ids)), 7, f"streamed, {batch} recordings")
+    total = int(ours.windows.sum())
+    return {
+        "step": step,
+        "streamed": {
+            "streamed_s": streamed["ours_s"],
+            "resident_s": streamed["peer_s"],
+            "rate_over_resident": streamed["ratio"],
+            "range": streamed["ratio_range"],
+        },
+        "loader_only": {
+            "ours_windows_a_s": total / seconds(lambda: list(ours.blocks())),
+            "peer_windows_a_s": total / seconds(lambda: list(peer.loader)),
+        },
+    }
 
-    one = Ours(corpus, 1)
-    # The peer's better choice on this machine.
-    alone, helped = Peer(one), Peer(one, workers=2)
-    alone.epoch(), helped.epoch()
-    times = {0: seconds(alone.epoch), 2: seconds(helped.epoch)}
-    best = alone if times[0] <= times[2] else helped
-    epoch = paired(lambda: one.steps(0, len(one.plan.ids)), best.epoch, 5, "epoch, 1 recording")
-    total = int(one.windows.sum())
-    result["epoch_1"] = epoch | {
-        "meaning": "end to end: ours from resident int16, the peer from int16 through Dataset and DataLoader",
-        "peer_epoch_s_by_workers": times,
-        "ours_windows_a_s": total / epoch["ours_s"],
-        "ours_recordings_a_s": len(corpus.rows) / epoch["ours_s"],
-        "peer_recordings_a_s": len(corpus.rows) / epoch["peer_s"],
-        "compile_s": one.compile_s,
-        "capacities": list(one.plan.capacities),
-        "padding_waste": one.waste,
+
+def _epoch(corpus: Corpus) -> dict:
+    ours = Ours(corpus, 1)
+    peers = {workers: Peer(ours, workers) for workers in (0, 2)}
+    times = {}
+    for workers, peer in peers.items():
+        peer.epoch()  # starts its workers
+        times[workers] = seconds(peer.epoch)
+    best = peers[min(times, key=times.__getitem__)]  # the peer's better choice on this machine
+    epoch = paired(lambda: ours.steps(0, len(ours.plan.ids)), best.epoch, 5, "epoch, 1 recording")
+    return {
+        "epoch": epoch
+        | {
+            "meaning": "end to end: ours from resident int16, the peer from int16 in memory through its DataLoader",
+            "batch_recordings": 1,
+            "peer_epoch_s_by_workers": times,
+            "ours_windows_a_s": int(ours.windows.sum()) / epoch["ours_s"],
+            "ours_recordings_a_s": len(corpus.rows) / epoch["ours_s"],
+            "peer_recordings_a_s": len(corpus.rows) / epoch["peer_s"],
+            "compile_s": ours.compile_s,
+            "capacities": list(ours.plan.capacities),
+            "padding_waste": ours.waste,
+        }
     }
-    del one, alone, helped, best
-    result["prepare"] = _prepare_rate()
-    result["memory"] = _memory()
-    return result
+
+
+def _median_p95(times_s: list[float]) -> dict:
+    return {"median": float(np.median(times_s) * 1e3), "p95": float(np.quantile(times_s, 0.95) * 1e3)}
 
 
 def _floor(ours: Ours, steps: int, measured_s: float) -> dict:
@@ -298,7 +320,8 @@ def _floor(ours: Ours, steps: int, measured_s: float) -> dict:
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
     rate = 2 * n**3 / min(seconds(lambda: product(a).block_until_ready()) for _ in range(5))
-    return {"flops": flops, "matrix_flops_a_s": rate, "floor_s": flops / rate, "share_of_floor": flops / rate / measured_s}
+    floor_s = flops / rate
+    return {"flops": flops, "matrix_flops_a_s": rate, "floor_s": floor_s, "share_of_floor": floor_s / measured_s}
 
 
 def _prepare_rate() -> dict:
@@ -349,13 +372,13 @@ def _train_in_memory(mib: int) -> float:
 
 def summary(result: dict) -> str:
     """The main figures, for a terminal."""
-    s, e, m = result["step_8"], result["epoch_1"], result["memory"]
+    s, e, m = result["step"], result["epoch"], result["memory"]
     return "\n".join([
         f"step, 8 recordings       {s['ratio']:.2f}x the peer  [{s['ratio_range'][0]:.2f}, {s['ratio_range'][1]:.2f}]"
         f"   ours {s['ours_windows_a_s']:.0f} windows/s, {100 * s['floor']['share_of_floor']:.0f} % of the matrix rate",
         f"epoch, 1 recording       {e['ratio']:.2f}x the peer  [{e['ratio_range'][0]:.2f}, {e['ratio_range'][1]:.2f}]"
         f"   ours {e['ours_recordings_a_s']:.0f} recordings/s",
-        f"streamed                 {result['streamed_8']['streamed_rate_over_resident']:.2f} of resident",
+        f"streamed                 {result['streamed']['rate_over_resident']:.2f} of resident",
         f"prepare                  {result['prepare']['rate_over_bare_loop']:.2f} of a bare decode-and-resample loop",
         f"padding                  {100 * s['padding_waste']:.1f} % at 8 recordings, {100 * e['padding_waste']:.1f} % at 1",
         f"peak memory              {m['peak_rss_mib']:.0f} MiB for a corpus of {m['corpus_mib']} (limit {m['limit_mib']})",

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, tasks
+from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, optimizer, tasks
 from pcgjax.input_pipeline import Corpus
 
 FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -137,10 +137,10 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     meta = found[2]
     config = ml_collections.ConfigDict(meta["config"])
     task = tasks.make(config, meta["sample_rate_hz"])
-    graphdef, params, rest = nnx.split(task.init(nnx.Rngs(config.seed)), nnx.Param, ...)
-    like = {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
+    like = tasks.initial_state(task, optimizer.make(config.optimizer), config.seed)
     _, state, _ = checkpoint.restore(folder, like) or found
-    return config, task, graphdef, state["params"], state["rest"], meta["sample_rate_hz"]
+    graphdef = nnx.graphdef(task.init(nnx.Rngs(config.seed)))
+    return config, task, graphdef, state.params, state.rest, meta["sample_rate_hz"]
 
 
 def decode(recordings: list[datasets.Recording], sample_rate_hz: int) -> tuple[Corpus, list[datasets.Problem]]:
@@ -149,8 +149,8 @@ def decode(recordings: list[datasets.Recording], sample_rate_hz: int) -> tuple[C
 
     rows, samples, problems = [], [], []
     for recording, row, audio, reason in prepare.decode_all(recordings, sample_rate_hz, None, "decode"):
-        if row is None:
-            problems.append(datasets.Problem(str(recording.path), reason))
+        if row is None or audio is None:
+            problems.append(datasets.Problem(str(recording.path), str(reason)))
         else:
             rows.append(row)
             samples.append(audio)

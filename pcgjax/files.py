@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as std_logging
 import os
 import pathlib
 import sys
@@ -41,7 +42,17 @@ def run(main: Callable[[list[str]], Any]) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
+    logging.get_absl_handler().addFilter(own_or_warning)
+    if jax := sys.modules.get("jax"):
+        # What was compiled once is not compiled again: not by a resumed run, nor by the next one of the same shapes.
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pcgjax", "xla")
+        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache)
     app.run(quiet, flags_parser=_parsed)
+
+
+def own_or_warning(record: std_logging.LogRecord) -> bool:
+    """A log filter: Orbax and JAX tell the story of every checkpoint and backend otherwise."""
+    return record.levelno > std_logging.INFO or "pcgjax" in record.pathname
 
 
 def _parsed(argv: list[str]) -> list[str]:

@@ -205,7 +205,7 @@ def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geo
     }
 
 
-def block(corpus: Corpus, labels: np.ndarray, indices: Sequence[int], rows: int = 0, places: int = 0) -> dict:
+def block(corpus: Corpus, labels: np.ndarray, indices: Any, rows: int = 0, places: int = 0) -> dict:
     """Recordings as arrays to gather batches from: {samples (rows, ALIGN) int16, first, lengths, labels (places,)}.
 
     `rows` and `places`, when given, fix the shapes; the last row is always zeros, what a gather reads for padding.

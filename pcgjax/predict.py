@@ -21,7 +21,7 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     A file that cannot be used has an error and no probability.
     """
     config, task, graphdef, params, rest, sample_rate_hz = evaluate.load_model(workdir)
-    rows = [{"path": path, "probability": "", "decision": "", "error": ""} for path in paths]
+    rows: list[dict] = [{"path": path, "probability": "", "decision": "", "error": ""} for path in paths]
     recordings = []
     for i, path in enumerate(paths):
         try:

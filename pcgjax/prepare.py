@@ -232,15 +232,17 @@ def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
     def advance(count: int) -> None:
         nonlocal done, bar
         done += count
-        if bar is None and time.monotonic() - started > 1:
+        elapsed = time.monotonic() - started
+        if bar is not None:
+            bar.update(count)
+        elif elapsed > 1:
             import tqdm  # later than this, as a small data set is prepared in the time of the import
 
             tqdm.tqdm.monitor_interval = 0  # no thread beside this one: see _in_order
             interval = 0.2 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
             bar = tqdm.tqdm(total=total, desc=description, unit="recording", mininterval=interval, smoothing=0.1)
+            bar.start_t -= elapsed
             bar.update(done)
-        elif bar is not None:
-            bar.update(count)
 
     try:
         yield advance

@@ -27,7 +27,7 @@ KINDS = ("person", "person_kfold", "leave_database_out", "paper301")
 TARGETS = ("abnormal", "murmur")
 PARTS = ("train", "validation", "test")
 # Hashes have 32 bits, so two of a corpus' 10^5 are equal by chance now and then: of the 8 * 10^5 pairs within
-# CinC 2016, CirCor and PASCAL, 5 share one hash and none shares two. Two seconds of common audio share 16 on
+# CinC 2016, CirCor and PASCAL, 6 share one hash and none shares two. Two seconds of common audio share 16 on
 # average.
 COMMON_HASHES = 3
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 from flax import nnx
 
 from pcgjax.features import filters
@@ -92,6 +93,27 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         return CNN1D(window, tuple(m.filters), m.kernel_size, m.hidden, rngs=rngs)
 
     return Task(geometry, init, forward)
+
+
+def split(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """(graphdef, parameters, the rest) of a model, the latter two trees of plain arrays; `nnx.merge` undoes it."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    return graphdef, nnx.as_pure(params), nnx.as_pure(rest)
+
+
+class TrainState(NamedTuple):
+    """All that the next step depends on besides the data: what a checkpoint holds."""
+
+    step: jax.Array
+    params: Any
+    rest: Any
+    opt_state: Any
+
+
+def initial_state(task: Task, update: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    _, params, rest = split(task.init(nnx.Rngs(seed)))
+    return TrainState(jnp.zeros((), jnp.int32), params, rest, update.init(params))
 
 
 TASKS = {"cnn": cnn}

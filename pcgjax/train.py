@@ -13,7 +13,6 @@ import functools
 import importlib.metadata
 import json
 import logging as std_logging
-import os
 import pathlib
 import platform
 import shlex
@@ -35,18 +34,8 @@ from ml_collections import config_flags
 import pcgjax
 from pcgjax import checkpoint, evaluate, files, input_pipeline, metrics, optimizer, report, sharding, splits, tasks
 
-CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "pcgjax", "xla")
 # Streams of randomness, each folded into the seed's key first.
 ORDER, STEP, EVALUATION, SHUFFLE = range(4)
-
-
-class TrainState(NamedTuple):
-    """All that the next step depends on besides the data."""
-
-    step: jax.Array
-    params: Any
-    rest: Any
-    opt_state: Any
 
 
 class Totals(NamedTuple):
@@ -98,7 +87,7 @@ def make_step(task: tasks.Task, update: optax.GradientTransformation, graphdef: 
             totals.recordings + recordings.astype(jnp.int32),
             jnp.where(bad, state.step, totals.bad_step),
         )
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), state.rest, opt_state), totals
+        return tasks.TrainState(state.step + 1, optax.apply_updates(state.params, updates), state.rest, opt_state), totals
 
     return step
 
@@ -247,11 +236,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     update = optimizer.make(config.optimizer)
     graphdef = nnx.graphdef(task.init(nnx.Rngs(config.seed)))
 
-    def init() -> TrainState:
-        _, params, rest = nnx.split(task.init(nnx.Rngs(config.seed)), nnx.Param, ...)
-        params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, update.init(params))
-
+    init = functools.partial(tasks.initial_state, task, update, config.seed)
     shardings = sharding.state_sharding(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=shardings)()
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -266,13 +251,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     run = make_run(step, task.geometry, capacities, constrain)
     if pmap:
         # Each device is given its own group of every batch; state and totals are one copy a device.
-        mapped = lambda s, o, data, ids, *rest: run(s, o, data, ids[:, None], *rest)
-        in_axes = (0, 0, None, 1, None, None, None)
-        run = jax.pmap(mapped, axis_name="group", in_axes=in_axes, donate_argnums=(0, 1))
+        all_groups = run
+        run = jax.pmap(
+            lambda s, o, data, ids, *rest: all_groups(s, o, data, ids[:, None], *rest),
+            axis_name="group", in_axes=(0, 0, None, 1, None, None, None), donate_argnums=(0, 1),
+        )  # fmt: skip
     else:
         run = jax.jit(run, donate_argnums=(0, 1))
-    spread = (lambda x: jax.tree.map(lambda a: jnp.stack([a] * groups), x)) if pmap else (lambda x: x)
-    gathered = (lambda x: jax.tree.map(lambda a: a[0], x)) if pmap else (lambda x: x)
+    # pmap wants its arrays from the host or laid out its own way; all the rest wants them laid out over the mesh.
+    spread = (lambda x: jax.tree.map(lambda a: np.stack([a] * groups), x)) if pmap else (lambda x: x)
+    one_copy = lambda x: jax.device_put(jax.tree.map(lambda a: a[0], x), sharding.replicated(mesh))
+    gathered = one_copy if pmap else (lambda x: x)
     predicts = {
         part: evaluate.make_predict(
             task, graphdef, corpus, parts[part], config.evaluation.batch_recordings, jax.random.fold_in(key, EVALUATION),
@@ -387,7 +376,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 better = better if np.isfinite(better) else -np.inf
                 if meta["best"] is None or better > meta["best"]["score"]:
                     meta["best"] = {"score": better, "step": at, "epoch": epoch + 1, "metric": t.select}
-                    checkpoint.save(best, at, held, meta)
+                    checkpoint.save(best, at, {"params": held.params, "rest": held.rest}, meta)
                     best.wait_until_finished()
             clock = time.monotonic()
             # Totals of a part of an epoch travel with the checkpoint: the epoch's line is the same after a resume.
@@ -406,11 +395,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         sys.exit(128 + stopped[0])
 
     # ---------------------------------------------------------------------------------------- the best, judged
-    _, held, saved = checkpoint.restore(workdir / "checkpoints" / "best", gathered(state))
+    held = gathered(state)
+    kept = {"params": held.params, "rest": held.rest}
+    _, kept, saved = checkpoint.restore(workdir / "checkpoints" / "best", kept)
     results: dict = {}
     rows: list[dict] = []
     for part in ("validation", "test"):
-        log_p = predicts[part](held.params, held.rest)
+        log_p = predicts[part](kept["params"], kept["rest"])
         y = labels[parts[part]]
         results[part] = evaluate.judge(corpus, parts[part], y, log_p, config)
         rows += evaluate.table(corpus, parts[part], y, log_p, config.evaluation.threshold, part)
@@ -508,17 +499,14 @@ def _log_to(workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     handler = std_logging.FileHandler(workdir / "train.log")
     handler.setFormatter(logging.PythonFormatter())
+    handler.addFilter(files.own_or_warning)
     logging.get_absl_logger().addHandler(handler)
-    for one in (handler, logging.get_absl_handler()):  # Orbax tells the story of each checkpoint otherwise
-        one.addFilter(lambda record: record.levelno > std_logging.INFO or "pcgjax" in record.pathname)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}")
     logging.set_verbosity(logging.INFO)
-    # A program compiled once is not compiled again: not by a resumed run, nor by the next one of the same shapes.
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE))
     workdir = pathlib.Path(FLAGS.workdir)
     _log_to(workdir)
     if len(CONFIG.value.sweep):

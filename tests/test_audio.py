@@ -50,6 +50,19 @@ def test_full_scale_is_one(tmp_path: pathlib.Path) -> None:
     assert set(samples.tolist()) == {-1.0, 0.5}
 
 
+def test_steps_are_the_files_own_integers(tmp_path: pathlib.Path) -> None:
+    values = np.random.default_rng(0).integers(-32768, 32768, (4000, 2)).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", values, 4000, subtype="PCM_16")
+    soundfile.write(tmp_path / "b.flac", values, 4000, subtype="PCM_16")
+    samples, rate_hz, channels = audio.read_steps(tmp_path / "a.wav")
+    assert (samples.dtype, rate_hz, channels) == (np.int16, 4000, 2)
+    assert samples.flags.c_contiguous
+    np.testing.assert_array_equal(samples, values[:, 0])
+    samples, _, _ = audio.read_steps(tmp_path / "b.flac")
+    assert samples.dtype == np.float32
+    np.testing.assert_array_equal(samples, values[:, 0])
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
 def test_of_several_channels_the_first_is_read(tmp_path: pathlib.Path, suffix: str) -> None:
     left = heart_sound()

@@ -48,7 +48,7 @@ def cut(rows):
     return jnp.stack([flat[s : s + window] for s in starts])
 
 
-@pytest.mark.parametrize("window", [*WINDOWS, 16, 37, 403])
+@pytest.mark.parametrize("window", [*WINDOWS, 16, 37])
 def test_call_equals_reference(window):
     model = make(window)
     x = jax.random.normal(jax.random.key(0), (3, window))
@@ -57,7 +57,7 @@ def test_call_equals_reference(window):
     assert_equal_trees(got, expected)
 
 
-@pytest.mark.parametrize(("window", "rows"), [*((window, 4) for window in WINDOWS), (36, 1), (36, 2), (400, 2)])
+@pytest.mark.parametrize(("window", "rows"), [(36, 4), (400, 2), (2500, 2), (2504, 3), (36, 1)])
 def test_half_overlapping_equals_windows_cut_out(window, rows):
     model = make(window)
     x = jax.random.normal(jax.random.key(0), (rows, window))

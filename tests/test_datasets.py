@@ -163,6 +163,30 @@ def test_cinc_persons(cinc: pathlib.Path) -> None:
     }
 
 
+def test_cinc_persons_that_are_inferred_count_as_unknown(tmp_path: pathlib.Path) -> None:
+    rows = {
+        "d0001": "C014PRAU ,Pathologic,1,", "d0002": "C014PRAU2,Pathologic,1,", "d0003": "C014NATO,Normal: NHC,-1,",
+        "d0004": "42402,Normal: MARS500,-1,", "d0005": "KamSuKhC,Normal: MARS500,-1,", "d0006": "42405,Pathologic,1,",
+        "e00001": "e01268,Normal,-1,94", "e00002": "e01270,Normal,-1, 94 ", "e00003": "e00001,CAD,1,94",
+        "e00004": "e00002,CAD,1,",
+    }  # fmt: skip
+    for record, row in rows.items():
+        sound(tmp_path / f"training-{record[0]}" / f"{record}.wav", 2000)
+        with (tmp_path / f"training-{record[0]}" / "REFERENCE.csv").open("a") as file:
+            file.write(f"{record},{row.split(',')[2]}\n")
+    columns = "Challenge record name,Original record name,Diagnosis,Class (-1=normal 1=abnormal),# Raw record,"
+    table = [columns + "Subject ID", *(f"{record},{row}," for record, row in rows.items())]
+    (tmp_path / "online_appendix_training_set.csv").write_text("\n".join(table))
+    recordings, problems = load("cinc2016", tmp_path)
+    assert problems == []
+    assert not any(recording.person_known for recording in recordings.values())
+    assert [recording.person for recording in recordings.values()] == [
+        "cinc2016-d-C014PRAU", "cinc2016-d-C014PRAU", "cinc2016-d-C014NATO",
+        "cinc2016-d-MARS500", "cinc2016-d-MARS500", "d0006",
+        "cinc2016-e-n94", "cinc2016-e-n94", "cinc2016-e-a94", "e00004",
+    ]  # fmt: skip
+
+
 def test_cinc_blanks_and_latin_1_in_the_appendix(cinc: pathlib.Path) -> None:
     recordings, _ = load("cinc2016", cinc)
     assert recordings["a0002"].labels["diagnosis"] == "Normal"

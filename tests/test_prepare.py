@@ -370,6 +370,18 @@ def test_decode_all_is_in_order_with_reasons(corpus: pathlib.Path) -> None:
             np.testing.assert_array_equal(samples, expected)
 
 
+def test_only_what_takes_long_gets_a_progress_bar(capsys: pytest.CaptureFixture) -> None:
+    with prepare._progress(8, "quick") as advance:
+        advance(8)
+    assert capsys.readouterr().err == ""
+    with prepare._progress(8, "long") as advance:
+        time.sleep(1.01)
+        advance(3)
+        advance(5)
+    assert "long: 100%" in (shown := capsys.readouterr().err)
+    assert "8/8 [00:01<00:00" in shown
+
+
 def test_a_worker_that_is_killed_is_an_error(tmp_path: pathlib.Path) -> None:
     program = (
         "import os, signal; from pcgjax import prepare\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 
 import ml_collections
@@ -98,8 +99,15 @@ assert results["system"]["devices"] == 8
 """
 
 
-@pytest.mark.parametrize("pipeline", ["resident", "stream"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "pipeline"),
+    [("fsdp", "resident")]
+    + [
+        pytest.param(layout, pipeline, marks=pytest.mark.slow)
+        for layout, pipeline in itertools.product(LAYOUTS, ("resident", "stream"))
+        if (layout, pipeline) != ("fsdp", "resident")
+    ],
+)
 def test_eight_devices_equal_one(layout, pipeline, on_one, make_config, corpus_folder, run_python, tmp_path):
     config = make_config({**SMALL, **LAYOUTS[layout], "data.pipeline": pipeline})
     workdir = tmp_path / "eight"

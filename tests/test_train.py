@@ -37,7 +37,7 @@ def assert_same_run(one, other):
         (step, state), (other_step, other_state) = state_of(one, name), state_of(other, name)
         assert step == other_step
         assert jax.tree.structure(state) == jax.tree.structure(other_state)
-        assert len(jax.tree.leaves(state)) > 10
+        assert len(jax.tree.leaves(state)) >= 8
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
             np.testing.assert_array_equal(a, b)
     assert (one / "predictions.csv").read_text() == (other / "predictions.csv").read_text()
@@ -214,9 +214,8 @@ def test_half_written_checkpoint_is_passed_over(make_config, trained, tmp_path):
 # ----------------------------------------------------------------------------------------- numbers that go wrong
 
 
-@pytest.mark.parametrize("pipeline", ["resident", "stream"])
-def test_loss_that_is_not_finite(pipeline, make_config, prepared, tmp_path):
-    config = make_config({"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "data.pipeline": pipeline})
+def test_loss_that_is_not_finite(make_config, prepared, tmp_path):
+    config = make_config({"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "features.filter": "none"})
     with pytest.raises(FloatingPointError) as raised:
         train.train(config, tmp_path)
     text = str(raised.value)
@@ -234,39 +233,25 @@ def test_loss_that_is_not_finite(pipeline, make_config, prepared, tmp_path):
 # ------------------------------------------------------------------------------------------------------ compiling
 
 
-class Compilations:
-    """Counts the programs that are compiled, or fetched from the cache on disk, within it."""
-
-    def __init__(self):
-        self.count, self.counting = 0, False
-        jax.monitoring.register_event_duration_secs_listener(self)
-
-    def __call__(self, event, duration, **_):
-        self.count += self.counting and event == "/jax/core/compile/backend_compile_duration"
-
-    def during(self, function):
-        self.count, self.counting = 0, True
-        function()
-        self.counting = False
-        return self.count
-
-
-@pytest.mark.parametrize("pipeline", ["resident", "stream"])
+@pytest.mark.parametrize("pipeline", ["resident", pytest.param("stream", marks=pytest.mark.slow)])
 def test_nothing_is_compiled_after_the_first_epoch(pipeline, make_config, tmp_path):
-    compilations = Compilations()
-    changes = {"data.pipeline": pipeline, "features.filter": "none", "train.batch_recordings": 4}
+    log, lines = tmp_path / "metrics.jsonl", []
 
-    def run(epochs):
-        return lambda: train.train(make_config({**changes, "train.epochs": epochs}), tmp_path / f"{epochs}")
+    def note(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":  # also where the cache on disk has it
+            lines.append(len(log.read_text().splitlines()) if log.exists() else 0)
 
-    run(1)()  # whatever JAX keeps for a whole process
-    one = compilations.during(run(1))
-    shutil.rmtree(tmp_path / "1")
-    one = compilations.during(run(1))
-    assert one > 0
-    assert compilations.during(run(4)) == one
-    data = json.loads((tmp_path / "4" / "metrics.json").read_text())["data"]
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        train.train(make_config({"data.pipeline": pipeline, "features.filter": "none", "train.epochs": 4}), tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    data = json.loads((tmp_path / "metrics.json").read_text())["data"]
     assert len(data["capacities"]) > 1  # several shapes took part
+    assert 0 in lines  # the training program
+    assert 1 in lines  # the validation program, after the first epoch's first line
+    # The last epoch's second line is the eighth; what judges the test part comes after it.
+    assert not [count for count in lines if 2 <= count < 8]
 
 
 # ------------------------------------------------------------------------------------------------ labels, balance
@@ -310,7 +295,8 @@ def test_balance_groups(make_config, prepared):
 
 
 def test_balanced_training_runs(make_config, tmp_path):
-    results = train.train(make_config({"train.balance": "class", "train.epochs": 1}), tmp_path)
+    changes = {"train.balance": "class", "train.epochs": 1, "features.filter": "none"}
+    results = train.train(make_config(changes), tmp_path)
     assert results["data"]["train_recordings"] == len(json.loads((tmp_path / "split.json").read_text())["train"])
 
 
@@ -378,13 +364,13 @@ def test_split_that_leaks(make_config, prepared, trained, tmp_path):
     split = json.loads((trained / "split.json").read_text())
     split["test"] = sorted({*split["test"], split["train"][0]})
     (tmp_path / "split.json").write_text(json.dumps(split))
-    config = make_config({"split.file": str(tmp_path / "split.json"), "train.epochs": 1})
+    config = make_config({"split.file": str(tmp_path / "split.json")})
     with pytest.raises(splits.LeakError, match=f"recording {split['train'][0]} is in train and in test"):
         train.train(config, tmp_path / "run")
     config.split.allow_leaks = True
-    results = train.train(config, tmp_path / "run")
-    assert results["split"]["people_apart"] is False
-    assert results["split"]["leaks"]
+    *_, checked = train.load_data(config, tmp_path / "run")
+    assert checked["people_apart"] is False
+    assert checked["leaks"]
 
 
 def test_damaged_shard(make_config, prepared, tmp_path):
@@ -438,7 +424,7 @@ def test_argument_that_does_not_exist(argument, message, run_command, tmp_path):
 
 
 def test_dry_run(make_config, tmp_path, capsys):
-    train.train(make_config(), tmp_path, dry_run=True)
+    train.train(make_config({"features.filter": "none"}), tmp_path, dry_run=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == 4 * 5 + 4 + 8 * 20 + 8 + 8 * (8 * 122 + 1) + 9
     assert facts["flops"] > 0

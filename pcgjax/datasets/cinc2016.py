@@ -210,13 +210,13 @@ def _same_person(database: str, row: dict[str, str]) -> str | None:
     themselves. d: C014PRAU and C014PRAU2 are one person, and the names of the six men of Mars-500 do not tell them
     apart, so they count as one.
     """
-    raw, original = row.get("# raw record", ""), row.get("original record name", "")
+    raw = row.get("# raw record", "")
     if database == "e" and raw:
         return f"cinc2016-e-{'a' if row.get(APPENDIX_CLASS) == '1' else 'n'}{raw}"
     if database == "d" and row.get("diagnosis", "").endswith("MARS500"):
         return "cinc2016-d-MARS500"
-    if database == "d" and original:
-        return f"cinc2016-d-{original.rstrip('0123456789') or original}"
+    if database == "d" and (name := re.fullmatch(r"(C\d+[A-Za-z]+)\d?", row.get("original record name", ""))):
+        return f"cinc2016-d-{name[1]}"
     return None
 
 

@@ -74,7 +74,7 @@ def _as_published(content: bytes) -> tuple[list[int], list[str]] | None:
 
     All published files are like that, and SciPy takes longer for one than resampling its recording does.
     """
-    if content[124:136] != b"\0\1IM" + struct.pack("<2I", _COMPRESSED, len(content) - 136):
+    if len(content) < 136 or content[124:136] != b"\0\1IM" + struct.pack("<2I", _COMPRESSED, len(content) - 136):
         return None
     try:
         array = zlib.decompress(content[136:])
