@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, optimizer, tasks
+from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, tasks
 from pcgjax.input_pipeline import Corpus
 
 FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -137,10 +137,10 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     meta = found[2]
     config = ml_collections.ConfigDict(meta["config"])
     task = tasks.make(config, meta["sample_rate_hz"])
-    like = tasks.initial_state(task, optimizer.make(config.optimizer), config.seed)
+    graphdef, params, rest = nnx.split(task.init(nnx.Rngs(config.seed)), nnx.Param, ...)
+    like = {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
     _, state, _ = checkpoint.restore(folder, like) or found
-    graphdef = nnx.graphdef(task.init(nnx.Rngs(config.seed)))
-    return config, task, graphdef, state.params, state.rest, meta["sample_rate_hz"]
+    return config, task, graphdef, state["params"], state["rest"], meta["sample_rate_hz"]
 
 
 def decode(recordings: list[datasets.Recording], sample_rate_hz: int) -> tuple[Corpus, list[datasets.Problem]]:

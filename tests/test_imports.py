@@ -31,7 +31,7 @@ import ml_collections
 from pcgjax import train
 train.train(ml_collections.ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
 """
-    config = make_config({"train.epochs": 1})
+    config = make_config()
     done = run_python(code, config.to_json_best_effort(), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "metrics.json").read_text())["test"]["recordings"] > 0

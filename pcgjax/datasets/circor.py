@@ -8,6 +8,8 @@ import os
 import pathlib
 import re
 
+import numpy as np
+
 from pcgjax import audio
 from pcgjax.datasets import DatasetError, Problem, Recording
 from pcgjax.datasets.tables import column_name, read_table, relative
@@ -250,9 +252,12 @@ def _annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, fl
     Raises:
       FileNotFoundError, or ValueError: what is wrong with the file.
     """
+    lines = path.read_text("latin-1").splitlines()
+    if (quick := _sound_annotations(lines, duration_s)) is not None:
+        return quick
     intervals: list[tuple[float, float, int]] = []
     before_s = 0.0
-    for number, line in enumerate(path.read_text("latin-1").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         cells = line.split()
         if not cells:
             continue
@@ -279,3 +284,20 @@ def _annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, fl
             intervals.append((start_s, end_s, int(state)))
             before_s = end_s
     return tuple(intervals)
+
+
+def _sound_annotations(lines: list[str], duration_s: float) -> tuple[tuple[float, float, int], ...] | None:
+    """The intervals of a file in which nothing is odd, all lines at once; None for the careful reading line by line."""
+    if not lines or any(line.count("\t") != 2 for line in lines):
+        return None
+    try:
+        starts, ends, states = np.array("\t".join(lines).split("\t"), float).reshape(-1, 3).T
+    except ValueError:
+        return None
+    befores = np.append(0.0, ends[:-1])
+    if not ((starts >= befores - SLACK_S).all() and (ends <= duration_s).all() and np.isin(states, sorted(STATES)).all()):
+        return None
+    starts = np.maximum(starts, befores)
+    if not (starts < ends).all():
+        return None
+    return tuple(zip(starts.tolist(), ends.tolist(), states.astype(int).tolist(), strict=True))
