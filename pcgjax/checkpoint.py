@@ -54,3 +54,11 @@ def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dic
                 "give another --workdir, or the config that it was trained with"
             ) from error
         return step, restored.get("state"), restored["meta"]
+
+
+def require(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dict]:
+    """`restore`, where there must be a checkpoint."""
+    found = restore(folder, like)
+    if found is None:
+        raise CheckpointError(f"{folder}: no checkpoint; --workdir takes a folder that pcgjax.train wrote")
+    return found

@@ -131,16 +131,12 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     """
     workdir = pathlib.Path(workdir)
     folder = workdir / "checkpoints" / "best"
-    found = checkpoint.restore(folder)
-    if found is None:
-        raise checkpoint.CheckpointError(f"{folder}: no checkpoint; --workdir takes a folder that pcgjax.train wrote")
-    meta = found[2]
+    _, _, meta = checkpoint.require(folder)
     config = ml_collections.ConfigDict(meta["config"])
     task = tasks.make(config, meta["sample_rate_hz"])
-    graphdef, params, rest = nnx.split(task.init(nnx.Rngs(config.seed)), nnx.Param, ...)
-    like = {"params": nnx.as_pure(params), "rest": nnx.as_pure(rest)}
-    _, state, _ = checkpoint.restore(folder, like) or found
-    return config, task, graphdef, state["params"], state["rest"], meta["sample_rate_hz"]
+    graphdef, params, rest = tasks.split(task.init(nnx.Rngs(config.seed)))
+    _, model, _ = checkpoint.require(folder, {"params": params, "rest": rest})
+    return config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"]
 
 
 def decode(recordings: list[datasets.Recording], sample_rate_hz: int) -> tuple[Corpus, list[datasets.Problem]]:

@@ -314,7 +314,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 f"{workdir}: its checkpoint was trained in another order of data (data, split or device count "
                 "changed); give another --workdir, or what it was trained with"
             )
-        at, held, saved = checkpoint.restore(workdir / "checkpoints" / "last", {"state": state, "totals": totals})
+        at, held, saved = checkpoint.require(workdir / "checkpoints" / "last", {"state": state, "totals": totals})
         state, totals = held["state"], held["totals"]
         meta["best"] = saved["best"]
         logging.info("resuming at step %d", at)
@@ -396,8 +396,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
 
     # ---------------------------------------------------------------------------------------- the best, judged
     held = gathered(state)
-    kept = {"params": held.params, "rest": held.rest}
-    _, kept, saved = checkpoint.restore(workdir / "checkpoints" / "best", kept)
+    model = {"params": held.params, "rest": held.rest}
+    _, kept, saved = checkpoint.require(workdir / "checkpoints" / "best", model)
     results: dict = {}
     rows: list[dict] = []
     for part in ("validation", "test"):
