@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = tempfile.TemporaryDirectory(prefix="pcgjax-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def corpus_folder(tmp_path_factory) -> pathlib.Path:
     from pcgjax.datasets import synthetic
 
     folder = tmp_path_factory.mktemp("corpus")
-    synthetic.write(folder / "source", people=24, recordings_per_person=2, duration_s=(3.0, 3.4), rate_hz=1000)
+    synthetic.write(folder / "source", people=24, recordings_per_person=2, duration_s=(3.0, 3.2), rate_hz=1000)
     prepare.prepare("cinc2016", folder / "source", folder / "prepared", workers=1)
     return folder
 
@@ -60,8 +60,8 @@ SMALL = {
     "optimizer.name": "adam",
     "optimizer.learning_rate": 0.003,
     "train.epochs": 6,
-    "train.batch_recordings": 2,
-    "train.checkpoint_steps": 3,
+    "train.batch_recordings": 3,
+    "train.checkpoint_steps": 2,
     "evaluation.resamples": 20,
 }
 
@@ -86,7 +86,8 @@ def command(prepared):
             config = f"--config={ROOT / 'configs' / 'cnn.py'}"
             arguments = (config, *flags, f"--config.data.prepared={prepared}", *arguments)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return [sys.executable, "-m", f"pcgjax.{module}", *arguments], {**os.environ, "PYTHONPATH": path, **environment}
+        environment = {**os.environ, "PYTHONPATH": path, **environment}
+        return [sys.executable, "-m", f"pcgjax.{module}", *arguments], environment
 
     return make
 

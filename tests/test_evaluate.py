@@ -102,10 +102,9 @@ def test_pascal_from_the_command_line(run_command, trained, tmp_path):
 
 
 def test_another_target(corpus_folder, trained, tmp_path):
-    synthetic.write(tmp_path / "circor", layout="circor", people=6, recordings_per_person=2, duration_s=(3.0, 3.1), seed=3)
-    scores = evaluate.evaluate(
-        str(trained), "circor", str(tmp_path / "circor"), str(tmp_path / "scores.json"), target="murmur"
-    )
+    source, out = tmp_path / "circor", tmp_path / "scores.json"
+    synthetic.write(source, layout="circor", people=6, recordings_per_person=2, duration_s=(3.0, 3.1), seed=3)
+    scores = evaluate.evaluate(str(trained), "circor", str(source), str(out), target="murmur")
     assert (scores["target"], scores["trained_on_target"]) == ("murmur", "abnormal")
     recordings, _ = datasets.load("circor", tmp_path / "circor")
     labelled = [r for r in recordings if "murmur" in r.labels]
@@ -127,7 +126,7 @@ def test_no_file_can_be_decoded(corpus_folder, trained, tmp_path):
     shutil.copytree(corpus_folder / "source", source)
     for path in source.rglob("*.wav"):
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DatasetError, match="could be decoded|no usable"):
+    with pytest.raises(DatasetError, match=r"could be decoded|no usable"):
         evaluate.evaluate(str(trained), "cinc2016", str(source), str(tmp_path / "scores.json"))
 
 
@@ -202,7 +201,8 @@ def test_the_same_sound_in_other_files(trained, waves, tmp_path):
         soundfile.write(tmp_path / name, np.clip(data, -1, 1), rate, subtype=subtype)
         files.append(tmp_path / name)
     files.append(waves["b0002"])
-    first, *same, different = probabilities(predict.predict(str(trained), list(map(str, files)), str(tmp_path / "o.csv")))
+    rows = predict.predict(str(trained), list(map(str, files)), str(tmp_path / "o.csv"))
+    first, *same, different = probabilities(rows)
     assert same == pytest.approx([first] * len(same), abs=1e-3)
     assert different != pytest.approx(first, abs=2e-3)
 
@@ -224,9 +224,3 @@ def test_nothing_can_be_answered(trained, tmp_path):
     rows = predict.predict(str(trained), [str(tmp_path / "missing.wav"), str(tmp_path)], str(tmp_path / "o.csv"))
     assert [row["error"].split(":")[0] for row in rows] == ["missing", "missing"]
     assert len(rows_of(tmp_path / "o.csv")) == 2
-
-
-def test_predict_without_files(run_command, trained, tmp_path):
-    done = run_command("predict", f"--workdir={trained}", f"--out={tmp_path / 'o.csv'}")
-    assert done.returncode == 1
-    assert "name at least one audio file" in done.stdout + done.stderr

@@ -6,9 +6,9 @@ import json
 
 HEAVY = ("grain", "librosa", "torch", "matplotlib", "sklearn", "soundfile", "soxr", "pandas")
 MODULES = (
-    "audio", "bench", "checkpoint", "datasets.cinc2016", "datasets.circor", "datasets.pascal", "datasets.synthetic", "evaluate",
-    "features.filters", "files", "input_pipeline", "losses", "metrics", "models.cnn1d", "optimizer", "predict", "prepare",
-    "report", "sharding", "splits", "tasks", "train",
+    "audio", "bench", "checkpoint", "datasets.cinc2016", "datasets.circor", "datasets.pascal", "datasets.synthetic",
+    "evaluate", "features.filters", "files", "input_pipeline", "losses", "metrics", "models.cnn1d", "optimizer",
+    "predict", "prepare", "report", "sharding", "splits", "tasks", "train",
 )  # fmt: skip
 
 
