@@ -6,11 +6,10 @@
     python -m pcgjax.train --config=configs/cnn.py:sweep --workdir=runs/cnn_sweep --config.data.prepared=data/cinc2016
 
 The second trains the paper's four configurations, {no filter, filter} x {clean, white noise}, each in a folder of its
-own, and sets them beside the paper's numbers in report.html and table.json. Scores and times: README.md, BUILD_NOTES.md.
+own, and sets them beside the paper's numbers in report.html and table.json. Scores, times: README.md, BUILD_NOTES.md.
 """
 
 import ml_collections
-
 
 NOISE_SNR_DB = 10.0  # of the sweep's noisy half; the paper does not state it
 

@@ -396,9 +396,9 @@ def summary(result: dict) -> str:
         f"epoch, 1 recording       {e['ratio']:.2f}x the peer  [{e['ratio_range'][0]:.2f}, {e['ratio_range'][1]:.2f}]"
         f"   ours {e['ours_recordings_a_s']:.0f} recordings/s",
         f"streamed                 {result['streamed']['rate_over_resident']:.2f} of resident",
-        *(f"prepare                  {loop['rate_over_loop']:.2f} of a bare loop of {name}" for name, loop in p.items()),
-        f"padding                  {100 * s['padding_waste']:.1f} % at 8 recordings, {100 * e['padding_waste']:.1f} % at 1",
-        f"peak memory              {m['peak_rss_mib']:.0f} MiB for a corpus of {m['corpus_mib']} (limit {m['limit_mib']})",
+        *(f"prepare                  {loop['rate_over_loop']:.2f} of a loop of {name}" for name, loop in p.items()),
+        f"padding                  {s['padding_waste']:.3f} at 8 recordings, {e['padding_waste']:.3f} at 1",
+        f"memory                   {m['peak_rss_mib']:.0f} MiB, the corpus {m['corpus_mib']} (limit {m['limit_mib']})",
         f"compile                  {s['compile_s']:.1f} s at 8 recordings, {e['compile_s']:.1f} s at 1",
     ])  # fmt: skip
 

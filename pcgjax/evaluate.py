@@ -224,9 +224,13 @@ def main(argv: list[str]) -> None:
 
 FLAGS = flags.FLAGS
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "A folder that pcgjax.train wrote; its best checkpoint is judged.", required=True)
+    flags.DEFINE_string(
+        "workdir", None, "A folder that pcgjax.train wrote; its best checkpoint is judged.", required=True
+    )
     flags.DEFINE_enum("dataset", None, datasets.NAMES, "The layout of --source.", required=True)
     flags.DEFINE_string("source", None, "A folder of recordings with labels, in the official layout.", required=True)
-    flags.DEFINE_string("out", None, "The JSON file to write; a .csv of the same name holds every answer.", required=True)
+    flags.DEFINE_string(
+        "out", None, "The JSON file to write; a .csv of the same name holds every answer.", required=True
+    )
     flags.DEFINE_string("target", "", "abnormal or murmur: the label to judge against; default: the one trained on.")
     files.run(main)

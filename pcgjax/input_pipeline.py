@@ -85,7 +85,9 @@ class Geometry(NamedTuple):
         """Rows of a buffer that holds any `recordings` whose units add up to at most `capacity`."""
         # A recording of w windows is shorter than (w + 2) hops where they overlap by half, else than (w - 1) hops and
         # a window and a hop.
-        samples = self.hop * (2 * capacity + recordings) if self.shared else self.hop * capacity + recordings * self.window
+        samples = (
+            self.hop * (2 * capacity + recordings) if self.shared else self.hop * capacity + recordings * self.window
+        )
         return -(-(samples + recordings * (self.lead + self.gap + 3 * ALIGN)) // ALIGN)
 
 
@@ -156,7 +158,9 @@ def plan(order: np.ndarray, lengths: np.ndarray, geometry: Geometry, capacities:
     return Plan(order, np.searchsorted(capacities, needed).astype(np.int32), capacities)
 
 
-def evaluation_plan(indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1) -> Plan:
+def evaluation_plan(
+    indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1
+) -> Plan:
     """Every recording once, sorted by length so that batches are even."""
     batch = -(-min(batch, max(len(indices), 1)) // devices) * devices
     ordered = indices[np.argsort(lengths[indices], kind="stable")]
@@ -173,7 +177,11 @@ def padding_waste(plan_: Plan, lengths: np.ndarray, geometry: Geometry) -> float
     """Share of the samples that the network computes on which lie in no window of any recording."""
     used = np.where(plan_.ids >= 0, lengths[plan_.ids], 0)
     windows = geometry.windows(used)
-    useful = ((windows - 1) * geometry.hop + geometry.window) * (used > 0) if geometry.shared else windows * geometry.window
+    useful = (
+        ((windows - 1) * geometry.hop + geometry.window) * (used > 0)
+        if geometry.shared
+        else windows * geometry.window
+    )
     computed = np.asarray(plan_.capacities)[plan_.capacity].sum() * plan_.ids.shape[1] * geometry.window
     return 1 - float(useful.sum()) / float(computed)
 

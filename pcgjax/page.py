@@ -172,7 +172,7 @@ def document(heading: str, subtitle: str, sections: Sequence[tuple[str, str, str
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(heading)}</title><style>{_CSS}</style></head>'
-        f"<body><header><p class=\"eyebrow\">pcgjax · phonocardiogram models</p><h1>{escape(heading)}</h1>"
+        f'<body><header><p class="eyebrow">pcgjax · phonocardiogram models</p><h1>{escape(heading)}</h1>'
         f'<p class="sub">{escape(subtitle)}</p><nav>{links}</nav></header><main>{body}</main></body></html>\n'
     )
 
@@ -182,8 +182,11 @@ _DARK = (
     "--pink:#ff84b4;--olive:#cfc65c;--page:#10151d;--card:#181f2a;--good:#4fd0bb"
 )
 _CSS = (
-    ":root{color-scheme:light dark;" + "".join(f"--{k}:{v};" for k, v in COLOURS.items())
-    + "--page:#f5f7fa;--card:#fff;--good:#0b7d6e}@media(prefers-color-scheme:dark){:root{" + _DARK + "}}"
+    ":root{color-scheme:light dark;"
+    + "".join(f"--{k}:{v};" for k, v in COLOURS.items())
+    + "--page:#f5f7fa;--card:#fff;--good:#0b7d6e}@media(prefers-color-scheme:dark){:root{"
+    + _DARK
+    + "}}"
     + """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,

@@ -1,6 +1,6 @@
 """A probability and a decision for each audio file.
 
-    python -m pcgjax.predict --workdir=runs/cnn --out=answers.csv a.wav b.flac
+python -m pcgjax.predict --workdir=runs/cnn --out=answers.csv a.wav b.flac
 """
 
 from __future__ import annotations

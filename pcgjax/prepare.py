@@ -414,8 +414,11 @@ def _finished(
         for side in sorted((out / "parts").glob("shard-*.jsonl"))[:1]:
             with side.open(encoding="utf-8") as file:
                 there = {"source": source, **json.loads(file.readline())["parameters"]}
-    differ = [f"{name} is {there.get(name)!r} there, {value!r} asked" for name, value in asked.items()
-              if there.get(name) != value]
+    differ = [
+        f"{name} is {there.get(name)!r} there, {value!r} asked"
+        for name, value in asked.items()
+        if there.get(name) != value
+    ]
     if differ:
         raise PrepareError(f"{out}: holds another preparation ({'; '.join(differ)}): {fix}")
     if manifest is None:
@@ -656,8 +659,11 @@ def summary(manifest: dict[str, Any]) -> str:
         people = f"{of['people']} people" if of["people"] else "people unknown"
         if of["people"] and of["recordings_of_unknown_people"]:
             people += f" and {of['recordings_of_unknown_people']} recordings of unknown people"
-        said = [f"{label} {'/'.join(f'{k}:{n}' for k, n in values.items())}" for label, values in of["labels"].items()
-                if set(values) != {"not said"}]
+        said = [
+            f"{label} {'/'.join(f'{k}:{n}' for k, n in values.items())}"
+            for label, values in of["labels"].items()
+            if set(values) != {"not said"}
+        ]
         text.append(f"{name}: {of['recordings']} recordings, {people}, {of['hours']:.2f} h, {', '.join(said)}")
     if counts["several_channels"]:
         text.append(f"{counts['several_channels']} recordings have several channels: the first is used")
@@ -677,8 +683,10 @@ def _main(flags_: Any) -> None:
     )  # fmt: skip
     seconds = time.perf_counter() - started
     if manifest is None:
-        print(f"{flags_.out}: this machine's shards are done ({seconds:.1f} s), others' are missing: "
-              "the machine that finishes last joins them, or a call without --num_shards")
+        print(
+            f"{flags_.out}: this machine's shards are done ({seconds:.1f} s), others' are missing: "
+            "the machine that finishes last joins them, or a call without --num_shards"
+        )
     else:
         print(summary(manifest))
         print(f"{flags_.out}: complete after {seconds:.1f} s")

@@ -213,7 +213,10 @@ def _deal(
 
 
 def _paper301(
-    rows: list[Row], target: str, fractions: Sequence[float], names: str | pathlib.Path | None,
+    rows: list[Row],
+    target: str,
+    fractions: Sequence[float],
+    names: str | pathlib.Path | None,
     rng: np.random.Generator,
 ) -> tuple[dict[str, list[Row]], list[str]]:
     notes = ["split by recording, as published: one person's recordings are in several parts"]
@@ -368,8 +371,10 @@ def summary(split: Split) -> str:
     lines = []
     for part in PARTS:
         for name, of in split["counts"][part].items():
-            lines.append(f"{part:10s} {name:12s} {of['recordings']:5d} recordings {of['people']:5d} people "
-                         f"{of['positives']:5d} {split['target']}")
+            lines.append(
+                f"{part:10s} {name:12s} {of['recordings']:5d} recordings {of['people']:5d} people "
+                f"{of['positives']:5d} {split['target']}"
+            )
     lines.append(f"unlabelled {len(split['unlabelled'])}")
     return "\n".join(lines + [f"note: {note}" for note in split["notes"]])
 
@@ -384,8 +389,17 @@ def _main(flags_: Any) -> int:
         if not (flags_.kind and flags_.target and flags_.out):
             raise SplitError("give --kind, --target and --out to make a split, or --check=FILE to check one")
         fractions = [float(fraction) for fraction in flags_.fractions]
-        split = make(rows, flags_.kind, flags_.target, flags_.seed, fractions, flags_.fold, flags_.folds,
-                     flags_.database, flags_.names)
+        split = make(
+            rows,
+            flags_.kind,
+            flags_.target,
+            flags_.seed,
+            fractions,
+            flags_.fold,
+            flags_.folds,
+            flags_.database,
+            flags_.names,
+        )
         save(split, flags_.out)
     found = leaks(split, rows)
     print(summary(split))

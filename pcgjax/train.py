@@ -87,7 +87,9 @@ def make_step(task: tasks.Task, update: optax.GradientTransformation, graphdef: 
             totals.recordings + recordings.astype(jnp.int32),
             jnp.where(bad, state.step, totals.bad_step),
         )
-        return tasks.TrainState(state.step + 1, optax.apply_updates(state.params, updates), state.rest, opt_state), totals
+        return tasks.TrainState(
+            state.step + 1, optax.apply_updates(state.params, updates), state.rest, opt_state
+        ), totals
 
     return step
 
@@ -125,7 +127,9 @@ def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     """(corpus, labels (N,), {part: indices}, split), the split made or reused, and checked for leaks."""
     if not config.data.prepared:
-        raise ValueError("data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote")
+        raise ValueError(
+            "data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote"
+        )
     corpus = input_pipeline.from_prepared(config.data.prepared)
     target = config.task.target
     if config.data.shuffle_labels:
@@ -212,7 +216,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
         return input_pipeline.epoch_order(parts["train"], balance, order_key, t.batch_recordings, groups)
 
-    needed = [input_pipeline.batch_units(order_of(e), corpus.lengths, task.geometry) for e in range(min(t.epochs, 50))]
+    needed = [
+        input_pipeline.batch_units(order_of(e), corpus.lengths, task.geometry) for e in range(min(t.epochs, 50))
+    ]
     # The largest batch that any order can make, so that no later epoch finds its batches without a place.
     largest = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-(t.batch_recordings // groups) :]
     # Balanced epochs repeat recordings, so that a batch may hold the longest one several times.
@@ -264,11 +270,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     gathered = one_copy if pmap else (lambda x: x)
     predicts = {
         part: evaluate.make_predict(
-            task, graphdef, corpus, parts[part], config.evaluation.batch_recordings, jax.random.fold_in(key, EVALUATION),
-            resident, 1 if pmap else groups, constrain,
+            task,
+            graphdef,
+            corpus,
+            parts[part],
+            config.evaluation.batch_recordings,
+            jax.random.fold_in(key, EVALUATION),
+            resident,
+            1 if pmap else groups,
+            constrain,
         )
         for part in ("validation", "test")
-    }  # fmt: skip
+    }
 
     def pieces(plan, start, stop):
         """What `run` is called with for these steps of an epoch: once when resident, else block by block."""
@@ -326,7 +339,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     last, best = (checkpoint.manager(workdir / "checkpoints" / name) for name in ("last", "best"))
 
     stopped = []
-    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)
+    }
 
     # ------------------------------------------------------------------------------------------------ the loop
     at = int(state.step)
@@ -440,7 +455,11 @@ def _refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
             ("split", "file"), ("evaluation", "batch_recordings")}  # fmt: skip
     for part in now:
         old, new = saved.get(part), now[part]
-        pairs = [((part, k), (old or {}).get(k), v) for k, v in new.items()] if isinstance(new, dict) else [((part,), old, new)]
+        pairs = (
+            [((part, k), (old or {}).get(k), v) for k, v in new.items()]
+            if isinstance(new, dict)
+            else [((part,), old, new)]
+        )
         for name, before, after in pairs:
             if before != after and name not in free:
                 raise checkpoint.CheckpointError(
@@ -470,7 +489,9 @@ def _log(path: pathlib.Path, step: int, split: str, values: dict) -> None:
 def _save_examples(workdir: pathlib.Path, corpus, rows: list[dict]) -> None:
     """The waveforms that the report shows: of the surest right and wrong answers."""
     wanted = {row["id"] for kind in report.surest(rows, 4).values() for row in kind}
-    waves = {r["id"]: corpus.read(i).astype(np.float32) / 32767 for i, r in enumerate(corpus.rows) if r["id"] in wanted}
+    waves = {
+        r["id"]: corpus.read(i).astype(np.float32) / 32767 for i, r in enumerate(corpus.rows) if r["id"] in wanted
+    }
     with files.replacing(workdir / "examples.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, sample_rate_hz=corpus.sample_rate_hz, **waves)
 
@@ -491,7 +512,10 @@ def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict
             train(one, workdir / name)
         runs.append(report.compare_row(workdir / name, name.replace("_", " ").capitalize()))
     report.compare(runs, workdir / "report.html", "Four configurations", report.CNN_PAPER)
-    files.write_text(workdir / "table.json", json.dumps([{k: r[k] for k in ("name", "metrics", "trivial")} for r in runs], indent=1))
+    files.write_text(
+        workdir / "table.json",
+        json.dumps([{k: r[k] for k in ("name", "metrics", "trivial")} for r in runs], indent=1),
+    )
     return runs
 
 
@@ -520,7 +544,9 @@ def main(argv: list[str]) -> None:
 
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file below configs/; --config.a.b=v overrides.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: a file below configs/; --config.a.b=v overrides."
+)
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The run's folder; a run that was stopped there is resumed.", required=True)
     flags.DEFINE_bool("dry_run", False, "Compile, print sizes and costs, and stop.")

@@ -44,9 +44,7 @@ def test_cinc2016_from_the_command_line(run_command, corpus_folder, trained, sai
     damaged.write_bytes(damaged.read_bytes()[:500])
     (source / "training-c" / "c0001.wav").write_bytes(b"no sound")
     out = tmp_path / "scores" / "cinc.json"
-    done = run_command(
-        "evaluate", f"--workdir={trained}", "--dataset=cinc2016", f"--source={source}", f"--out={out}"
-    )
+    done = run_command("evaluate", f"--workdir={trained}", "--dataset=cinc2016", f"--source={source}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     scores = json.loads(out.read_text())
     rows = rows_of(out.with_suffix(".csv"))

@@ -219,8 +219,11 @@ def test_noise_has_the_asked_power(snr_db):
 @pytest.mark.parametrize(
     ("cutoff_hz", "kind"),
     [
-        ((25.0, 500.0), "bandpass"), ((0.0, 400.0), "bandpass"), ((400.0, 25.0), "bandpass"),
-        (500.0, "lowpass"), (-1.0, "highpass"),
+        ((25.0, 500.0), "bandpass"),
+        ((0.0, 400.0), "bandpass"),
+        ((400.0, 25.0), "bandpass"),
+        (500.0, "lowpass"),
+        (-1.0, "highpass"),
     ],
 )
 def test_cutoff_that_does_not_fit(cutoff_hz, kind):

@@ -309,9 +309,7 @@ def test_labels_and_size_of_a_corpus(prepared):
 )
 def test_forward_equals_scipy_one_recording_at_a_time(filter_, overlap, window_s, make_config):
     rate_hz = 1000
-    config = make_config(
-        {"features.filter": filter_, "features.overlap": overlap, "features.window_s": window_s}
-    )
+    config = make_config({"features.filter": filter_, "features.overlap": overlap, "features.window_s": window_s})
     task = tasks.make(config, rate_hz)
     model = task.init(nnx.Rngs(3))
     lengths = [1733, 390, 64, 1200, 801, 400]

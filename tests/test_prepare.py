@@ -64,7 +64,9 @@ def test_samples_come_back_as_librosa_would_resample_them(corpus: pathlib.Path, 
     assert manifest["counts"]["hours"] == pytest.approx(140 / 3600, abs=1e-4)
     assert [shard["records"] for shard in manifest["shards"]] == [64, 64, 12]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "manifest.json", "records.jsonl", *(f"shard-{n:05d}.array_record" for n in range(3))
+        "manifest.json",
+        "records.jsonl",
+        *(f"shard-{n:05d}.array_record" for n in range(3)),
     ]
 
     read_manifest, rows = prepare.read_rows(tmp_path / "out")
@@ -149,8 +151,10 @@ def test_two_machines_share_the_work(corpus: pathlib.Path, tmp_path: pathlib.Pat
     single = prepare.prepare("cinc2016", corpus, tmp_path / "single", workers=1)
     out = tmp_path / "shared"
     assert prepare.prepare("cinc2016", corpus, out, workers=1, num_shards=2, shard_index=0) is None
-    assert sorted(path.name for path in out.glob("*.array_record")) == ["shard-00000.array_record",
-                                                                      "shard-00002.array_record"]
+    assert sorted(path.name for path in out.glob("*.array_record")) == [
+        "shard-00000.array_record",
+        "shard-00002.array_record",
+    ]
     assert prepare.prepare("cinc2016", corpus, out, workers=1, num_shards=2, shard_index=1) == single
     assert prepare.prepare("cinc2016", corpus, out, workers=1) == single  # and a join that is not needed any more
 
@@ -222,8 +226,16 @@ def test_an_unfinished_folder_with_other_parameters_is_kept(corpus: pathlib.Path
 
 def damaged_corpus(folder: pathlib.Path) -> dict[str, str]:
     """Writes good and damaged files; returns what is wrong, by id."""
-    write_corpus(folder, {"e00001": noise(1), "e00002": noise(2), "e00003": noise(3), "e00004": np.zeros(2000),
-                          "e00005": noise(5, 0.3)})
+    write_corpus(
+        folder,
+        {
+            "e00001": noise(1),
+            "e00002": noise(2),
+            "e00003": noise(3),
+            "e00004": np.zeros(2000),
+            "e00005": noise(5, 0.3),
+        },
+    )
     training = folder / "training-e"
     whole = (training / "e00003.wav").read_bytes()
     (training / "e00003.wav").write_bytes(whole[: len(whole) // 2])
@@ -231,8 +243,14 @@ def damaged_corpus(folder: pathlib.Path) -> dict[str, str]:
     (training / "e00007.wav").write_text("this is no audio")
     (training / "e00008.wav").write_bytes(b"")
     write_corpus(folder, {})  # the table with all names
-    return {"e00003": "truncated", "e00004": "silent", "e00005": "too short", "e00006": "not finite",
-            "e00007": "not audio", "e00008": "empty"}
+    return {
+        "e00003": "truncated",
+        "e00004": "silent",
+        "e00005": "too short",
+        "e00006": "not finite",
+        "e00007": "not audio",
+        "e00008": "empty",
+    }
 
 
 def test_damaged_files_are_left_out_and_listed(tmp_path: pathlib.Path) -> None:

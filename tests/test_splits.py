@@ -22,8 +22,13 @@ QUICK = hypothesis.settings(max_examples=60, deadline=None, database=None)
 
 def row(name: str, person: str = "", database: str = "a", label: object = 0, **more: Any) -> dict[str, Any]:
     return {
-        "id": name, "person": person or name, "person_known": bool(person), "database": database,
-        "labels": {} if label is None else {"abnormal": str(label)}, "sha256": f"hash of {name}", "fingerprint": "",
+        "id": name,
+        "person": person or name,
+        "person_known": bool(person),
+        "database": database,
+        "labels": {} if label is None else {"abnormal": str(label)},
+        "sha256": f"hash of {name}",
+        "fingerprint": "",
     } | more
 
 
@@ -210,7 +215,8 @@ def test_each_kind_of_leak_is_found() -> None:
     assert splits.leaks(split, rows) == ["recording a is in train and in test"]
     split = three_parts()[1] | {"unlabelled": ["f"], "train": ["a", "a", "b"]}
     assert splits.leaks(split, rows) == [
-        "recording a is in train and in train", "recording f is in test and in unlabelled"
+        "recording a is in train and in train",
+        "recording f is in test and in unlabelled",
     ]
 
     rows, split = three_parts()
@@ -221,8 +227,12 @@ def test_each_kind_of_leak_is_found() -> None:
 
 def test_check_is_loud_about_ten() -> None:
     rows = [row(f"{i:02d}{part}", f"person {i}") for i in range(12) for part in "xy"]
-    split = {"train": [r["id"] for r in rows if r["id"][-1] == "x"], "validation": [],
-             "test": [r["id"] for r in rows if r["id"][-1] == "y"], "unlabelled": []}
+    split = {
+        "train": [r["id"] for r in rows if r["id"][-1] == "x"],
+        "validation": [],
+        "test": [r["id"] for r in rows if r["id"][-1] == "y"],
+        "unlabelled": [],
+    }
     with pytest.raises(splits.LeakError, match="12 findings") as error:
         splits.check(split, rows)
     assert str(error.value).count("\n  person person") == 10

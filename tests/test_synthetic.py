@@ -258,9 +258,7 @@ def test_breathing_speech_and_rubs_sound_different():
         - heart(duration_s=40, stethoscope=flat)[0]
         for field, value in (("breathing", 0.05), ("speech", 0.05), ("rubs_per_s", 1.0))
     }
-    breathing = scipy.signal.sosfiltfilt(
-        scipy.signal.butter(2, 1, fs=RATE_HZ, output="sos"), added["breathing"] ** 2
-    )
+    breathing = scipy.signal.sosfiltfilt(scipy.signal.butter(2, 1, fs=RATE_HZ, output="sos"), added["breathing"] ** 2)
     f, p = scipy.signal.periodogram(breathing - breathing.mean(), RATE_HZ)
     assert f[p.argmax()] == pytest.approx(PERSON.breaths_per_minute / 60, abs=0.03)
     assert np.percentile(breathing, 99) ** 0.5 == pytest.approx(0.3 * 0.05, rel=0.25)

@@ -295,7 +295,9 @@ def _sound_annotations(lines: list[str], duration_s: float) -> tuple[tuple[float
     except ValueError:
         return None
     befores = np.append(0.0, ends[:-1])
-    if not ((starts >= befores - SLACK_S).all() and (ends <= duration_s).all() and np.isin(states, sorted(STATES)).all()):
+    if not (
+        (starts >= befores - SLACK_S).all() and (ends <= duration_s).all() and np.isin(states, sorted(STATES)).all()
+    ):
         return None
     starts = np.maximum(starts, befores)
     if not (starts < ends).all():

@@ -347,9 +347,7 @@ def _sounds(
     return samples[pad:-pad]
 
 
-def _murmur(
-    murmur: Murmur, beats: _Beats, rng: np.random.Generator, time_s: np.ndarray, rate_hz: int
-) -> np.ndarray:
+def _murmur(murmur: Murmur, beats: _Beats, rng: np.random.Generator, time_s: np.ndarray, rate_hz: int) -> np.ndarray:
     """The murmur with an RMS of 1 where its envelope is 1. Returns (n,)."""
     phase, begin, end = TIMINGS[murmur.timing]
     if phase == SYSTOLE:
@@ -573,8 +571,14 @@ def _map(function: Callable[[int], list[dict[str, Any]]], people: int) -> list[l
 
 
 def _save(
-    path: pathlib.Path, corpus: _Corpus, rng: np.random.Generator, person: Person, site: str, noise: Noise,
-    stethoscope: Stethoscope, rate_hz: int | None = None,
+    path: pathlib.Path,
+    corpus: _Corpus,
+    rng: np.random.Generator,
+    person: Person,
+    site: str,
+    noise: Noise,
+    stethoscope: Stethoscope,
+    rate_hz: int | None = None,
 ) -> tuple[Annotations, int]:
     """Simulates one recording into a 16-bit WAV. Returns (annotations, samples written)."""
     import soundfile
