@@ -15,13 +15,13 @@ checkpoints and a log in --out. Run again, it goes on where it was stopped.
   --source=DIR     the folder with the data set in its official layout; for synthetic, where to write it
   --out=DIR        the run's folder (default: runs/quickstart)
   --people=N       how many people to simulate (default: 1200)
-  --epochs=N       how long to train (default: 12)
+  --epochs=N       how long to train (default: 10)
   --no_control     leave out the control run, which trains on shuffled labels and must learn nothing
   --help           this text
 TEXT
 }
 
-dataset=synthetic source="" out=runs/quickstart people=1200 epochs=12 control=yes
+dataset=synthetic source="" out=runs/quickstart people=1200 epochs=10 control=yes
 for argument in "$@"; do
   case "$argument" in
     --dataset=*) dataset="${argument#*=}" ;;

@@ -17,4 +17,4 @@ fi
 ruff check .
 mypy
 export JAX_PLATFORMS=cpu
-python -m pytest "$@"
+python -m pytest -n auto "$@"

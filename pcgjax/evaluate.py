@@ -57,12 +57,16 @@ def make_predict(
 
     @jax.jit
     def run(params, rest, data, ids, capacity, steps, done):
-        def body(out, batch, size, i):
+        def answers(out, batch, size, i):
             place = jnp.where(batch["ids"] >= 0, batch["ids"], len(out))
-            return out.at[place].set(forward(params, rest, batch, size, done + i), mode="drop")
+            return place, forward(params, rest, batch, size, done + i)
+
+        def keep(out, answered):
+            place, values = answered
+            return out.at[place].set(values, mode="drop")
 
         out = jnp.zeros((len(data["first"]), 2))
-        return input_pipeline.loop(data, ids, capacity, plan.capacities, task.geometry, body, out, 0, steps)
+        return input_pipeline.loop(data, ids, capacity, plan.capacities, task.geometry, answers, keep, out, 0, steps)
 
     def predict(params, rest):
         if resident is not None:
@@ -109,7 +113,7 @@ def table(corpus: Corpus, indices: np.ndarray, labels: np.ndarray, log_p: np.nda
             "database": row["database"],
             "class": row["labels"].get("class", ""),
             "label": "" if np.isnan(label) else int(label),
-            "probability": f"{probability:.6f}",
+            "probability": f"{probability:.9g}",
             "decision": int(probability >= threshold),
             "split": split,
             "path": row["path"],

@@ -268,22 +268,28 @@ def loop(
     capacity: jax.Array,
     capacities: tuple[int, ...],
     geometry: Geometry,
-    body: Callable,
+    compute: Callable,
+    absorb: Callable,
     carry: Any,
     start: jax.Array | int,
     stop: jax.Array | int,
 ) -> Any:
-    """Runs carry = body(carry, batch, capacity, step) over the steps [start, stop) of a plan, all inside one program.
+    """Runs carry = absorb(carry, compute(carry, batch, capacity, step)) over the steps [start, stop) of a plan.
 
-    `ids` and `capacity` are the plan's arrays on the device; the number of steps is data, so every call fits the
-    one compiled program. Each capacity is a branch of it, since shapes differ.
+    All in one program: `ids` and `capacity` are the plan's arrays on the device, and the number of steps is data. Each
+    capacity is a branch of it, since shapes differ. What a branch returns is copied, so `compute` should not return the
+    carry: `absorb`, outside the branches, changes it in place.
     """
 
     def branch(size):
-        return lambda i, carry: body(carry, gather(data, ids[i], size, geometry), size, i)
+        return lambda i, carry: compute(carry, gather(data, ids[i], size, geometry), size, i)
 
     branches = [branch(size) for size in capacities]
-    return jax.lax.fori_loop(start, stop, lambda i, carry: jax.lax.switch(capacity[i], branches, i, carry), carry)
+
+    def step(i, carry):
+        return absorb(carry, jax.lax.switch(capacity[i], branches, i, carry))
+
+    return jax.lax.fori_loop(start, stop, step, carry)
 
 
 def stream(

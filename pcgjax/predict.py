@@ -26,7 +26,7 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     for i, path in enumerate(paths):
         try:
             rate_hz, _, _ = audio.header(path)
-        except audio.AudioError as error:
+        except (audio.AudioError, OSError) as error:
             rows[i]["error"] = str(error)
             continue
         recordings.append(datasets.Recording(str(i), str(i), False, "", rate_hz, {}, (), pathlib.Path(path)))
@@ -42,7 +42,7 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
         for row, answer in zip(corpus.rows, run(params, rest), strict=True):
             probability = float(np.exp(answer[0]))
             decision = int(probability >= config.evaluation.threshold)
-            rows[int(row["id"])] |= {"probability": f"{probability:.6f}", "decision": decision}
+            rows[int(row["id"])] |= {"probability": f"{probability:.9g}", "decision": decision}
     with files.replacing(pathlib.Path(out)) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

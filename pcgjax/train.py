@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,58 +52,70 @@ def zero_totals() -> Totals:
     return Totals(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32))
 
 
-def make_step(task: tasks.Task, update: optax.GradientTransformation, graphdef: Any, key: jax.Array, groups: int,
-              axis: str | None = None):  # fmt: skip
-    """One training step, ((state, totals), batch, capacity, i) -> (state, totals): the same for jit and for pmap.
+def make_step(
+    task: tasks.Task,
+    update: optax.GradientTransformation,
+    graphdef: Any,
+    key: jax.Array,
+    groups: int,
+    axis: str | None = None,
+) -> tuple[Callable, Callable]:
+    """One training step in two halves, the same for jit and for pmap.
 
     groups: device groups in all; `axis`: pmap's axis, under which a batch holds this device's group alone.
+    Returns: ((state, totals), batch, capacity, i) -> sums over the batch; ((state, totals), sums) -> (state, totals).
     """
 
-    def total(x):
-        return jax.lax.psum(x, axis) if axis else x
-
-    def step(carry, batch, capacity, _):
-        state, totals = carry
+    def sums(carry, batch, capacity, _):
+        state, _ = carry
         keys = jax.random.split(jax.random.fold_in(key, state.step), groups)
         if axis:
             keys = keys[jax.lax.axis_index(axis)][None]
         used = batch["lengths"] > 0
-        recordings = total(used.sum())
 
-        def mean_loss(params):
+        def loss(params):
             model = nnx.merge(graphdef, params, state.rest)
             log_p, log_q = input_pipeline.each_group(lambda b, k: task.forward(model, b, capacity, k), batch, keys)
             y = batch["labels"]
-            loss = -((y * log_p + (1 - y) * log_q) * used).sum()
-            correct = (((log_p > log_q) == (y > 0)) & used).sum()
-            return loss / jnp.maximum(recordings, 1), (loss, correct)
+            correct = (((log_p > log_q) == (y > 0)) & used).sum(dtype=jnp.int32)
+            return -((y * log_p + (1 - y) * log_q) * used).sum(), correct
 
-        grads, (loss, correct) = jax.grad(mean_loss, has_aux=True)(state.params)
-        grads, loss, correct = total(grads), total(loss), total(correct)
+        (loss_sum, correct), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return grads, loss_sum, correct, used.sum(dtype=jnp.int32)
+
+    def apply(carry, summed):
+        state, totals = carry
+        grads, loss, correct, recordings = jax.lax.psum(summed, axis) if axis else summed
+        grads = jax.tree.map(lambda g: g / jnp.maximum(recordings, 1), grads)
         updates, opt_state = update.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         bad = (totals.bad_step < 0) & ~jnp.isfinite(loss)
         totals = Totals(
             totals.loss + loss,
-            totals.correct + correct.astype(jnp.int32),
-            totals.recordings + recordings.astype(jnp.int32),
+            totals.correct + correct,
+            totals.recordings + recordings,
             jnp.where(bad, state.step, totals.bad_step),
         )
-        return tasks.TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), state.rest, opt_state
-        ), totals
+        return tasks.TrainState(state.step + 1, params, state.rest, opt_state), totals
 
-    return step
+    return sums, apply
 
 
-def make_run(step, geometry: input_pipeline.Geometry, capacities: tuple[int, ...], constrain=lambda batch: batch):
+def make_run(
+    step: tuple[Callable, Callable],
+    geometry: input_pipeline.Geometry,
+    capacities: tuple[int, ...],
+    constrain: Callable = lambda batch: batch,
+) -> Callable:
     """Many steps as one program: (state, totals, data, ids, capacity, start, stop) -> (state, totals)."""
+    sums, apply = step
 
-    def body(carry, batch, capacity, i):
-        return step(carry, constrain(batch), capacity, i)
+    def constrained(carry, batch, capacity, i):
+        return sums(carry, constrain(batch), capacity, i)
 
     def run(state, totals, data, ids, capacity, start, stop):
         carry = (state, totals)
-        return input_pipeline.loop(data, ids, capacity, capacities, geometry, body, carry, start, stop)
+        return input_pipeline.loop(data, ids, capacity, capacities, geometry, constrained, apply, carry, start, stop)
 
     return run
 

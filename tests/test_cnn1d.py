@@ -15,7 +15,7 @@ WINDOWS = [36, 400, 2500, 2504]  # a quarter of them is odd, even, odd and even
 
 def make(window, **changes):
     model = CNN1D(window, **{"filters": (6, 10), "hidden": 12, **changes}, rngs=nnx.Rngs(1))
-    for bias in (model.bias1, model.bias2, model.hidden.bias, model.output.bias):
+    for bias in (model.bias1, model.bias2, model.bias3, model.output.bias):
         bias[...] = jax.random.normal(jax.random.key(bias.size), bias.shape) / 4
     return model
 
