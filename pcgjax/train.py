@@ -382,7 +382,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                     f"the loss was not finite at step {int(counted.bad_step)}, recordings {names}; "
                     f"lower optimizer.learning_rate={config.optimizer.learning_rate} or look at those recordings"
                 )
-            values = {}
             if until == steps_an_epoch:
                 n = max(int(counted.recordings), 1)
                 values = {"loss": float(counted.loss) / n, "accuracy": float(counted.correct) / n}
@@ -519,10 +518,8 @@ def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict
         one.lock()
         one.update(overrides)
         one.split.file = config.split.file or str(workdir / "split.json")  # one split for all
-        done = workdir / name / "metrics.json"
         logging.info("sweep: %s", name)
-        if not done.exists():
-            train(one, workdir / name)
+        train(one, workdir / name)  # a finished run is only judged again, and refused if its config has changed
         runs.append(report.compare_row(workdir / name, name.replace("_", " ").capitalize()))
     report.compare(runs, workdir / "report.html", "Four configurations", report.CNN_PAPER)
     files.write_text(
@@ -547,6 +544,8 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(FLAGS.workdir)
     _log_to(workdir)
     if len(CONFIG.value.sweep):
+        if FLAGS.dry_run:
+            raise ValueError("--dry_run takes one experiment, this config is a sweep: leave out :sweep")
         sweep(CONFIG.value, workdir)
         print(f"wrote {workdir}/report.html and table.json")
         return
