@@ -158,9 +158,7 @@ def plan(order: np.ndarray, lengths: np.ndarray, geometry: Geometry, capacities:
     return Plan(order, np.searchsorted(capacities, needed).astype(np.int32), capacities)
 
 
-def evaluation_plan(
-    indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1
-) -> Plan:
+def evaluation_plan(indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1) -> Plan:
     """Every recording once, sorted by length so that batches are even."""
     batch = -(-min(batch, max(len(indices), 1)) // devices) * devices
     ordered = indices[np.argsort(lengths[indices], kind="stable")]
@@ -178,9 +176,7 @@ def padding_waste(plan_: Plan, lengths: np.ndarray, geometry: Geometry) -> float
     used = np.where(plan_.ids >= 0, lengths[plan_.ids], 0)
     windows = geometry.windows(used)
     useful = (
-        ((windows - 1) * geometry.hop + geometry.window) * (used > 0)
-        if geometry.shared
-        else windows * geometry.window
+        ((windows - 1) * geometry.hop + geometry.window) * (used > 0) if geometry.shared else windows * geometry.window
     )
     computed = np.asarray(plan_.capacities)[plan_.capacity].sum() * plan_.ids.shape[1] * geometry.window
     return 1 - float(useful.sum()) / float(computed)

@@ -44,9 +44,7 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     window = round(f.window_s * sample_rate_hz)
     hop = round(window * (1 - f.overlap))
     if window < 16 or hop < 1:
-        raise ValueError(
-            f"features.window_s={f.window_s} with features.overlap={f.overlap} is shorter than 16 samples"
-        )
+        raise ValueError(f"features.window_s={f.window_s} with features.overlap={f.overlap} is shorter than 16 samples")
     lead = gap = 0
     if f.filter != "none":
         try:

@@ -140,9 +140,7 @@ def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     """(corpus, labels (N,), {part: indices}, split), the split made or reused, and checked for leaks."""
     if not config.data.prepared:
-        raise ValueError(
-            "data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote"
-        )
+        raise ValueError("data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote")
     corpus = input_pipeline.from_prepared(config.data.prepared)
     target = config.task.target
     if config.data.shuffle_labels:
@@ -222,6 +220,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     key = jax.random.key(config.seed)
     corpus, labels, parts, split = load_data(config, workdir)
     task = tasks.make(config, corpus.sample_rate_hz)
+    if task.geometry.window > corpus.lengths.max():
+        raise ValueError(
+            f"features.window_s={config.features.window_s}: longer than every recording of {config.data.prepared} "
+            f"(at most {corpus.lengths.max() / corpus.sample_rate_hz:.1f} s)"
+        )
     balance = balance_groups(t.balance, corpus, labels, parts["train"])
 
     @functools.cache
@@ -229,9 +232,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
         return input_pipeline.epoch_order(parts["train"], balance, order_key, t.batch_recordings, groups)
 
-    needed = [
-        input_pipeline.batch_units(order_of(e), corpus.lengths, task.geometry) for e in range(min(t.epochs, 50))
-    ]
+    needed = [input_pipeline.batch_units(order_of(e), corpus.lengths, task.geometry) for e in range(min(t.epochs, 50))]
     # The largest batch that any order can make, so that no later epoch finds its batches without a place.
     largest = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-(t.batch_recordings // groups) :]
     # Balanced epochs repeat recordings, so that a batch may hold the longest one several times.
@@ -352,9 +353,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     last, best = (checkpoint.manager(workdir / "checkpoints" / name) for name in ("last", "best"))
 
     stopped = []
-    previous = {
-        s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)
-    }
+    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
 
     # ------------------------------------------------------------------------------------------------ the loop
     at = int(state.step)
@@ -501,14 +500,12 @@ def _log(path: pathlib.Path, step: int, split: str, values: dict) -> None:
 def _save_examples(workdir: pathlib.Path, corpus, rows: list[dict]) -> None:
     """The waveforms that the report shows: of the surest right and wrong answers."""
     wanted = {row["id"] for kind in report.surest(rows, 4).values() for row in kind}
-    waves = {
-        r["id"]: corpus.read(i).astype(np.float32) / 32767 for i, r in enumerate(corpus.rows) if r["id"] in wanted
-    }
+    waves = {r["id"]: corpus.read(i).astype(np.float32) / 32767 for i, r in enumerate(corpus.rows) if r["id"] in wanted}
     with files.replacing(workdir / "examples.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, sample_rate_hz=corpus.sample_rate_hz, **waves)
 
 
-def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict]:
+def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> list[dict]:
     """Runs each of `config.sweep`'s named overrides in a folder of its own and sets them side by side."""
     runs = []
     for name, overrides in config.sweep.items():
@@ -519,8 +516,13 @@ def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict
         one.update(overrides)
         one.split.file = config.split.file or str(workdir / "split.json")  # one split for all
         logging.info("sweep: %s", name)
-        train(one, workdir / name)  # a finished run is only judged again, and refused if its config has changed
+        # A finished run is only judged again, and refused if its config has changed.
+        train(one, workdir / name, dry_run)
+        if dry_run:
+            continue
         runs.append(report.compare_row(workdir / name, name.replace("_", " ").capitalize()))
+    if dry_run:
+        return runs
     report.compare(runs, workdir / "report.html", "Four configurations", report.CNN_PAPER)
     files.write_text(
         workdir / "table.json",
@@ -544,10 +546,9 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(FLAGS.workdir)
     _log_to(workdir)
     if len(CONFIG.value.sweep):
-        if FLAGS.dry_run:
-            raise ValueError("--dry_run takes one experiment, this config is a sweep: leave out :sweep")
-        sweep(CONFIG.value, workdir)
-        print(f"wrote {workdir}/report.html and table.json")
+        sweep(CONFIG.value, workdir, FLAGS.dry_run)
+        if not FLAGS.dry_run:
+            print(f"wrote {workdir}/report.html and table.json")
         return
     results = train(CONFIG.value, workdir, FLAGS.dry_run)
     if not FLAGS.dry_run:

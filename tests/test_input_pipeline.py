@@ -243,9 +243,7 @@ def test_every_pipeline_gives_the_packed_batches(geometry, batch, devices, pipel
         batches = list(batches_of(corpus, labels, made, geometry, pipeline, start))
         assert len(batches) == len(order) - start
         for step, got in enumerate(batches, start):
-            expected = input_pipeline.pack(
-                corpus, labels, order[step], made.capacities[made.capacity[step]], geometry
-            )
+            expected = input_pipeline.pack(corpus, labels, order[step], made.capacities[made.capacity[step]], geometry)
             # A streamed batch counts its recordings within its block.
             np.testing.assert_array_equal(np.asarray(got["ids"]) >= 0, order[step] >= 0)
             if pipeline == "resident":

@@ -26,9 +26,7 @@ HOLOSYSTOLIC = Murmur("Holosystolic", "Plateau", "III/VI", "Medium", "Blowing", 
 
 
 def heart(person=PERSON, site="TV", noise=None, stethoscope=None, duration_s=12.0, rate_hz=RATE_HZ, seed=0):
-    samples, annotations = simulate(
-        person, site, np.random.default_rng(seed), duration_s, rate_hz, noise, stethoscope
-    )
+    samples, annotations = simulate(person, site, np.random.default_rng(seed), duration_s, rate_hz, noise, stethoscope)
     return samples.astype(float), annotations
 
 

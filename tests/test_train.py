@@ -320,6 +320,7 @@ BAD = [
     ({"features.overlap": -0.5}, r"features.overlap=-0.5"),
     ({"features.window_s": 0.001}, "features.window_s=0.001"),
     ({"features.window_s": -1.0}, "features.window_s=-1.0"),
+    ({"features.window_s": 100.0}, r"features.window_s=100.0: longer than every recording of .* \(at most .* s\)"),
     ({"features.low_hz": 450.0}, r"features.low_hz.*\(450.0, 400.0\) Hz does not fit a rate of 1000 Hz"),
     ({"features.high_hz": 500.0}, r"features.high_hz.*\(25.0, 500.0\) Hz does not fit a rate of 1000 Hz"),
     ({"features.low_hz": 0.0}, r"features.low_hz.*\(0.0, 400.0\) Hz does not fit"),
@@ -430,3 +431,28 @@ def test_dry_run(make_config, tmp_path, capsys):
     assert facts["parameters"] == 4 * 5 + 4 + 8 * 20 + 8 + 8 * (8 * 122 + 1) + 9
     assert facts["flops"] > 0
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_sweep(make_config, tmp_path, capsys):
+    config = make_config({"train.epochs": 1})
+    with config.unlocked():
+        config.sweep = {"a": {"features": {"filter": "none"}}, "b": {"features": {"filter": "causal"}}}
+    train.sweep(config, tmp_path, dry_run=True)
+    assert capsys.readouterr().out.count('"parameters"') == 2
+    assert not list(tmp_path.rglob("checkpoints"))
+    rows = train.sweep(config, tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["name"] for row in rows] == [row["name"] for row in table] == ["A", "B"]
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    for name, filter_ in (("a", "none"), ("b", "causal")):
+        assert json.loads((tmp_path / name / "config.json").read_text())["features"]["filter"] == filter_
+        scored = json.loads((tmp_path / name / "metrics.json").read_text())["test"]["overall"]["auc"]
+        assert table["ab".index(name)]["metrics"]["auc"] == scored
+    # Again: finished runs are judged, not trained; a changed config is refused.
+    before = (tmp_path / "a" / "predictions.csv").read_text()
+    train.sweep(config, tmp_path)
+    assert (tmp_path / "a" / "predictions.csv").read_text() == before
+    assert len([line for line in lines_of(tmp_path / "a") if line["split"] == "train"]) == 1
+    config.train.batch_recordings = 2
+    with pytest.raises(CheckpointError, match=r"train.batch_recordings=3, now 2"):
+        train.sweep(config, tmp_path)

@@ -238,9 +238,9 @@ def _annotations(path: pathlib.Path, rate_hz: int, frames: int) -> tuple[tuple[f
     starts, names = state_ans.read(path.read_bytes())
     if unknown := set(names) - STATES.keys():
         raise ValueError(f"unknown state {min(unknown)!r}; known are {', '.join(STATES)}")
-    for before, after in itertools.pairwise(starts):
-        if after <= before:
-            raise ValueError(f"sample index {after} follows {before}; the indices must increase")
+    if starts != sorted(set(starts)):
+        before, after = next((a, b) for a, b in itertools.pairwise(starts) if a >= b)
+        raise ValueError(f"sample index {after} follows {before}; the indices must increase")
     if starts[0] < 1 or starts[-1] > frames:
         raise ValueError(f"sample indices {starts[0]} to {starts[-1]}, the recording has samples 1 to {frames}")
     edges_s = [(start - 1) / rate_hz for start in starts] + [frames / rate_hz]

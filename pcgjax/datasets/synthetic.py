@@ -368,9 +368,7 @@ def _murmur(murmur: Murmur, beats: _Beats, rng: np.random.Generator, time_s: np.
         carrier = overtones @ np.cos(np.arange(1, 4)[:, None] * phase_rad) / np.sqrt((overtones**2).sum() / 2)
         return envelope * carrier
     octaves = _BANDWIDTH_OCTAVES[murmur.quality]
-    carrier = _noise(
-        len(time_s), rng, rate_hz, lambda f: np.exp(-0.5 * (np.log2(f / murmur.centre_hz) / octaves) ** 2)
-    )
+    carrier = _noise(len(time_s), rng, rate_hz, lambda f: np.exp(-0.5 * (np.log2(f / murmur.centre_hz) / octaves) ** 2))
     if murmur.quality == "Harsh":  # turbulence that flutters
         carrier *= np.exp(0.5 * _noise(len(time_s), rng, rate_hz, lambda f: 1 / (1 + (f / 30) ** 4)))
         carrier /= np.sqrt(np.mean(carrier**2))

@@ -28,9 +28,7 @@ class CNN1D(nnx.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         if len(filters) != 2 or min(*filters, hidden, kernel_size) < 1:
-            raise ValueError(
-                f"filters={filters}, hidden={hidden}: two numbers of filters and one of units, from 1 on"
-            )
+            raise ValueError(f"filters={filters}, hidden={hidden}: two numbers of filters and one of units, from 1 on")
         self.window, self.kernel_size = window, kernel_size
         self.pooled = _pooled(_pooled(window, kernel_size), kernel_size)
         if self.pooled < 1:
