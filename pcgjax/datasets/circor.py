@@ -9,6 +9,7 @@ import pathlib
 import re
 
 import numpy as np
+import orjson
 
 from pcgjax import audio
 from pcgjax.datasets import DatasetError, Problem, Recording
@@ -294,12 +295,10 @@ def _sound_annotations(text: str, duration_s: float) -> tuple[tuple[float, float
     if not between or between.rstrip(b"\n") + b"\n" != b"\t\t\n" * (between.count(9) // 2):
         return None
     try:
-        numbers = list(map(float, text.split()))
-    except ValueError:
+        numbers = orjson.loads(f"[{text.strip().replace(chr(9), ',').replace(chr(10), ',')}]")
+        starts, ends, _ = np.array(numbers, np.float64).reshape(-1, 3).T
+    except (ValueError, TypeError):
         return None
-    if len(numbers) != 3 * (between.count(9) // 2):
-        return None
-    starts, ends, _ = np.array(numbers).reshape(-1, 3).T
     befores = np.append(0.0, ends[:-1])
     if not ((starts >= befores - SLACK_S).all() and (ends <= duration_s).all() and STATES.issuperset(numbers[2::3])):
         return None
