@@ -17,7 +17,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +27,13 @@ from absl import app, flags
 from flax import nnx
 
 import pcgjax
-from pcgjax import files, input_pipeline, optimizer, tasks, train
+from pcgjax import files, input_pipeline, optimizer, peers, tasks, train
 from pcgjax.input_pipeline import Corpus
 
 SAMPLE_RATE_HZ = 1000
 
 
-def make_corpus(recordings: int, seed: int = 0) -> Corpus:
+def make_corpus(recordings: int, seed: int = 0, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Corpus:
     """Simulated recordings as long as CinC 2016's: a third 8 s, a third about 36 s, the rest 6 to 60 s."""
     from pcgjax.datasets import synthetic
 
@@ -43,12 +42,12 @@ def make_corpus(recordings: int, seed: int = 0) -> Corpus:
     for i in tqdm.trange(recordings, desc="simulate", unit="recording"):
         duration_s = (8.0, rng.uniform(33, 36.5), rng.uniform(6, 60))[i % 3]
         person = synthetic.draw_person(rng, i)
-        wave, _ = synthetic.simulate(person, "MV", rng, duration_s, SAMPLE_RATE_HZ)
+        wave, _ = synthetic.simulate(person, "MV", rng, duration_s, sample_rate_hz)
         samples.append(np.round(wave / np.abs(wave).max() * 32767).astype(np.int16))
         label = str(int(bool(person.murmurs)))
         rows.append({"id": f"r{i:04d}", "person": str(i), "database": "synthetic", "sha256": str(i),
                      "labels": {"abnormal": label}})  # fmt: skip
-    return input_pipeline.in_memory(rows, samples, SAMPLE_RATE_HZ)
+    return input_pipeline.in_memory(rows, samples, sample_rate_hz)
 
 
 def cnn_config(batch_recordings: int) -> ml_collections.ConfigDict:
@@ -70,8 +69,8 @@ def cnn_config(batch_recordings: int) -> ml_collections.ConfigDict:
 class Ours:
     """Our training on a corpus: the compiled program, its state and plan."""
 
-    def __init__(self, corpus: Corpus, batch_recordings: int):
-        config = cnn_config(batch_recordings)
+    def __init__(self, corpus: Corpus, config: ml_collections.ConfigDict):
+        batch_recordings = config.train.batch_recordings
         self.corpus, self.labels = corpus, corpus.labels("abnormal")
         task = tasks.make(config, corpus.sample_rate_hz)
         self.geometry = task.geometry
@@ -110,84 +109,6 @@ class Ours:
 
     def blocks(self) -> Iterator:
         return input_pipeline.stream(self.corpus, self.labels, self.plan, 0, len(self.plan.ids))
-
-
-class Segments:
-    """The peer's Dataset: one recording's filtered, z-scored windows (S, T) and its label."""
-
-    def __init__(self, samples: list[np.ndarray], labels: np.ndarray, window: int, hop: int, sample_rate_hz: int):
-        import scipy.signal
-
-        self.samples, self.labels, self.window, self.hop = samples, labels, window, hop
-        self.sos = scipy.signal.butter(4, [25, 400], "bandpass", fs=sample_rate_hz, output="sos")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int):
-        import scipy.signal
-        import torch
-
-        x = scipy.signal.sosfiltfilt(self.sos, self.samples[index] / 32767)
-        x = (x - x.mean()) / x.std()
-        count = max(1, (len(x) - self.window) // self.hop + 1)
-        x = np.pad(x, (0, max(0, self.window - len(x))))
-        cut = np.stack([x[i * self.hop : i * self.hop + self.window] for i in range(count)])
-        return torch.tensor(cut, dtype=torch.float32), float(self.labels[index])
-
-
-def collate(items):
-    """Recordings -> (segments (S, 1, T), recording ids (S,), labels (R,))."""
-    import torch
-
-    segments = torch.cat([segments for segments, _ in items])[:, None]
-    ids = torch.repeat_interleave(torch.arange(len(items)), torch.tensor([len(s) for s, _ in items]))
-    return segments, ids, torch.tensor([label for _, label in items])
-
-
-class Peer:
-    """The same training in PyTorch, on the same batches."""
-
-    def __init__(self, ours: Ours, workers: int = 0):
-        import torch
-
-        corpus, window = ours.corpus, ours.geometry.window
-        samples = [corpus.read(i) for i in range(len(corpus.rows))]
-        dataset: Any = Segments(samples, ours.labels, window, ours.geometry.hop, corpus.sample_rate_hz)
-        self.loader: Any = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=[[int(i) for i in step.reshape(-1) if i >= 0] for step in ours.plan.ids],
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            multiprocessing_context="spawn" if workers else None,  # a fork of a process with JAX's threads can hang
-        )
-        pooled = ((window - 4) // 2 - 4) // 2
-        self.net = torch.nn.Sequential(
-            torch.nn.Conv1d(1, 16, 5), torch.nn.ReLU(), torch.nn.MaxPool1d(2),
-            torch.nn.Conv1d(16, 32, 5), torch.nn.ReLU(), torch.nn.MaxPool1d(2),
-            torch.nn.Flatten(), torch.nn.Linear(32 * pooled, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1),
-        ).to("cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
-        self.device = next(self.net.parameters()).device
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01)
-        self.torch = torch
-
-    def step(self, segments, ids, labels) -> float:
-        """One step on segments (S, 1, T) that are ready; waits for the loss."""
-        torch = self.torch
-        segments, ids, labels = (x.to(self.device) for x in (segments, ids, labels))
-        self.optimizer.zero_grad()
-        probability = torch.sigmoid(self.net(segments)[:, 0])
-        total = torch.zeros(len(labels), device=self.device).index_add_(0, ids, probability)
-        mean = total / torch.bincount(ids, minlength=len(labels))
-        loss = torch.nn.functional.binary_cross_entropy(mean, labels)
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-    def epoch(self) -> None:
-        for batch in self.loader:
-            self.step(*batch)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -232,9 +153,13 @@ def cnn(prepared: str, recordings: int) -> dict:
     }
 
 
+def _segmented(ours: Ours, workers: int = 0) -> peers.Segmented:
+    return peers.Segmented(ours.corpus, ours.labels, ours.plan.ids, ours.geometry, workers)
+
+
 def _step(corpus: Corpus, batch: int = 8) -> dict:
-    ours = Ours(corpus, batch)
-    peer = Peer(ours)
+    ours = Ours(corpus, cnn_config(batch))
+    peer = _segmented(ours)
     few = min(len(ours.plan.ids), 8)
     ready = [batch for _, batch in zip(range(few), peer.loader, strict=False)]
     step = paired(lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 9, f"step, {batch} recordings")
@@ -277,13 +202,13 @@ def _step(corpus: Corpus, batch: int = 8) -> dict:
 
 
 def _epoch(corpus: Corpus) -> dict:
-    ours = Ours(corpus, 1)
-    peers = {workers: Peer(ours, workers) for workers in (0, 2)}
+    ours = Ours(corpus, cnn_config(1))
+    of = {workers: _segmented(ours, workers) for workers in (0, 2)}
     times = {}
-    for workers, peer in peers.items():
+    for workers, peer in of.items():
         peer.epoch()  # starts its workers
         times[workers] = seconds(peer.epoch)
-    best = peers[min(times, key=times.__getitem__)]  # the peer's better choice on this machine
+    best = of[min(times, key=times.__getitem__)]  # the peer's better choice on this machine
     epoch = paired(lambda: ours.steps(0, len(ours.plan.ids)), best.epoch, 5, "epoch, 1 recording")
     return {
         "epoch": epoch
@@ -383,12 +308,11 @@ def _train_in_memory(mib: int) -> float:
     rows = [{"id": str(i), "sha256": str(i), "labels": {"abnormal": str(i % 2)}} for i in range(count)]
     # Read on demand, as from the shards: the corpus itself is on the device alone.
     corpus = Corpus(rows, SAMPLE_RATE_HZ, np.full(count, length, np.int32), lambda i: np.roll(one, i))
-    Ours(corpus, 8).steps(0, 4)
+    Ours(corpus, cnn_config(8)).steps(0, 4)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def summary(result: dict) -> str:
-    """The main figures, for a terminal."""
+def _cnn_summary(result: dict) -> str:
     s, e, m, p = (result[part] for part in ("step", "epoch", "memory", "prepare"))
     return "\n".join([
         f"step, 8 recordings       {s['ratio']:.2f}x the peer  [{s['ratio_range'][0]:.2f}, {s['ratio_range'][1]:.2f}]"
@@ -403,7 +327,174 @@ def summary(result: dict) -> str:
     ])  # fmt: skip
 
 
-SUITES = {"cnn": cnn}
+# ------------------------------------------------------------------------------------------------------ hinf_lstm
+
+HIDDEN = 128
+# (batch, steps, inputs): the model's own, with inputs of 512 and more; and where only the recurrence counts.
+KERNELS = (
+    (32, 157, 512), (64, 20, 2048), (128, 157, 512), (8, 157, 512),
+    (32, 500, 64), (256, 157, 64), (8, 20, 64), (512, 20, 64), (8, 1000, 64), (32, 1000, 64), (512, 157, 64),
+)  # fmt: skip
+PYTHON_LOOP = (32, 157, 512)  # where the peer is a cell in a Python loop, which takes long
+
+
+def hinf_lstm_config(batch_recordings: int) -> ml_collections.ConfigDict:
+    """The fields of configs/hinf_lstm.py that a step depends on."""
+    return ml_collections.ConfigDict(
+        {
+            "task": {"name": "hinf_lstm"},
+            "features": {
+                "window_s": 5.0, "noise_snr_db": float("inf"), "wavelet_level": 4, "filter": "zero_phase",
+                "filter_order": 5, "high_hz": 500.0, "n_fft": 2048, "hop": 512, "n_mels": 128, "htk": False,
+                "top_db": 80.0,
+            },
+            "model": {
+                "cell": "convex", "blocks": ((32, 32), (64, 64)), "hidden": HIDDEN, "dropout": 0.3,
+                "implementation": "auto",
+            },
+            "loss": {"name": "pwl", "alpha": 0.87, "normalize": "counts", "slope": 0.0},
+            "optimizer": {"name": "adam", "learning_rate": 0.001, "frozen": ()},
+            "train": {"batch_recordings": batch_recordings},
+        }
+    )  # fmt: skip
+
+
+def hinf_lstm(prepared: str, recordings: int) -> dict:
+    """The suite `hinf_lstm`: the recurrent kernel, a whole step at 8 recordings, ten seeds as one program."""
+    corpus = (
+        input_pipeline.from_prepared(prepared) if prepared else make_corpus(min(recordings, 48), sample_rate_hz=2000)
+    )
+    samples = [corpus.read(i) for i in range(min(recordings, 48, len(corpus.rows)))]
+    corpus = input_pipeline.in_memory(corpus.rows[: len(samples)], samples, corpus.sample_rate_hz)
+    return {
+        "corpus": {"recordings": len(corpus.rows), "seconds": float(corpus.lengths.sum() / corpus.sample_rate_hz)},
+        "kernel": [_kernel(*size) for size in KERNELS],
+        "python_loop": _kernel(*PYTHON_LOOP, loop=True),
+        "train": _hinf_step(corpus),
+        "seeds": _seeds(),
+    }
+
+
+def _kernel(batch: int, steps: int, inputs: int, loop: bool = False) -> dict:
+    """The recurrent layer, forward and all gradients, against torch.nn.LSTM or a cell in a Python loop."""
+    import torch
+
+    from pcgjax.kernels.hinf_lstm import hinf_lstm as layer
+
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: np.float32(rng.normal(size=shape) / np.sqrt(shape[0]))
+    x, weights = draw(batch, steps, inputs), draw(batch, steps, HIDDEN)
+    parameters = draw(inputs, 3 * HIDDEN), draw(HIDDEN, 3 * HIDDEN), draw(3 * HIDDEN), draw(HIDDEN)
+    gradient = jax.jit(jax.grad(lambda *a: (layer(*a) * weights).sum(), range(5)))
+    arguments = jax.device_put((x, *parameters))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer = peers.hinf_cell_layer(inputs, HIDDEN) if loop else torch.nn.LSTM(inputs, HIDDEN, batch_first=True)
+    peer.to(device)
+    given, towards = torch.tensor(x, device=device, requires_grad=True), torch.tensor(weights, device=device)
+
+    def torch_step():
+        peer.zero_grad()
+        given.grad = None
+        out = peer(given)
+        ((out if loop else out[0]) * towards).sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    # Enough calls in a measurement that each takes some tens of milliseconds.
+    ours = lambda: jax.block_until_ready(gradient(*arguments))
+    ours()
+    calls = max(1, int(0.05 / seconds(ours)))
+
+    def repeated(function):
+        def run():
+            for _ in range(calls):
+                function()
+
+        return run
+
+    name = "Python loop" if loop else "torch.nn.LSTM"
+    timed = paired(repeated(ours), repeated(torch_step), 7, f"B {batch}, T {steps}, D {inputs}: {name}")
+    # Forward and twice backward; multiply-adds of the projection and of the recurrence.
+    flops = 3 * 2 * batch * steps * (inputs + HIDDEN) * 3 * HIDDEN
+    return {
+        "batch": batch, "steps": steps, "inputs": inputs, "hidden": HIDDEN, "peer": name,
+        "ours_ms": 1e3 * timed["ours_s"] / calls, "peer_ms": 1e3 * timed["peer_s"] / calls,
+        "ratio": timed["ratio"], "range": timed["ratio_range"], "ours_gflops": flops * calls / timed["ours_s"] / 1e9,
+    }  # fmt: skip
+
+
+def _hinf_step(corpus: Corpus, batch: int = 8) -> dict:
+    ours = Ours(corpus, hinf_lstm_config(batch))
+    peer = peers.Clipped(corpus, ours.labels, ours.plan.ids, hinf_lstm_config(batch))
+    few = len(ours.plan.ids)
+    ready = list(peer.loader)
+    network = paired(
+        lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 3, "step against the peer's network alone"
+    )
+    whole = paired(lambda: ours.steps(0, few), peer.epoch, 3, "step, from samples")
+    clips = int(ours.windows.sum())
+    return {
+        "meaning": "from int16 samples to the updated parameters; `network_alone` gives the peer clips that are ready",
+        "batch_recordings": batch,
+        "steps": few,
+        "clips": clips,
+        **whole,
+        "network_alone": network,
+        "ours_clips_a_s": clips / whole["ours_s"],
+        "peer_clips_a_s": clips / whole["peer_s"],
+        "compile_s": ours.compile_s,
+        "padding_waste": ours.waste,
+    }
+
+
+def _seeds(seeds: int = 10, clips: int = 256) -> dict:
+    """Ten trainings of the ablation's CNN-LSTM, two epochs each, as one program, against ten runs of one in a row."""
+    from pcgjax import ablation
+
+    config = hinf_lstm_config(8)
+    config.features.n_mels = 64
+    config.model.update({"cell": "lstm", "blocks": ((16,), (32,)), "hidden": 64})
+    config.ablation = ml_collections.ConfigDict({"epochs": (2, 0), "batch_clips": 32})
+    task = tasks.make(config, 2000)
+    rng = np.random.default_rng(0)
+    mel = jnp.asarray(rng.uniform(size=(clips, config.features.n_mels, 20)), jnp.float32)
+    data = ablation.Clips(mel, jnp.ones((clips, 20)), jnp.ones((clips // 2, 2), bool))
+    shared = data, jnp.asarray(rng.integers(0, 2, clips // 2), jnp.float32)
+    keys = [jax.random.key(seed) for seed in range(seeds)]
+    states = [tasks.split(task.init(nnx.Rngs(seed)))[1:] for seed in range(seeds)]
+    own = list(zip(keys, states, [jnp.arange(clips)] * seeds, strict=True))
+    run = ablation.pretrain(config, task)
+    one, all_seeds = jax.jit(run), jax.jit(ablation.over_seeds(run))
+    together = jax.tree.map(lambda *x: jnp.stack(x), *own)
+    return paired(
+        lambda: jax.block_until_ready(all_seeds(together, shared)),
+        lambda: [jax.block_until_ready(one(*mine, *shared)) for mine in own],
+        5, "ten seeds",
+    )  # fmt: skip
+
+
+def _hinf_summary(result: dict) -> str:
+    def line(k):
+        return (
+            f"B {k['batch']:3d}, T {k['steps']:4d}, D {k['inputs']:4d}   {k['ratio']:5.2f}x {k['peer']}  "
+            f"[{k['range'][0]:.2f}, {k['range'][1]:.2f}]   ours {k['ours_ms']:.1f} ms, {k['ours_gflops']:.0f} GFLOP/s"
+        )
+
+    t, s = result["train"], result["seeds"]
+    return "\n".join([
+        "kernel, forward and all gradients, hidden 128",
+        *map(line, result["kernel"]),
+        line(result["python_loop"]),
+        f"train step, samples to update   {t['ratio']:.2f}x the peer  [{t['ratio_range'][0]:.2f}, "
+        f"{t['ratio_range'][1]:.2f}]   ours {t['ours_clips_a_s']:.0f} clips/s",
+        f"the same, the peer's network alone   {t['network_alone']['ratio']:.2f}x",
+        f"ten seeds as one program        {s['ratio']:.2f}x ten runs in a row  [{s['ratio_range'][0]:.2f}, "
+        f"{s['ratio_range'][1]:.2f}]",
+    ])  # fmt: skip
+
+
+# suite -> (what measures it, the main figures for a terminal)
+SUITES = {"cnn": (cnn, _cnn_summary), "hinf_lstm": (hinf_lstm, _hinf_summary)}
 
 
 def main(argv: list[str]) -> None:
@@ -411,7 +502,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected {argv[1:]}")
     import torch
 
-    result = SUITES[FLAGS.suite](FLAGS.prepared, FLAGS.recordings)
+    measure, summary = SUITES[FLAGS.suite]
+    result = measure(FLAGS.prepared, FLAGS.recordings)
     result["system"] = {
         "suite": FLAGS.suite,
         "device": jax.devices()[0].device_kind,

@@ -130,6 +130,9 @@ def write_table(rows: list[dict], out: pathlib.Path) -> None:
 def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, tasks.Task, Any, Any, Any, int]:
     """The best checkpoint of a workdir: (config, task, graphdef, params, rest, sample_rate_hz).
 
+    The config's `evaluation.threshold` is the one that was in use when the checkpoint was made (SAPT moves it).
+
+
     Raises:
       checkpoint.CheckpointError: no trained model there.
     """
@@ -137,6 +140,7 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     folder = workdir / "checkpoints" / "best"
     _, _, meta = checkpoint.require(folder)
     config = ml_collections.ConfigDict(meta["config"])
+    config.evaluation.threshold = meta["best"]["threshold"]
     task = tasks.make(config, meta["sample_rate_hz"])
     graphdef, params, rest = tasks.split(task.init(nnx.Rngs(config.seed)))
     _, model, _ = checkpoint.require(folder, {"params": params, "rest": rest})

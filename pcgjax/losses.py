@@ -1,6 +1,8 @@
-"""Losses over whole recordings."""
+"""Losses over whole recordings, and over clips."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,3 +54,67 @@ def recording_losses(
     """`grouped_bce` before averaging: (R,) losses, 0 where a recording has no segment, and (R,) bool which have."""
     log_p, log_q, present = recording_log_probabilities(logits, recording_ids, mask, len(labels))
     return -(labels * log_p + (1 - labels) * log_q) * present, present
+
+
+def penalty(
+    log_p: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    threshold: jax.Array | float,
+    alpha: float = 0.87,
+    normalize: str = "counts",
+    slope: float = 0.0,
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> tuple[jax.Array, jax.Array]:
+    """The penalty of the penalty-weighted loss, P = 1 + alpha FN + (1 - alpha) FP (H-infinity paper, equations 9-11).
+
+    Args:
+      log_p, labels, mask: (B,) log probability of the positive class, 0 or 1, and 1 where the sample is real.
+      threshold: tau, a sample is called positive from it on.
+      normalize: "counts" as the paper has it, so that P, and with it the step, grows with the batch; "rates" divides
+        FN by the positives and FP by the negatives of the batch, so that P lies between 1 and 2.
+      slope: 0 for the indicator, through which no gradient flows; above it, each false call counts
+        sigmoid(slope (p - tau)), whose gradient does.
+      total: sums over all devices' shares of the batch.
+    Returns: (P of the whole batch, this share's own part of P - 1), the latter for gradients.
+    Raises:
+      ValueError: an unknown `normalize`, alpha outside [0, 1], or a negative slope.
+    """
+    if normalize not in ("counts", "rates"):
+        raise ValueError(f"loss.normalize={normalize!r}: choose counts or rates")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"loss.alpha={alpha}: must lie between 0 and 1")
+    if slope < 0:
+        raise ValueError(f"loss.slope={slope}: must be at least 0")
+    log_p = jnp.asarray(log_p, jnp.float32)
+    positive = labels * mask
+    negative = (1 - labels) * mask
+    if slope:
+        called = jax.nn.sigmoid(slope * (jnp.exp(log_p) - threshold))
+    else:
+        called = (jnp.exp(log_p) >= threshold).astype(log_p.dtype)
+    missed, false = (positive * (1 - called)).sum(), (negative * called).sum()
+    if normalize == "rates":
+        missed, false = missed / jnp.maximum(total(positive.sum()), 1), false / jnp.maximum(total(negative.sum()), 1)
+    own = alpha * missed + (1 - alpha) * false
+    return 1 + total(own), own
+
+
+def penalty_weighted_bce(
+    probabilities: jax.Array,
+    labels: jax.Array,
+    threshold: jax.Array | float,
+    alpha: float = 0.87,
+    normalize: str = "counts",
+) -> jax.Array:
+    """The penalty-weighted loss: `penalty` times the mean binary cross-entropy (H-infinity paper, equations 12, 13).
+
+    Args:
+      probabilities: (B,) in [0, 1]; within 1e-7 of either end they count as that far from it.
+      labels: (B,) 0 or 1.
+    Returns: scalar.
+    """
+    p = jnp.clip(probabilities, 1e-7, 1 - 1e-7)
+    log_p, log_q = jnp.log(p), jnp.log1p(-p)
+    factor, _ = penalty(log_p, labels, jnp.ones_like(p), threshold, alpha, normalize)
+    return -factor * (labels * log_p + (1 - labels) * log_q).mean()

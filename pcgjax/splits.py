@@ -23,7 +23,7 @@ from pcgjax import files
 Row = dict[str, Any]
 Split = dict[str, Any]
 
-KINDS = ("person", "person_kfold", "leave_database_out", "paper301")
+KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301")
 TARGETS = ("abnormal", "murmur")
 PARTS = ("train", "validation", "test")
 # Hashes have 32 bits, so two of a corpus' 10^5 are equal by chance now and then: of the 8 * 10^5 pairs within
@@ -57,10 +57,12 @@ def make(
     """Divides the recordings whose labels have `target`; the same for the same rows in any order.
 
     Args:
-      kind: `person` by person; `person_kfold` by person into `folds`, fold `fold` tests and the next validates;
-        `leave_database_out` tests on `database`, the others' people train and validate; `paper301` as published
-        for the 1D CNN, 301 recordings drawn without regard to people: those that the file `names` lists (first
-        column, such as the challenge's validation/REFERENCE.csv), else 150 normal and 151 abnormal ones.
+      kind: `person` by person; `person_250` by person too, where 250 recordings of each class validate (the
+        H-infinity paper's set for tuning), or a third of the smaller class where that is less; `person_kfold` by
+        person into `folds`, fold `fold` tests and the next validates; `leave_database_out` tests on `database`, the
+        others' people train and validate; `paper301` as published for the 1D CNN, 301 recordings drawn without
+        regard to people: those that the file `names` lists (first column, such as the challenge's
+        validation/REFERENCE.csv), else 150 normal and 151 abnormal ones.
       target: `abnormal` or `murmur`.
       fractions: of train, validation and test, in recordings. Where the kind sets the test part, the first two
         are taken relative to each other.
@@ -153,6 +155,17 @@ def _by_person(
         train, validation = _deal(unheard, target, [fractions[0] / both, fractions[1] / both], rng)
         test = [row for row in rows if row["database"] == database]
         return {"train": train, "validation": validation, "test": test}, notes
+    if kind == "person_250":
+        rest, test = _deal(groups, target, [fractions[0] + fractions[1], fractions[2]], rng)
+        counts = [sum(row["labels"][target] == value for row in rest) for value in ("0", "1")]
+        each = min(250, min(counts) // 3)
+        if each < 250:
+            notes.append(f"validation: {each} of each class are wanted, as 250 would leave too few to train")
+        share = np.array([each / count for count in counts])
+        kept = {row["id"] for row in rest}
+        left = [group for group in groups if group[0]["id"] in kept]
+        train, validation = _deal(left, target, [1 - share, share], rng)
+        return {"train": train, "validation": validation, "test": test}, notes
     return dict(zip(PARTS, _deal(groups, target, fractions, rng), strict=True)), notes
 
 
@@ -178,13 +191,13 @@ def _groups(rows: list[Row]) -> tuple[list[list[Row]], list[str]]:
     return [groups[name] for name in sorted(groups)], notes
 
 
-def _deal(
-    groups: list[list[Row]], target: str, fractions: Sequence[float], rng: np.random.Generator
-) -> list[list[Row]]:
+def _deal(groups: list[list[Row]], target: str, fractions: Sequence[Any], rng: np.random.Generator) -> list[list[Row]]:
     """Deals whole groups into parts, database by database: each to the part that lacks most of its classes.
 
-    Both classes are counted in recordings, for a person may have recordings of both.
+    Both classes are counted in recordings, for a person may have recordings of both. A part's fraction is one number,
+    or one for each class.
     """
+    wanted = np.array([np.broadcast_to(fraction, 2) for fraction in fractions])
     strata = collections.defaultdict(list)
     for group in groups:
         positives = sum(row["labels"][target] == "1" for row in group)
@@ -203,7 +216,7 @@ def _deal(
         # What the databases before could not even out is made up here, but by one person at most,
         # or a person with very many recordings would turn the next database upside down.
         person = total / np.maximum(sum(counts > 0 for _, counts in stratum), 1)
-        lacking = np.clip(lacking, -person, person) + np.outer(fractions, total)
+        lacking = np.clip(lacking, -person, person) + wanted * total
         order = [stratum[i] for i in rng.permutation(len(stratum))]
         for group, counts in sorted(order, key=lambda pair: len(pair[0]), reverse=True):
             part = int(np.argmax(lacking @ (counts / total)))

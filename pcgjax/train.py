@@ -33,7 +33,19 @@ from flax import nnx
 from ml_collections import config_flags
 
 import pcgjax
-from pcgjax import checkpoint, evaluate, files, input_pipeline, metrics, optimizer, report, sharding, splits, tasks
+from pcgjax import (
+    checkpoint,
+    evaluate,
+    files,
+    input_pipeline,
+    metrics,
+    optimizer,
+    report,
+    sharding,
+    splits,
+    tasks,
+    thresholds,
+)
 
 # Streams of randomness, each folded into the seed's key first.
 ORDER, STEP, EVALUATION, SHUFFLE = range(4)
@@ -42,9 +54,9 @@ ORDER, STEP, EVALUATION, SHUFFLE = range(4)
 class Totals(NamedTuple):
     """Counts of a stretch of training, summed on the device."""
 
-    loss: jax.Array  # sum over recordings
+    loss: jax.Array  # sums over recordings, or over clips where the loss is over them
     correct: jax.Array
-    recordings: jax.Array
+    samples: jax.Array
     bad_step: jax.Array  # the first step whose loss was not finite; -1: none
 
 
@@ -66,37 +78,45 @@ def make_step(
     Returns: ((state, totals), batch, capacity, i) -> sums over the batch; ((state, totals), sums) -> (state, totals).
     """
 
+    local = "local_groups"
+
     def sums(carry, batch, capacity, _):
         state, _ = carry
         keys = jax.random.split(jax.random.fold_in(key, state.step), groups)
         if axis:
             keys = keys[jax.lax.axis_index(axis)][None]
-        used = batch["lengths"] > 0
+        axes = tuple(name for name, there in ((axis, axis), (local, len(keys) > 1)) if there)
+        total = (lambda x: jax.lax.psum(x, axes)) if axes else (lambda x: x)
 
         def loss(params):
-            model = nnx.merge(graphdef, params, state.rest)
-            log_p, log_q = input_pipeline.each_group(lambda b, k: task.forward(model, b, capacity, k), batch, keys)
-            y = batch["labels"]
-            correct = (((log_p > log_q) == (y > 0)) & used).sum(dtype=jnp.int32)
-            return -((y * log_p + (1 - y) * log_q) * used).sum(), correct
+            def one(b, k):
+                model = nnx.merge(graphdef, params, state.rest)
+                objective, counts = task.loss(model, b, capacity, k, state.sapt.threshold, total)
+                return objective, counts, tasks.split(model)[2]
 
-        (loss_sum, correct), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return grads, loss_sum, correct, used.sum(dtype=jnp.int32)
+            objective, counts, rest = input_pipeline.each_group(one, batch, keys, local)
+            # Running averages come from sums over all groups: each has the same.
+            first = jax.tree.map(lambda x: x[0], rest)
+            return objective.sum(), (jax.tree.map(lambda x: x.sum(0), counts), first)
+
+        (_, (counts, rest)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return grads, counts, rest
 
     def apply(carry, summed):
         state, totals = carry
-        grads, loss, correct, recordings = jax.lax.psum(summed, axis) if axis else summed
-        grads = jax.tree.map(lambda g: g / jnp.maximum(recordings, 1), grads)
+        grads, counts, rest = summed
+        grads, counts = jax.lax.psum((grads, counts), axis) if axis else (grads, counts)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(counts.samples, 1), grads)
         updates, opt_state = update.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        bad = (totals.bad_step < 0) & ~jnp.isfinite(loss)
+        bad = (totals.bad_step < 0) & ~jnp.isfinite(counts.loss)
         totals = Totals(
-            totals.loss + loss,
-            totals.correct + correct,
-            totals.recordings + recordings,
+            totals.loss + counts.loss,
+            totals.correct + counts.correct,
+            totals.samples + counts.samples,
             jnp.where(bad, state.step, totals.bad_step),
         )
-        return tasks.TrainState(state.step + 1, params, state.rest, opt_state), totals
+        return tasks.TrainState(state.step + 1, params, rest, opt_state, state.sapt), totals
 
     return sums, apply
 
@@ -256,9 +276,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     update = optimizer.make(config.optimizer)
     graphdef = nnx.graphdef(task.init(nnx.Rngs(config.seed)))
 
-    init = functools.partial(tasks.initial_state, task, update, config.seed)
+    sapt = thresholds.init(config.evaluation.threshold, **config.get("sapt", {"interval": 0}))
+    init = functools.partial(tasks.initial_state, task, update, config.seed, sapt)
     shardings = sharding.state_sharding(mesh, jax.eval_shape(init))
     state = jax.jit(init, out_shardings=shardings)()
+    if t.get("start_from"):
+        state = jax.device_put(carried_over(state, t.start_from, tuple(config.optimizer.frozen)), shardings)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
 
     # ---------------------------------------------------------------------------------------- compiled programs
@@ -327,9 +350,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         print(json.dumps(facts, indent=1))
         return facts
 
+    update_threshold = jax.jit(thresholds.sapt_update)
+    if sapt.interval and len(set(labels[parts["validation"]])) < 2:
+        logging.warning("validation has one class only: the threshold stays at %s", config.evaluation.threshold)
+
     # ------------------------------------------------------------------------------------------ start or resume
     log = workdir / "metrics.jsonl"
-    plain = json.loads(config.to_json_best_effort())
+    plain = _plain(config)
     meta = {"config": plain, "order_sha256": digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
     totals = jax.device_put(zero_totals(), sharding.replicated(mesh))
     found = checkpoint.restore(workdir / "checkpoints" / "last")
@@ -382,7 +409,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                     f"lower optimizer.learning_rate={config.optimizer.learning_rate} or look at those recordings"
                 )
             if until == steps_an_epoch:
-                n = max(int(counted.recordings), 1)
+                n = max(int(counted.samples), 1)
                 values = {"loss": float(counted.loss) / n, "accuracy": float(counted.correct) / n}
                 _log(log, at, "train", values | {"epoch": epoch + 1, "seconds": seconds["train"]})
                 totals = spread(jax.device_put(zero_totals(), sharding.replicated(mesh)))
@@ -391,9 +418,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 log_p = predicts["validation"](held.params, held.rest)
                 y = labels[parts["validation"]]
                 p = np.exp(log_p[:, 0]).clip(0, 1)
-                scores = metrics.binary(y, p, config.evaluation.threshold)
+                threshold = float(held.sapt.threshold)
+                scores = metrics.binary(y, p, threshold)
                 scores = {name: scores[name] for name in metrics.METRICS}
-                scores["loss"] = evaluate.cross_entropy(log_p, y)
+                scores["loss"], scores["threshold"] = evaluate.cross_entropy(log_p, y), threshold
+                sapt = jax.device_put(update_threshold(held.sapt, p, y), sharding.replicated(mesh))
+                state = state._replace(sapt=spread(sapt))
                 seconds["validate"] += time.monotonic() - clock
                 _log(log, at, "validation", scores | {"epoch": epoch + 1})
                 bar.set_postfix(loss=f"{values['loss']:.3f}", **{f"val_{t.select}": f"{scores[t.select]:.3f}"})
@@ -401,7 +431,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 better = -scores[t.select] if t.select in ("loss", "brier") else scores[t.select]
                 better = better if np.isfinite(better) else -np.inf
                 if meta["best"] is None or better > meta["best"]["score"]:
-                    meta["best"] = {"score": better, "step": at, "epoch": epoch + 1, "metric": t.select}
+                    meta["best"] = {
+                        "score": better, "step": at, "epoch": epoch + 1, "metric": t.select, "threshold": threshold,
+                    }  # fmt: skip
                     checkpoint.save(best, at, {"params": held.params, "rest": held.rest}, meta)
                     best.wait_until_finished()
             clock = time.monotonic()
@@ -424,6 +456,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     held = gathered(state)
     model = {"params": held.params, "rest": held.rest}
     _, kept, saved = checkpoint.require(workdir / "checkpoints" / "best", model)
+    config = ml_collections.ConfigDict(config)
+    config.evaluation.threshold = saved["best"]["threshold"]
     results: dict = {}
     rows: list[dict] = []
     for part in ("validation", "test"):
@@ -437,7 +471,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     control = workdir / "control" / "metrics.json"
     if control.exists():
         results["control"] = json.loads(control.read_text())["test"]
-    results["best"] = saved["best"]
+    results["best"], results["epochs"] = saved["best"], t.epochs
     results["split"] = {k: split[k] for k in ("kind", "target", "notes", "counts", "people_apart", "leaks")}
     results["data"] = facts | {"prepared": config.data.prepared, "shuffled_labels": config.data.shuffle_labels}
     results["system"] = {
@@ -460,10 +494,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     return results
 
 
+def _plain(config: ml_collections.ConfigDict) -> dict:
+    """As JSON gives it back."""
+    return json.loads(config.to_json_best_effort())
+
+
 def _refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
     """A resumed run may train longer and log or stream otherwise, but must be the same experiment."""
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
-            ("split", "file"), ("evaluation", "batch_recordings")}  # fmt: skip
+            ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from")}  # fmt: skip
     for part in now:
         old, new = saved.get(part), now[part]
         pairs = (
@@ -505,16 +544,73 @@ def _save_examples(workdir: pathlib.Path, corpus, rows: list[dict]) -> None:
         np.savez_compressed(file, sample_rate_hz=corpus.sample_rate_hz, **waves)
 
 
+def carried_over(state: tasks.TrainState, workdir: str, groups: tuple[str, ...]) -> tasks.TrainState:
+    """The state with the parameter groups `groups`, and their running averages, of the best model of `workdir`.
+
+    Raises:
+      ValueError: that model has no such group, or one of another shape.
+    """
+    _, _, _, params, rest, _ = evaluate.load_model(workdir)
+
+    def take(ours, theirs):
+        there = {path: x for path, x in jax.tree_util.tree_leaves_with_path(theirs) if path[0].key in groups}
+
+        def one(path, x):
+            if path[0].key not in groups:
+                return x
+            if path not in there or there[path].shape != x.shape:
+                name = path[0].key
+                raise ValueError(f"train.start_from={workdir}: its parameters {name!r} are not those of this model")
+            return there[path]
+
+        return jax.tree_util.tree_map_with_path(one, ours)
+
+    return state._replace(params=take(state.params, params), rest=take(state.rest, rest))
+
+
+def one_of(config: ml_collections.ConfigDict, overrides: Any, split_file: str) -> ml_collections.ConfigDict:
+    """One run of a sweep or stage of a training: the config with `overrides`, and with the split that all share."""
+    one = config.copy_and_resolve_references()
+    with one.unlocked():
+        for part in ("sweep", "stages"):
+            if part in one:
+                one[part] = ml_collections.ConfigDict()
+    with one.ignore_type():
+        one.update(overrides)
+    one.split.file = config.split.file or split_file
+    return one
+
+
+def stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> dict:
+    """Trains `config.stages`, one after the other, each from the best model of the one before; returns the last's.
+
+    A stage is named overrides. All but the last have a folder of their own below `workdir`. What `optimizer.frozen`
+    names in a stage is carried over to it from the stage before.
+    """
+    split_file, start_from = str(workdir / "split.json"), ""
+    *earlier, (_, last) = config.stages.items()
+    final = one_of(config, last, split_file)
+    if dry_run:
+        return train(final, workdir, dry_run)
+    for name, overrides in earlier:
+        one, folder = one_of(config, overrides, split_file), workdir / name
+        one.train.start_from = start_from
+        done = folder / "metrics.json"
+        if done.exists() and json.loads(done.read_text())["epochs"] >= one.train.epochs:
+            _refuse_changes(json.loads((folder / "config.json").read_text()), _plain(one), folder)
+        else:
+            logging.info("stage %s", name)
+            train(one, folder)
+        start_from = str(folder)
+    final.train.start_from = start_from
+    return train(final, workdir)
+
+
 def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> list[dict]:
     """Runs each of `config.sweep`'s named overrides in a folder of its own and sets them side by side."""
     runs = []
     for name, overrides in config.sweep.items():
-        one = config.copy_and_resolve_references()
-        one.unlock()
-        one.sweep = ml_collections.ConfigDict()
-        one.lock()
-        one.update(overrides)
-        one.split.file = config.split.file or str(workdir / "split.json")  # one split for all
+        one = one_of(config, overrides, str(workdir / "split.json"))  # one split for all
         logging.info("sweep: %s", name)
         # A finished run is only judged again, and refused if its config has changed.
         train(one, workdir / name, dry_run)
@@ -550,7 +646,8 @@ def main(argv: list[str]) -> None:
         if not FLAGS.dry_run:
             print(f"wrote {workdir}/report.html and table.json")
         return
-    results = train(CONFIG.value, workdir, FLAGS.dry_run)
+    run = stages if len(CONFIG.value.get("stages", ())) else train
+    results = run(CONFIG.value, workdir, FLAGS.dry_run)
     if not FLAGS.dry_run:
         print(evaluate.summary(results["test"]))
         print(f"wrote {workdir}: metrics.json, predictions.csv, report.html, checkpoints/")

@@ -38,15 +38,16 @@ def prepared(corpus_folder) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def make_config(prepared):
-    """make_config({"train.epochs": 2}): configs/cnn.py made small, on the small corpus."""
-    spec = importlib.util.spec_from_file_location("cnn_config", ROOT / "configs" / "cnn.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """make_config({"train.epochs": 2}, "cnn"): configs/cnn.py made small, on the small corpus."""
 
-    def make(changes: dict | None = None):
+    def make(changes: dict | None = None, name: str = "cnn"):
+        spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         config = module.get_config()
+        small = {"cnn": SMALL, "hinf_lstm": SMALL_HINF_LSTM}[name]
         with config.ignore_type():
-            config.update_from_flattened_dict({**SMALL, "data.prepared": str(prepared), **(changes or {})})
+            config.update_from_flattened_dict({**small, "data.prepared": str(prepared), **(changes or {})})
         return config
 
     return make
@@ -61,6 +62,27 @@ SMALL = {
     "optimizer.learning_rate": 0.003,
     "train.epochs": 6,
     "train.batch_recordings": 3,
+    "train.checkpoint_steps": 2,
+    "evaluation.resamples": 20,
+}
+
+SMALL_HINF_LSTM = {
+    "data.pipeline": "resident",
+    "split.kind": "person",
+    "split.fractions": (0.65, 0.15, 0.20),
+    "features.window_s": 1.0,
+    "features.high_hz": 200.0,
+    "features.wavelet_level": 3,
+    "features.n_fft": 128,
+    "features.hop": 64,
+    "features.n_mels": 16,
+    "model.blocks": ((4,), (8,)),
+    "model.hidden": 8,
+    "model.dropout": 0.1,
+    "optimizer.learning_rate": 0.01,
+    "sapt.interval": 2,
+    "train.epochs": 4,
+    "train.batch_recordings": 6,
     "train.checkpoint_steps": 2,
     "evaluation.resamples": 20,
 }
@@ -80,11 +102,12 @@ def trained(make_config, tmp_path_factory) -> pathlib.Path:
 def command(prepared):
     """command("train", "--workdir=...", ...): the argument list and environment of a `python -m pcgjax.train`."""
 
-    def make(module: str, *arguments: str, **environment: str):
+    def make(module: str, *arguments: str, config: str = "cnn", **environment: str):
         if module == "train":
-            flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
-            config = f"--config={ROOT / 'configs' / 'cnn.py'}"
-            arguments = (config, *flags, f"--config.data.prepared={prepared}", *arguments)
+            small = {"cnn": SMALL, "hinf_lstm": SMALL_HINF_LSTM}[config]
+            flags = [f"--config.{name}={value}" for name, value in small.items()]
+            path = f"--config={ROOT / 'configs' / f'{config}.py'}"
+            arguments = (path, *flags, f"--config.data.prepared={prepared}", *arguments)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, **environment}
         return [sys.executable, "-m", f"pcgjax.{module}", *arguments], environment

@@ -1,12 +1,13 @@
-"""The grouped loss against a loop in float64."""
+"""The grouped loss against a loop in float64, the penalty-weighted one against cases by hand."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pcgjax.losses import grouped_bce, recording_log_probabilities
+from pcgjax.losses import grouped_bce, penalty, penalty_weighted_bce, recording_log_probabilities
 
 value_and_gradient = jax.jit(jax.value_and_grad(grouped_bce))
 
@@ -91,3 +92,69 @@ def test_log_probabilities_of_the_mean_and_its_complement():
     np.testing.assert_allclose(np.exp(log_q)[:4], 1 - means, rtol=1e-5)
     assert present.tolist() == [True] * 4 + [False]
     assert (log_p[4], log_q[4]) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------- the penalty-weighted loss
+
+PROBABILITIES = np.array([0.9, 0.4, 0.2, 0.7, 0.1], np.float32)
+LABELS = np.array([1, 1, 1, 0, 0], np.float32)
+BCE = -np.log([0.9, 0.4, 0.2, 0.3, 0.9]).mean()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "normalize", "factor"),
+    [
+        (0.5, "counts", 1 + 0.87 * 2 + 0.13 * 1),  # missed 0.4 and 0.2, false call 0.7
+        (0.3, "counts", 1 + 0.87 * 1 + 0.13 * 1),
+        (0.05, "counts", 1 + 0.13 * 2),
+        (0.95, "counts", 1 + 0.87 * 3),
+        (0.5, "rates", 1 + 0.87 * 2 / 3 + 0.13 * 1 / 2),
+        (0.95, "rates", 1 + 0.87),
+    ],
+)
+def test_penalty_weighted_by_hand(threshold, normalize, factor):
+    loss = lambda p: penalty_weighted_bce(p, LABELS, threshold, normalize=normalize)
+    assert float(jax.jit(loss)(PROBABILITIES)) == pytest.approx(factor * BCE, rel=1e-5)
+    # The indicators carry no gradient: the loss' gradient is that of the cross-entropy, times the factor.
+    slope = factor * np.where(LABELS > 0, -1 / PROBABILITIES, 1 / (1 - PROBABILITIES)) / 5
+    np.testing.assert_allclose(jax.grad(loss)(PROBABILITIES), slope, rtol=1e-4)
+
+
+def test_penalty_at_the_threshold_counts_as_positive():
+    assert float(penalty(np.log([0.5, 0.5]), np.array([1.0, 0.0]), np.ones(2), 0.5)[0]) == pytest.approx(1.13)
+
+
+def test_penalty_with_a_surrogate():
+    log_p = jnp.log(PROBABILITIES)
+    called = 1 / (1 + np.exp(-4 * (PROBABILITIES - 0.5)))
+    expected = 1 + 0.87 * (LABELS * (1 - called)).sum() + 0.13 * ((1 - LABELS) * called).sum()
+    value, own = penalty(log_p, LABELS, np.ones(5), 0.5, slope=4.0)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert float(own) == pytest.approx(expected - 1, rel=1e-5)
+    gradient = jax.grad(lambda z: penalty(z, LABELS, np.ones(5), 0.5, slope=4.0)[0])(log_p)
+    signs = np.where(LABELS > 0, -0.87, 0.13)
+    np.testing.assert_allclose(gradient, signs * 4 * called * (1 - called) * PROBABILITIES, rtol=1e-4)
+    steep, _ = penalty(log_p, LABELS, np.ones(5), 0.5, slope=1e3)
+    assert float(steep) == pytest.approx(1 + 0.87 * 2 + 0.13, rel=1e-4)
+
+
+def test_masked_samples_do_not_count_in_the_penalty():
+    mask = np.array([1, 0, 1, 0, 1], np.float32)
+    value, _ = penalty(jnp.log(PROBABILITIES), LABELS, mask, 0.5, normalize="rates")
+    assert float(value) == pytest.approx(1 + 0.87 / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"normalize": "mean"}, "loss.normalize='mean'"), ({"alpha": 1.2}, "loss.alpha=1.2"), ({"slope": -1}, "slope=-1")],
+)
+def test_bad_penalty(changes, message):
+    with pytest.raises(ValueError, match=message):
+        penalty(np.log(PROBABILITIES), LABELS, np.ones(5), 0.5, **changes)
+
+
+def test_certain_probabilities_give_a_finite_loss():
+    p = np.array([0.0, 1.0], np.float32)
+    loss, gradient = jax.value_and_grad(lambda p: penalty_weighted_bce(p, np.array([1.0, 0.0]), 0.5))(p)
+    assert np.isfinite(loss)
+    assert np.isfinite(gradient).all()

@@ -124,3 +124,22 @@ def test_eight_devices_equal_one(layout, pipeline, on_one, make_config, corpus_f
     restored = answers(tmp_path / "scores.csv")
     assert {id: restored[id] for id in probabilities} == pytest.approx(probabilities, abs=1e-5)
     assert np.std(list(probabilities.values())) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_equal_one_where_averages_cross_them(layout, make_config, run_python, tmp_path):
+    """The CNN-LSTM: batch norm over all devices' clips, a penalty that counts all of them."""
+    small = {
+        "train.batch_recordings": 8, "train.epochs": 2, "features.wavelet_level": 0, "model.dropout": 0.0,
+        "loss.slope": 5.0, "train.start_from": "", "optimizer.learning_rate": 0.001,
+    }  # fmt: skip
+    one = tmp_path / "one"
+    train.train(make_config(small, "hinf_lstm"), one)
+    config = make_config({**small, **LAYOUTS[layout]}, "hinf_lstm")
+    workdir = tmp_path / "eight"
+    done = run_python(RUN, config.to_json_best_effort(), str(workdir), timeout=600, **EIGHT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line, other in zip(history(workdir), history(one), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    assert answers(workdir / "predictions.csv") == pytest.approx(answers(one / "predictions.csv"), abs=1e-3)

@@ -105,6 +105,7 @@ def test_totals_of_an_epoch_are_those_of_its_steps(trained, make_config, tmp_pat
 def stop_in_mid_epoch(words, env, workdir, number, steps_an_epoch):
     """Starts a run and sends it signal `number` once a checkpoint from early in its second epoch is there."""
     wanted = [str(steps_an_epoch + step) for step in (1, 2, 3)]
+    workdir.parent.mkdir(exist_ok=True)
     with (workdir.parent / f"{workdir.name}.txt").open("w") as log:
         process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:

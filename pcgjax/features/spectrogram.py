@@ -1,0 +1,118 @@
+"""Log-mel spectrograms, jit-able and batched; the oracle is librosa (tests/test_spectrogram.py)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _hz_to_mel(hz: np.ndarray, htk: bool) -> np.ndarray:
+    """HTK's formula, or Slaney's Auditory Toolbox: linear below 1 kHz (15 mel), 27 mel per factor 6.4 above."""
+    if htk:
+        return 2595 * np.log10(1 + hz / 700)
+    return np.where(hz < 1000, 3 * hz / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
+
+
+def _mel_to_hz(mel: np.ndarray, htk: bool) -> np.ndarray:
+    if htk:
+        return 700 * (10 ** (mel / 2595) - 1)
+    return np.where(mel < 15, 200 * mel / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+
+
+def mel_filterbank(
+    sample_rate_hz: float,
+    n_fft: int,
+    n_mels: int,
+    low_hz: float = 0.0,
+    high_hz: float | None = None,
+    htk: bool = False,
+) -> np.ndarray:
+    """Triangular mel bands of unit area over FFT bins, (n_mels, 1 + n_fft // 2) float32, as `librosa.filters.mel`.
+
+    `high_hz` None is half the sample rate; `htk` chooses the mel scale.
+
+    Raises:
+      ValueError: sizes below 1, a band outside [0, sample_rate_hz / 2], or bands so narrow that no FFT bin is inside.
+    """
+    if n_fft < 1 or n_mels < 1:
+        raise ValueError(f"n_fft={n_fft}, n_mels={n_mels}: both must be at least 1")
+    high = sample_rate_hz / 2 if high_hz is None else high_hz
+    if not 0 <= low_hz < high <= sample_rate_hz / 2:
+        raise ValueError(
+            f"low_hz={low_hz}, high_hz={high} do not fit a rate of {sample_rate_hz} Hz: "
+            f"0 <= low_hz < high_hz <= {sample_rate_hz / 2} is needed"
+        )
+    low_mel, high_mel = _hz_to_mel(np.array([low_hz, high], np.float64), htk)
+    edges = _mel_to_hz(np.linspace(low_mel, high_mel, n_mels + 2), htk)[:, None]
+    bins = np.fft.rfftfreq(n_fft, 1 / sample_rate_hz)
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    bank = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))
+    empty = np.flatnonzero(bank.max(1) == 0)
+    if len(empty):
+        raise ValueError(
+            f"n_mels={n_mels} is too many for n_fft={n_fft} at {sample_rate_hz} Hz from {low_hz} to {high} Hz: "
+            f"{len(empty)} bands (the first: {empty[0]}) hold no FFT bin; lower n_mels or raise n_fft"
+        )
+    return bank.astype(np.float32)
+
+
+def frames(samples: int, hop: int) -> int:
+    """Frames of a centred spectrogram of `samples` samples."""
+    return 1 + samples // hop
+
+
+def _power(x: jax.Array, n_fft: int, hop: int) -> jax.Array:
+    """(..., T) -> (..., frames, 1 + n_fft // 2): |DFT|^2 of Hann windows centred at every `hop` samples."""
+    count, views = frames(x.shape[-1], hop), -(-n_fft // hop)
+    # A frame is `views` consecutive blocks of `hop` samples: slices, where indexing would gather sample by sample.
+    length = (count - 1 + views) * hop
+    right = max(length - n_fft // 2 - x.shape[-1], 0)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(n_fft // 2, right)])[..., :length]
+    blocks = padded.reshape(*x.shape[:-1], -1, hop)
+    framed = jnp.concatenate([blocks[..., i : i + count, :] for i in range(views)], axis=-1)[..., :n_fft]
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    spectrum = jnp.fft.rfft(framed * window.astype(np.float32))
+    return spectrum.real**2 + spectrum.imag**2
+
+
+def log_mel(
+    x: jax.Array,
+    sample_rate_hz: float,
+    n_fft: int = 2048,
+    hop: int = 512,
+    n_mels: int = 128,
+    low_hz: float = 0.0,
+    high_hz: float | None = None,
+    htk: bool = False,
+    ref: float | str = "max",
+    amin: float = 1e-10,
+    top_db: float | None = 80.0,
+) -> jax.Array:
+    """Log-mel spectrogram in dB of (..., T) samples: (..., n_mels, frames(T, hop)) float32.
+
+    `librosa.power_to_db(librosa.feature.melspectrogram(...), ref)` of every item of the leading axes by itself:
+    periodic Hann windows of n_fft samples, centred, zeros beyond the ends; powers below `amin` count as `amin`; 0 dB
+    is the power `ref`, or the item's largest where it is "max"; nothing lies more than `top_db` (None: no limit)
+    below an item's largest value.
+
+    Raises:
+      ValueError: as `mel_filterbank`; n_fft odd, hop below 1, amin or ref not positive, top_db negative.
+    """
+    if n_fft % 2 or n_fft < 2 or hop < 1:
+        raise ValueError(f"n_fft={n_fft}, hop={hop}: n_fft must be even and at least 2, hop at least 1")
+    if amin <= 0 or (top_db is not None and top_db < 0):
+        raise ValueError(f"amin={amin}, top_db={top_db}: amin must be above 0, top_db at least 0 or None")
+    if ref != "max" and (isinstance(ref, str) or ref <= 0):
+        raise ValueError(f"ref={ref!r}: give 'max' or a power above 0")
+    bank = mel_filterbank(sample_rate_hz, n_fft, n_mels, low_hz, high_hz, htk)
+    # Accelerators multiply float32 matrices at lower precision unless told otherwise.
+    power = _power(jnp.asarray(x, jnp.float32), n_fft, hop)
+    mel = jnp.matmul(power, bank.T, precision=jax.lax.Precision.HIGHEST).swapaxes(-1, -2)
+    to_db = lambda p: 10 * jnp.log10(jnp.maximum(p, amin))
+    top = mel.max((-2, -1), keepdims=True)
+    decibels = to_db(mel) - to_db(top if ref == "max" else jnp.float32(ref))
+    if top_db is None:
+        return decibels
+    return jnp.maximum(decibels, decibels.max((-2, -1), keepdims=True) - top_db)

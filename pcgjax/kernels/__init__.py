@@ -1,0 +1,1 @@
+"""Recurrences with several implementations: a `reference` beside the fast ones, one dispatcher each."""

@@ -1,0 +1,329 @@
+"""pcgjax.ablation: seeds and arms in one program, paired differences, resuming, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from pcgjax import ablation, checkpoint, input_pipeline, losses, optimizer, splits, tasks
+from pcgjax.models.hinf_lstm import Recurrent
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = {
+    "features.window_s": 2.0, "features.n_fft": 512, "features.hop": 512, "features.n_mels": 8,
+    "model.blocks": ((4,),), "model.hidden": 4, "sapt.interval": 1, "optimizer.learning_rate": 0.01,
+    "ablation.seeds": 2, "ablation.epochs": (1, 2), "ablation.batch_clips": 8, "ablation.synthetic_people": 14,
+    "ablation.snrs_db": (10.0,), "ablation.settings": ("synthetic",),
+}  # fmt: skip
+
+
+def make_config(changes: dict | None = None):
+    spec = importlib.util.spec_from_file_location("hinf_config", ROOT / "configs" / "hinf_lstm.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("ablation")
+    with config.ignore_type():
+        config.update_from_flattened_dict({**TINY, **(changes or {})})
+    return config
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return ablation.simulate(14, seed=0)
+
+
+@pytest.fixture(scope="module")
+def prepared_parts(corpus):
+    """(config, task, clips, labels, parts) of the simulated people; the second seed has fewer clips to train on."""
+    config = make_config()
+    config.model.cell, config.loss.name = "lstm", "bce"
+    data = ablation.features(config, corpus)
+    setting = ablation.Setting("synthetic", "Synthetic", "synthetic", math.inf, None)
+    parts = ablation.draw_parts(config, corpus, setting, np.asarray(data.real))
+    clips = parts.clips.copy()
+    clips[1, np.flatnonzero(clips[1] >= 0)[-11:]] = -1
+    labels = corpus.labels("abnormal")
+    return config, tasks.make(config, corpus.sample_rate_hz), data, labels, parts._replace(clips=clips)
+
+
+@pytest.fixture(scope="module")
+def arms(prepared_parts):
+    return ablation.train_arms(*prepared_parts)
+
+
+def test_the_clips_are_what_the_task_shows_its_model(corpus):
+    config = make_config({
+        "ablation.clips_per_recording": 6, "features.noise_snr_db": 20.0, "evaluation.batch_recordings": 28,
+    })  # fmt: skip
+    data = ablation.features(config, corpus)
+    counts = (corpus.lengths // 4000).clip(1)
+    np.testing.assert_array_equal(np.asarray(data.real).sum(1), counts)
+
+    task = tasks.make(config, corpus.sample_rate_hz)
+    model = task.init(nnx.Rngs(0))
+    logits = np.asarray(model(data.mel, data.mask)).reshape(data.real.shape)
+    p = np.where(data.real, 1 / (1 + np.exp(-logits)), 0).sum(1) / counts
+
+    # All recordings in one batch, packed on the host, with the same key.
+    plan = input_pipeline.evaluation_plan(
+        np.arange(len(corpus.rows)), corpus.lengths, task.geometry, config.evaluation.batch_recordings
+    )
+    (ids,), (size,) = plan.ids, plan.capacity
+    batch = input_pipeline.pack(corpus, corpus.labels("abnormal"), ids, plan.capacities[size], task.geometry)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), ablation.NOISE), 0)
+    forward = jax.jit(lambda batch, key: task.forward(model, batch, plan.capacities[size], key)[0])
+    log_p = forward(jax.tree.map(lambda x: jnp.asarray(x[0]), batch), key)
+    np.testing.assert_allclose(np.exp(log_p), p[ids[0]], atol=2e-5)
+    assert np.abs(np.exp(forward(jax.tree.map(lambda x: jnp.asarray(x[0]), batch), jax.random.key(9))) - log_p).max() > 0
+
+
+def test_a_seed_alone_is_what_it_is_among_others(prepared_parts, arms):
+    config, task, data, labels, parts = prepared_parts
+    key = jax.random.key(config.seed + 1)
+    clips = jnp.asarray(parts.clips[1][parts.clips[1] >= 0])  # not filled up
+    _, *start = tasks.split(task.init(nnx.Rngs(ablation.stream(key, ablation.INIT))))
+    extracted = jax.jit(ablation.pretrain(config, task))(key, start, clips, data, labels)
+    init = lambda key: Recurrent(extracted[0].shape[-1], config.model.hidden, "forget", rngs=nnx.Rngs(key))
+    layer = tasks.split(init(ablation.stream(key, ablation.INIT)))[1]
+    second = jax.jit(ablation.finetune(config, init))
+    p, threshold = second(key, layer, clips, jnp.asarray(parts.validation[1]), extracted, data.real, labels)
+    for number, (loss, kind) in enumerate((("bce", "fixed"), ("pwl", "fixed"), ("pwl", "sapt"))):
+        among = arms["forget", loss, kind][0]
+        np.testing.assert_allclose(p[number], among[1], atol=1e-5)
+        assert np.abs(among[1] - among[0]).max() > 1e-3  # the other seed is another training
+    np.testing.assert_allclose(threshold[2], arms["forget", "pwl", "sapt"][1][1], atol=1e-6)
+
+
+def test_a_vmap_over_seeds_is_what_one_after_the_other_is(prepared_parts, arms, monkeypatch):
+    """What runs where there is no CPU."""
+    monkeypatch.setattr(ablation, "over_seeds", lambda f: lambda own, shared: jax.vmap(lambda x: f(*x, *shared))(own))
+    monkeypatch.setattr(ablation, "UPDATES", ("convex",))
+    monkeypatch.setattr(ablation, "ARMS", tuple(arm for arm in ablation.ARMS if arm[0] == "convex"))
+    for arm, (p, threshold) in ablation.train_arms(*prepared_parts).items():
+        np.testing.assert_allclose(p, arms[arm][0], atol=1e-4)
+        np.testing.assert_allclose(threshold, arms[arm][1], atol=1e-3)
+
+
+def test_arms_differ_where_they_should(arms):
+    for cell in ("lstm", "convex", "forget"):
+        bce, pwl = (arms[cell, loss, "fixed"][0] for loss in ("bce", "pwl"))
+        np.testing.assert_array_equal(arms[cell, "bce", "sapt"][0], bce)  # the same training
+        assert np.abs(pwl - bce).max() > 1e-4
+        assert np.abs(arms[cell, "pwl", "sapt"][0] - pwl).max() > 1e-6  # SAPT's threshold enters the penalty
+        for loss in ("bce", "pwl"):
+            np.testing.assert_array_equal(arms[cell, loss, "fixed"][1], 0.5)
+        assert (arms[cell, "bce", "sapt"][1] != 0.5).any()
+    assert np.abs(arms["convex", "bce", "fixed"][0] - arms["forget", "bce", "fixed"][0]).max() > 1e-5
+
+
+def test_an_arm_is_a_plain_loop_of_the_penalty_weighted_loss(prepared_parts):
+    """One seed of stage 2, PWL at a fixed threshold, against a loop over batches with the loss as the paper has it."""
+    config, _, data, labels, parts = prepared_parts
+    config = config.copy_and_resolve_references()
+    config.model.dropout = 0.0
+    places = data.real.shape[1]
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(len(data.mel), 3, 5)), jnp.float32)
+    mask = jnp.ones(features.shape[:2])
+    init = lambda key: Recurrent(5, 4, "convex", rngs=nnx.Rngs(key))
+    key, clips = jax.random.key(3), jnp.asarray(parts.clips[1])
+    graphdef, params, _ = tasks.split(init(key))
+    run = jax.jit(ablation.finetune(config, init))
+    p, _ = run(key, params, clips, jnp.asarray(parts.validation[1]), (features, mask), data.real, jnp.asarray(labels))
+
+    def answer(params, ids):
+        return jax.nn.sigmoid(nnx.merge(graphdef, params, {})(features[ids], mask[ids], None, 0.0, "auto"))
+
+    def loss(params, ids):
+        return losses.penalty_weighted_bce(answer(params, ids), labels[ids // places], 0.5, config.loss.alpha)
+
+    update = optimizer.make(config.optimizer)
+    state, seen = update.init(params), []
+    for epoch in range(config.ablation.epochs[1]):
+        _, order = ablation.batches(key, jnp.asarray(epoch), clips, len(features), config.ablation.batch_clips)
+        seen.append(np.asarray(order).reshape(-1))
+        for ids in np.asarray(order):
+            if (ids < 0).all():
+                continue
+            updates, state = update.update(jax.grad(loss)(params, ids[ids >= 0]), state, params)
+            params = optax.apply_updates(params, updates)
+    for order in seen:  # every clip once
+        np.testing.assert_array_equal(np.sort(order[order >= 0]), np.sort(parts.clips[1][parts.clips[1] >= 0]))
+    assert (seen[0] != seen[1]).any()
+    expected = np.asarray(answer(params, np.arange(len(features)))).reshape(-1, places).mean(1)
+    assert np.asarray(data.real).all()
+    np.testing.assert_allclose(p[1], expected, atol=1e-5)
+
+
+def test_interval_by_hand():
+    found = ablation.interval([1.0, 2.0, 3.0, 4.0])
+    # s = sqrt(5/3); t(0.975, 3) = 3.182446 from tables
+    half = 3.182446 * math.sqrt(5 / 3) / 2
+    assert found["n"] == 4
+    assert found["mean"] == 2.5
+    assert found["deviation"] == pytest.approx(math.sqrt(5 / 3))
+    assert (found["low"], found["high"]) == pytest.approx((2.5 - half, 2.5 + half))
+    assert ablation.interval([0.5, math.nan])["n"] == 1
+    assert math.isnan(ablation.interval([0.5])["low"])
+    assert math.isnan(ablation.interval([])["mean"])
+
+
+def made_up(group: str, database: str = "", effect: float = 0.0, seeds: int = 5, idea: str = "convex") -> dict:
+    """A setting's json in which `idea` adds `effect` to every score, seeds differ widely, and all else is equal."""
+    _, factor, new, _ = ablation.IDEAS[idea]
+    wide = np.linspace(0.3, 0.7, seeds)
+    near = np.linspace(-0.004, 0.004, seeds)
+    arms = {
+        " ".join(arm): {k: (wide + (effect + near) * (arm[factor] == new)).tolist() for k in ablation.SCORES}
+        for arm in ablation.ARMS
+    }
+    trivial = {name: {k: [0.5] * seeds for k in ablation.SCORES} for name in ("all_abnormal", "majority")}
+    name = f"{group}_{database}" if database else group
+    return {
+        "name": name, "title": name.replace("_", " ").capitalize(), "group": group, "recordings": 40, "people": 20,
+        "databases": 1, "clips": 80, "test_recordings": 8.0, "arms": arms, "trivial": trivial,
+    }  # fmt: skip
+
+
+def test_differences_are_paired_by_seed():
+    result = made_up("person", effect=0.02)
+    found = ablation.differences(result["arms"], "convex", "auc")
+    np.testing.assert_allclose(found, 0.02 + np.linspace(-0.004, 0.004, 5))
+    np.testing.assert_allclose(ablation.differences(result["arms"], "pwl", "auc"), 0, atol=1e-12)
+    # An interval of unpaired seeds, whose scores spread over 0.4, could not leave out 0.
+    assert ablation.interval(found)["low"] > 0
+
+
+@pytest.mark.parametrize(
+    ("effects", "says"),
+    [((0.05, 0.05), "held up."), ((0.05, 0.0), "held up in part."), ((0.0, -0.05), "did not hold up."),
+     ((0.05, -0.05), "mixed."), ((0.0, 0.0), "no clear difference.")],
+)  # fmt: skip
+def test_verdicts_come_from_the_intervals(effects, says):
+    results = [made_up("synthetic", "clean", effects[0]), made_up("person", "", effects[1])]
+    sentence = ablation.verdict("convex", ablation.summarise(results))
+    assert f": {says}" in sentence
+    assert "Of 6 comparisons" in sentence
+    assert ("Synthetic clean: F1 +0.050" in sentence) == (effects[0] > 0)
+
+
+def test_left_out_databases_count_once_and_all_settings_are_on_the_page():
+    results = [
+        made_up("synthetic", "clean"), made_up("person"), made_up("leave_database_out", "a", 0.1),
+        made_up("leave_database_out", "b", 0.3),
+    ]  # fmt: skip
+    table = ablation.summarise(results)
+    assert [row["name"] for row in table if row["counts"]] == ["synthetic_clean", "person", "leave_database_out"]
+    together = next(row for row in table if row["name"] == "leave_database_out")
+    assert together["ideas"]["convex"]["f1"]["mean"] == pytest.approx(0.2)
+    verdicts = {idea: ablation.verdict(idea, table) for idea in ablation.IDEAS}
+    html = ablation.draw(table, verdicts, {"ablation": {"seeds": 5}})
+    for row in table:
+        assert f"<h2>{row['title']}</h2>" in html
+    for text in (*verdicts.values(), "0.9885", "0.9469", "the commoner class"):
+        assert text in html
+    assert "<script" not in html
+
+
+def test_judge_knows_databases_and_trivial_answers(corpus):
+    rows = [{**corpus.rows[i], "database": "ab"[i >= 4]} for i in range(8)]
+    small = dataclasses.replace(corpus, rows=rows, lengths=corpus.lengths[:8])
+    labels = np.array([1, 1, 1, 0, 0, 0, 0, 1], np.float32)
+    p = np.array([[0.9, 0.8, 0.7, 0.6, 0.1, 0.1, 0.1, 0.2]])
+    parts = ablation.Parts(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32), [np.arange(8)])
+    arm = ("lstm", "bce", "sapt")
+    scores, trivial = ablation.judge(small, labels, parts, {arm: (p, np.array([0.65]))})
+    found = scores["lstm bce sapt"]
+    assert found["sensitivity"] == [0.75]
+    assert found["specificity"] == [1.0]
+    assert found["mean_accuracy"] == [0.875]
+    assert found["auc"] == [15 / 16]
+    assert found["mean_database_auc"] == [1.0]
+    assert trivial["database_prior"]["accuracy"] == [0.75]
+    assert trivial["database_prior"]["mean_database_auc"] == [0.5]
+    assert trivial["all_abnormal"]["sensitivity"] == [1.0]
+
+
+def test_a_run_is_resumed_or_refused(tmp_path, monkeypatch):
+    config = make_config()
+    out = ablation.run(config, tmp_path)
+    path = tmp_path / "synthetic_10_dB.json"
+    before, result = path.stat().st_mtime_ns, json.loads(path.read_text())
+    assert len(result["arms"]) == 12
+    assert all(len(scores["auc"]) == 2 for scores in result["arms"].values())
+    assert set(out["verdicts"]) == set(ablation.IDEAS)
+    json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert "<h2>Synthetic, 10 dB</h2>" in (tmp_path / "report.html").read_text()
+    assert config.model.cell == "convex"  # the caller's config is as it was
+
+    monkeypatch.setattr(ablation, "run_setting", lambda *_: pytest.fail("trained again"))
+    again = ablation.run(make_config({"ablation.snrs_db": (10.0,), "model.cell": "forget"}), tmp_path)
+    assert again["verdicts"] == out["verdicts"]
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(checkpoint.CheckpointError, match=r"synthetic_10_dB.json.*model.hidden=4, now 5"):
+        ablation.run(make_config({"model.hidden": 5}), tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"ablation.synthetic_people=14, now 15"):
+        ablation.run(make_config({"ablation.synthetic_people": 15}), tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"synthetic_10_dB.json: damaged.*delete it"):
+        ablation.run(config, tmp_path)
+
+
+def test_settings_of_a_prepared_data_set(prepared):
+    config = make_config({"ablation.settings": ("synthetic", "person", "leave_database_out"), "ablation.seeds": 3})
+    corpus = input_pipeline.from_prepared(prepared)
+    names = [setting.name for setting in ablation.settings_of(config, corpus)]
+    assert names == ["synthetic_10_dB", "person", *(f"leave_database_out_{name}" for name in "abcdef")]
+    assert [setting.name for setting in ablation.settings_of(config, None)] == names[:1]
+
+    left_out = ablation.settings_of(config, corpus)[2]
+    real = np.ones((len(corpus.rows), 2), bool)
+    real[::3, 1] = False
+    parts = ablation.draw_parts(config, corpus, left_out, real)
+    databases = np.array([row["database"] for row in corpus.rows])
+    for seed in range(3):
+        clips, validation = parts.clips[seed], parts.validation[seed]
+        clips, validation = clips[clips >= 0], validation[validation >= 0]
+        assert set(databases[parts.test[seed]]) == {"a"}
+        assert "a" not in set(databases[clips // 2]) | set(databases[validation])
+        assert not set(clips // 2) & set(validation)
+        assert real.reshape(-1)[clips].all()
+        assert len(clips) == real[np.unique(clips // 2)].sum()  # all clips of a recording that trains
+    assert (parts.clips[0] != parts.clips[1]).any()
+
+    few = ablation.Setting("few", "Few", "person", math.inf, None)
+    with pytest.raises(splits.SplitError, match="few, seed 0: "):
+        ablation.draw_parts(config, input_pipeline.in_rows(corpus, corpus.rows[:3]), few, real[:3])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("ablation.settings", ("people",)), ("ablation.settings", ()), ("ablation.seeds", 1), ("ablation.epochs", (3,)),
+     ("ablation.epochs", (3, 0)), ("ablation.clips_per_recording", 0), ("ablation.batch_clips", 0),
+     ("ablation.synthetic_people", 0), ("ablation.snrs_db", (-math.inf,)), ("ablation.snrs_db", ()),
+     ("evaluation.threshold", 1.5), ("train.balance", "class"), ("ablation.settings", ("person",)),
+     ("sapt.factor", 0.0), ("features.hop", 0), ("evaluation.batch_recordings", 0), ("loss.alpha", 2.0)],
+)  # fmt: skip
+def test_bad_config_is_named(tmp_path, field, value):
+    with pytest.raises(ValueError, match=field):
+        ablation.run(make_config({field: value}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_config_is_refused(tmp_path):
+    config = make_config()
+    with config.unlocked():
+        del config.ablation
+    with pytest.raises(ValueError, match=r"configs/hinf_lstm.py:ablation"):
+        ablation.run(config, tmp_path)
