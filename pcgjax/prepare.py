@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import orjson
 from absl import flags
 
 from pcgjax import __version__, audio, datasets, files
@@ -387,6 +386,8 @@ def _write_unit(job: tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any
 
 def _json(value: Any) -> str:
     """One line. Annotations are most of a row, and `json` takes half as long for them as resampling the samples."""
+    import orjson
+
     return orjson.dumps(value).decode()
 
 

@@ -218,8 +218,8 @@ def test_seeds_as_one_vmapped_program(implementation):
         assert_close({"out": out[s], **dict(zip(list(alone)[1:], [g[s] for g in gradients], strict=True))}, alone)
 
 
-@pytest.mark.parametrize("kept", [np.s_[:, -1], np.s_[1:, ::4, :3]], ids=["last", "some"])
-def test_gradients_when_outputs_are_ignored(kept):
+def test_gradients_when_outputs_are_ignored():
+    kept = np.s_[1:, ::4, :3]
     arrays, weights = make("convex")
     part = np.zeros_like(weights)
     part[kept] = weights[kept]
@@ -266,8 +266,9 @@ def test_auto_is_xla_on_a_cpu():
         pytest.skip("the choice on a CPU")
     arrays = [a.astype(np.float32) for a in make("convex")[0]]
     trace = lambda name: str(jax.make_jaxpr(lambda arrays: run("convex", arrays, name))(arrays))
-    assert "while" in trace("xla")
-    assert trace("auto").split() == trace("xla").split() != trace("pallas").split()
+    assert "pallas_call" in trace("pallas")
+    assert "pallas_call" not in trace("auto")
+    assert trace("auto") == trace("xla")
 
 
 def test_the_xla_loops_work_in_place():
@@ -284,12 +285,15 @@ def test_the_xla_loops_work_in_place():
 
 
 @pytest.mark.parametrize(("update", "dtype"), [("convex", jnp.float32), ("lstm", jnp.bfloat16)])
-@pytest.mark.parametrize(("platform", "target", "name"), [("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "triton")])
+@pytest.mark.parametrize(
+    ("platform", "target", "name"), [("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "triton")]
+)
 def test_pallas_lowers_for_accelerators(platform, target, name, update, dtype):
     batch, steps, hidden, count = 20, 40, 32, module._GATES[update]
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     kernel, rate, state = array(hidden, count * hidden, dtype=dtype), array(hidden), array(batch, hidden)
-    gates, bias, mask = array(batch, steps, count * hidden), array(count * hidden), array(batch, steps, dtype=jnp.bool)
+    gates, bias = array(batch, steps, count * hidden), array(count * hidden)
+    mask = array(batch, steps, dtype=jnp.bool)
     forward = jax.jit(functools.partial(module._pallas_forward, update, platform=platform))
     backward = jax.jit(functools.partial(module._pallas_backward, update, platform=platform))
     traced = forward.trace(gates, kernel, bias, rate, state, state, mask)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-HEAVY = ("grain", "librosa", "torch", "matplotlib", "sklearn", "soundfile", "soxr", "pandas")
+HEAVY = ("grain", "librosa", "torch", "matplotlib", "sklearn", "soundfile", "soxr", "pandas", "orjson", "pywt")
 MODULES = (
     "audio", "bench", "checkpoint", "datasets.cinc2016", "datasets.circor", "datasets.pascal", "datasets.synthetic",
-    "evaluate", "features.filters", "files", "input_pipeline", "losses", "metrics", "models.cnn1d", "optimizer",
-    "predict", "prepare", "report", "sharding", "splits", "tasks", "train",
+    "ablation", "evaluate", "features.filters", "features.spectrogram", "features.wavelet", "files", "input_pipeline",
+    "kernels.hinf_lstm", "losses", "metrics", "models.cnn1d", "models.hinf_lstm", "optimizer", "peers", "predict",
+    "prepare", "report", "sharding", "splits", "tasks", "thresholds", "train",
 )  # fmt: skip
 
 

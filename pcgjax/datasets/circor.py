@@ -9,7 +9,6 @@ import pathlib
 import re
 
 import numpy as np
-import orjson
 
 from pcgjax import audio
 from pcgjax.datasets import DatasetError, Problem, Recording
@@ -290,6 +289,8 @@ def _annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, fl
 
 def _sound_annotations(text: str, duration_s: float) -> tuple[tuple[float, float, int], ...] | None:
     """The intervals of a file in which nothing is odd, all lines at once; None for the careful reading line by line."""
+    import orjson
+
     letters = np.frombuffer(text.encode("latin-1"), np.uint8)
     between = letters[(letters == 9) | (letters == 10)].tobytes()
     if not between or between.rstrip(b"\n") + b"\n" != b"\t\t\n" * (between.count(9) // 2):

@@ -1,7 +1,7 @@
 """The H-infinity LSTM and the plain LSTM: one recurrence, several implementations.
 
-Gates are `i` (input), `o` (output), `g` (candidate) and, in the plain LSTM, `f` (forget), in this order along the last
-axis of every kernel and bias. Given x_t kernel_x + h_{t-1} kernel_h + bias, with i, o, f = sigmoid and g = tanh of it:
+Gates are `i` (input), `o` (output), `g` (candidate) and, in the plain LSTM, `f` (forget), in this order along the
+last axis of every kernel and bias: sigmoid (i, o, f) or tanh (g) of x_t kernel_x + h_{t-1} kernel_h + bias. Then
 
     convex   c_t = (1 - rate) c_{t-1} + rate (i g)      rate = sigmoid(theta), the H-infinity paper's public code
     forget   c_t = rate c_{t-1} + i g                   the paper's "fixed learned coefficient"
@@ -46,8 +46,8 @@ def hinf_lstm(
       kernel_x, kernel_h, bias: (D, 3H), (H, 3H), (3H,); gates in the order input, output, candidate.
       theta: (H,) the memory's rate before the sigmoid.
       update: "convex" or "forget", see the module's docstring.
-      implementation: "reference", "xla", "pallas" (interpreted on a CPU, slowly), "cudnn" (an NVIDIA GPU, float32,
-        "forget" only) or "auto".
+      implementation: "reference", "xla", "pallas" (interpreted on a CPU, slowly; on several devices inside pmap or
+        shard_map only), "cudnn" (an NVIDIA GPU, float32, "forget" only) or "auto".
       initial: (h, c) before the first step, each (B, H); zeros when None.
       mask: (B, T), 0 or False at padded steps, anywhere. Such a step keeps h and c and outputs that h, so that
         `[:, -1]` of the result is the last real step's.
@@ -114,8 +114,8 @@ def _check(x, kernel_x, kernel_h, bias, initial, mask, gates: int) -> int:
 def _run(implementation, update, x, kernel_x, kernel_h, bias, theta, initial, mask):
     """The one place that chooses an implementation."""
     if implementation == "auto":
-        # GPU: "xla" until "pallas" and "cudnn" have been timed on one.
-        implementation = {"tpu": "pallas"}.get(jax.default_backend(), "xla")
+        # GPU: nothing was timed on one yet, so "xla". TPU: jit cannot split a Pallas kernel over several devices.
+        implementation = "pallas" if jax.default_backend() == "tpu" and jax.device_count() == 1 else "xla"
     wide = _wide(x.dtype)
     if initial is None:
         initial = (jnp.zeros((x.shape[0], kernel_h.shape[0]), wide),) * 2
