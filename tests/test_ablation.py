@@ -39,7 +39,8 @@ def quick_compiler():
 
 def make_config(changes: dict | None = None):
     spec = importlib.util.spec_from_file_location("hinf_config", ROOT / "configs" / "hinf_lstm.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config("ablation")
@@ -90,7 +91,7 @@ def test_the_clips_are_what_the_task_shows_its_model(corpus, ready):
 
 
 def test_all_seeds_at_once_are_one_after_the_other(ready, arms, monkeypatch):
-    """vmap, which runs where there is no CPU, against a seed at a time; and how far splits are filled up is the same."""
+    """vmap, which runs where there is no CPU, against a seed at a time; how far splits are filled up is the same."""
     config, task, data, labels, parts = ready
     monkeypatch.setattr(ablation, "over_seeds", lambda f: lambda own, shared: jax.vmap(lambda x: f(*x, *shared))(own))
     monkeypatch.setattr(ablation, "UPDATES", ("forget",))
@@ -135,7 +136,8 @@ def test_an_arm_is_a_plain_loop_of_the_penalty_weighted_loss(ready):
         return jax.nn.sigmoid(nnx.merge(graphdef, params, {})(features[ids], mask[ids], None, 0.0, "auto"))
 
     def loss(params, ids):
-        return losses.penalty_weighted_bce(answer(params, ids), jnp.asarray(labels)[ids // places], 0.5, config.loss.alpha)
+        y = jnp.asarray(labels)[ids // places]
+        return losses.penalty_weighted_bce(answer(params, ids), y, 0.5, config.loss.alpha)
 
     update = optimizer.make(config.optimizer)
     state, seen = update.init(params), []
