@@ -233,7 +233,7 @@ def over_seeds(function: Callable) -> Callable:
     return all_seeds
 
 
-def stream(key: jax.Array, *numbers: jax.Array | int) -> jax.Array:
+def fold(key: jax.Array, *numbers: jax.Array | int) -> jax.Array:
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
@@ -245,7 +245,7 @@ def batches(key: jax.Array, epoch: jax.Array, clips_K: jax.Array, total: int, ba
     total: of the corpus' clips. Random numbers go by clip, and numbers by `total`, so that neither depends on how far
     a split was filled up.
     """
-    at = jnp.where(clips_K >= 0, jax.random.uniform(stream(key, ORDER, epoch), (total,))[clips_K], jnp.inf)
+    at = jnp.where(clips_K >= 0, jax.random.uniform(fold(key, ORDER, epoch), (total,))[clips_K], jnp.inf)
     order = jnp.pad(clips_K[jnp.argsort(at)], (0, -len(clips_K) % batch), constant_values=-1).reshape(-1, batch)
     return epoch * total + jnp.arange(len(order)), order
 
@@ -280,7 +280,7 @@ def pretrain(config: ml_collections.ConfigDict, task: tasks.Task) -> Callable:
             def objective(params):
                 real = ids >= 0
                 model = nnx.merge(graphdef, params, state.rest)
-                logits = model(data.mel[ids], data.mask[ids] * real[:, None], stream(key, DROPOUT, number))
+                logits = model(data.mel[ids], data.mask[ids] * real[:, None], fold(key, DROPOUT, number))
                 summed, counts = tasks.clip_loss(loss, logits, labels_R[ids // places], real, 0.5, _same)
                 return summed, (counts.samples, tasks.split(model)[2])
 
@@ -330,7 +330,7 @@ def finetune(config: ml_collections.ConfigDict, init: Callable[[jax.Array], Recu
             number, ids = at
 
             def objective(params):
-                logits, labels = logits_of(params, ids, stream(key, DROPOUT, number)), labels_R[ids // places]
+                logits, labels = logits_of(params, ids, fold(key, DROPOUT, number)), labels_R[ids // places]
                 bce, counts = tasks.clip_loss(plain, logits, labels, ids >= 0, threshold, _same)
                 pwl, _ = tasks.clip_loss(weighted, logits, labels, ids >= 0, threshold, _same)
                 return jnp.where(penalised, pwl, bce), (counts.samples, {})
@@ -379,7 +379,7 @@ def train_arms(
 
     def start(init):
         # One by one: LAPACK's batched QR, of orthogonal kernels, can wait forever for the threads that it runs on.
-        made = [tasks.split(init(stream(key, INIT)))[1:] for key in keys]
+        made = [tasks.split(init(fold(key, INIT)))[1:] for key in keys]
         return jax.tree.map(lambda *x: jnp.stack(x), *made)
 
     def done(name):
@@ -485,7 +485,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict]:
     everything = list(results)
     if len(left_out) > 1:
         together = {
-            "name": "leave_database_out", "title": f"Each database left out, mean of {len(left_out)}",
+            "name": "leave_database_out", "title": f"Databases left out, mean of {len(left_out)}",
             "group": "leave_database_out", "together": True,
             "recordings": left_out[0]["recordings"], "people": left_out[0]["people"], "databases": 1,
             "test_recordings": float(np.sum([r["test_recordings"] for r in left_out])),
@@ -538,14 +538,14 @@ def verdict(idea: str, table: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(table: Sequence[Mapping[str, Any]], verdicts: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """The page as HTML."""
-    n = config["ablation"]["seeds"]
+    n, comparisons = config["ablation"]["seeds"], len(COMPARED) * sum(row["counts"] for row in table)
     notes = [
         f"Differences are paired by seed ({n} seeds: same split, same frozen CNN, same order of clips) and averaged "
         "over the other two factors. The interval is a 95 % t interval over the seeds.",
         "All seeds share one data set: the intervals tell what another split and training would give, and nothing "
         "about another clinic. Test parts of different seeds overlap, so they are, if anything, too narrow.",
-        f"Of {len(COMPARED)} scores in {sum(row['counts'] for row in table)} settings about one in twenty would look "
-        "clear by chance alone.",
+        f"An idea without any effect would look clear in one comparison of twenty: in about {comparisons / 20:.1f} of "
+        f"the {comparisons} here.",
         "BCE does not know the threshold: BCE with SAPT is the training of BCE with the fixed threshold, judged at "
         "SAPT's, so their AUC is the same.",
         "What the last epoch leaves is judged; no epoch is chosen on validation.",
@@ -586,6 +586,7 @@ def _draw_ideas(table: Sequence[Mapping[str, Any]]) -> str:
             ax.set_title(WORDS[metric])
             ax.set_xlabel("difference")
             ax.margins(x=0.08)
+            ax.locator_params(axis="x", nbins=5)
             ax.grid(False, axis="y")
         axes[0].set_yticks([y[idea, row["name"]] for idea, row in lines], [row["title"] for _, row in lines])
         axes[0].set_ylim(max(y.values()) + 0.7, -1.5)
@@ -598,9 +599,9 @@ def _draw_ideas(table: Sequence[Mapping[str, Any]]) -> str:
 
     figure = page.svg(1060, height, "What each idea changes in each setting, with paired intervals", paint)
     caption = "Right of the line is better with the idea. Green and orange: the 95 % interval leaves out 0."
-    head = ["Idea", "Setting", *(WORDS[metric] for metric in COMPARED), "Seeds"]
+    head = ["Difference", "Setting", *(WORDS[metric] for metric in COMPARED), "Seeds"]
     body = [
-        [page.escape(IDEAS[idea][0]), page.escape(row["title"]),
+        [f"{WORDS[IDEAS[idea][2]]} − {WORDS[IDEAS[idea][3]]}", page.escape(row["title"]),
          *(_cell(row["ideas"][idea][metric], sign=True) for metric in COMPARED),
          str(row["ideas"][idea][COMPARED[0]]["n"])]
         for idea, row in lines
@@ -611,8 +612,10 @@ def _draw_ideas(table: Sequence[Mapping[str, Any]]) -> str:
 def _draw_setting(row: Mapping[str, Any]) -> str:
     names = [" ".join(arm) for arm in ARMS]
     from_paper = row["group"] != "synthetic"
-    trivial = {m: max((s[m]["mean"], n) for n, s in row["trivial"].items() if np.isfinite(s[m]["mean"]))
-               for m in COMPARED}  # fmt: skip
+    trivial = {}
+    for m in COMPARED:
+        best = max(row["trivial"], key=lambda name: np.nan_to_num(row["trivial"][name][m]["mean"]))
+        trivial[m] = row["trivial"][best][m]["mean"], best
 
     def paint(figure: Any) -> None:
         axes = figure.subplots(1, len(COMPARED), sharey=True)
@@ -626,6 +629,7 @@ def _draw_setting(row: Mapping[str, Any]) -> str:
                     ax.plot([PAPER[arm][metric]], [at], "D", color=page.PINK, markersize=6)
             ax.set_title(WORDS[metric])
             ax.margins(x=0.08)
+            ax.locator_params(axis="x", nbins=6)
             ax.tick_params(axis="y", length=0)
             ax.spines["left"].set_visible(False)
         axes[0].set_yticks(range(len(ARMS)), [_words(arm) for arm in ARMS])
@@ -654,12 +658,16 @@ def _draw_setting(row: Mapping[str, Any]) -> str:
 def _draw_paper(table: Sequence[Mapping[str, Any]]) -> str:
     shown = ("f1", "accuracy", "sensitivity", "specificity", "mean_accuracy")
     body = []
+    judged = [row for row in table if row["counts"] and row["group"] != "synthetic"]
     for arm, scores in PAPER.items():
         system = "CNN-H∞-LSTM with SAPT" if arm[0] == "convex" else "CNN-LSTM with SAPT"
         body.append([f"{system}: the paper", *(page.number(scores[k], 4) for k in shown)])
         body += [[f"{system}: {page.escape(row['title'].lower())}",
                   *(_cell(row["arms"][" ".join(arm)][k]) for k in shown)]
-                 for row in table if row["counts"] and row["group"] != "synthetic"]  # fmt: skip
+                 for row in judged]  # fmt: skip
+    for row in judged:
+        alone = row["trivial"]["database_prior"]
+        body.append([f"The database alone: {page.escape(row['title'].lower())}", *(_cell(alone[k]) for k in shown)])
     return page.table(["", *(WORDS[k] for k in shown)], body) + f'<p class="small">{page.escape(PAPER_NOTE)}</p>'
 
 
@@ -775,7 +783,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
     verdicts = {idea: verdict(idea, table) for idea in IDEAS}
     out = {"settings": table, "verdicts": verdicts, "paper": {" ".join(arm): v for arm, v in PAPER.items()}}
     files.write_text(workdir / "table.json", json.dumps(_finite(out), indent=1))
-    files.write_text(workdir / "report.html", draw(table, verdicts, identity))
+    shared = {part: values for part, values in identity.items() if part != "data"}  # of all settings
+    shared["features"] = {k: v for k, v in shared["features"].items() if k != "noise_snr_db"}
+    files.write_text(workdir / "report.html", draw(table, verdicts, shared))
     return out
 
 

@@ -168,7 +168,7 @@ class Clipped:
         layers: list[Any] = []
         for block in m.blocks:
             for i, features in enumerate(block):
-                layers.append(torch.nn.Conv2d(channels, features, 3, padding=1))
+                layers.append(torch.nn.Conv2d(channels, features, 3, padding=1, bias=i + 1 < len(block)))
                 layers.append(torch.nn.ReLU() if i + 1 < len(block) else torch.nn.BatchNorm2d(features))
                 channels = features
             layers += [torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Dropout(m.dropout)]

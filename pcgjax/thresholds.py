@@ -82,7 +82,7 @@ def sapt_update(state: State, probabilities: jax.Array, labels: jax.Array) -> St
     nothing but the count of epochs changes.
 
     Args:
-      probabilities, labels: (n,) in [0, 1]; 0 or 1.
+      probabilities, labels: (n,) in [0, 1]; 0 or 1, or NaN for one that counts as neither.
     """
     grid = jnp.asarray(state.grid, jnp.float32)
     called = probabilities >= grid[:, None]

@@ -456,7 +456,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     held = gathered(state)
     model = {"params": held.params, "rest": held.rest}
     _, kept, saved = checkpoint.require(workdir / "checkpoints" / "best", model)
-    config = ml_collections.ConfigDict(config)
+    config = config.copy_and_resolve_references()  # the caller's stays as it is
     config.evaluation.threshold = saved["best"]["threshold"]
     results: dict = {}
     rows: list[dict] = []

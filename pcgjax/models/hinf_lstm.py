@@ -72,9 +72,10 @@ class CNN(nnx.Module):
         init, channels = nnx.initializers.he_normal(), 1
         kernels, biases, norms = [], [], []
         for block in blocks:
-            for features in block:
+            for i, features in enumerate(block):
                 kernels.append(nnx.Param(init(rngs.params(), (3, 3, channels, features))))
-                biases.append(nnx.Param(jnp.zeros(features)))
+                if i + 1 < len(block):  # the last one's bias would be what batch norm takes away
+                    biases.append(nnx.Param(jnp.zeros(features)))
                 channels = features
             norms.append(BatchNorm(channels))
         self.depths = tuple(len(block) for block in blocks)
@@ -84,15 +85,13 @@ class CNN(nnx.Module):
         if self.frozen:
             key = None
         h = jnp.where(mask_BxT[:, None] > 0, x_BxFxT, 0).swapaxes(1, 2)[..., None]
-        layer = 0
+        kernels, biases = iter(self.kernels), iter(self.biases)
         for number, depth in enumerate(self.depths):
             mask = mask_BxT[..., None, None].astype(h.dtype)
-            h = h * mask
-            for i in range(depth):
-                h = conv3x3(h, self.kernels[layer][...]) + self.biases[layer][...]
-                # What comes after the end is kept at zero, as if the clip ended there.
-                h = (jax.nn.relu(h) if i + 1 < depth else h) * mask
-                layer += 1
+            # What comes after the end is kept at zero, as if the clip ended there.
+            h = conv3x3(h * mask, next(kernels)[...])
+            for _ in range(depth - 1):
+                h = conv3x3(jax.nn.relu(h + next(biases)[...]) * mask, next(kernels)[...])
             h = jax.nn.relu(self.norms[number](h, mask, key is not None, total)) * mask
             h, mask_BxT = _pool(h), _pool_mask(mask_BxT)
             if key is not None:
@@ -156,8 +155,9 @@ class BatchNorm(nnx.Module):
 def conv3x3(x_BxTxFxC: jax.Array, kernel_3x3xCxO: jax.Array) -> jax.Array:
     """Same-padded 3x3 convolution, kernel axes (time, frequency, in, out).
 
-    On CPU, XLA runs a convolution inside a compiled loop on one core and without blocking (jax issue 12868), so there
-    it is one matrix product of patches along F, giving the three taps in time side by side, which are then added.
+    On CPU, XLA runs a convolution inside a compiled loop far slower than outside (jax issue 12868), so there it is one
+    matrix product: of whole patches where channels are few; else of patches along F, giving the three taps in time
+    side by side, which are then added, as patches of nine times the input no longer pay.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(
@@ -165,6 +165,11 @@ def conv3x3(x_BxTxFxC: jax.Array, kernel_3x3xCxO: jax.Array) -> jax.Array:
         )
     batch, time, frequency, channels = x_BxTxFxC.shape
     features = kernel_3x3xCxO.shape[-1]
+    if channels < 32:
+        padded = jnp.pad(x_BxTxFxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        whole = [padded[:, i : i + time, j : j + frequency] for i in range(3) for j in range(3)]
+        patches = jnp.concatenate(whole, axis=-1).reshape(-1, 9 * channels)
+        return (patches @ kernel_3x3xCxO.reshape(9 * channels, -1)).reshape(batch, time, frequency, features)
     padded = jnp.pad(x_BxTxFxC, ((0, 0), (0, 0), (1, 1), (0, 0)))
     patches = jnp.concatenate([padded[:, :, j : j + frequency] for j in range(3)], axis=-1)
     taps = patches.reshape(-1, 3 * channels) @ kernel_3x3xCxO.transpose(1, 2, 0, 3).reshape(3 * channels, -1)
