@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.shuffle_labels = False  # a control: people's labels dealt out anew, nothing can be learned
 
     config.split = ml_collections.ConfigDict()
-    config.split.kind = "person"  # person, person_kfold, leave_database_out, paper301
+    config.split.kind = "person"  # person, person_250, person_kfold, leave_database_out, paper301
     config.split.fractions = (0.65, 0.15, 0.20)  # of people: train, validation, test
     config.split.fold = 0  # person_kfold: the test fold
     config.split.folds = 5

@@ -132,7 +132,6 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
 
     The config's `evaluation.threshold` is the one that was in use when the checkpoint was made (SAPT moves it).
 
-
     Raises:
       checkpoint.CheckpointError: no trained model there.
     """

@@ -12,6 +12,11 @@ import numpy as np
 from pcgjax.input_pipeline import Corpus, Geometry
 
 
+def _epoch(self: Segmented | Clipped) -> None:
+    for batch in self.loader:
+        self.step(*batch)
+
+
 def _loader(dataset: Any, ids: np.ndarray, workers: int) -> Any:
     import torch
 
@@ -90,9 +95,7 @@ class Segmented:
         self.optimizer.step()
         return loss.item()
 
-    def epoch(self) -> None:
-        for batch in self.loader:
-            self.step(*batch)
+    epoch = _epoch
 
 
 # --------------------------------------------------------------------------------- the CNN with the H-infinity LSTM
@@ -195,6 +198,4 @@ class Clipped:
         self.optimizer.step()
         return loss.item()
 
-    def epoch(self) -> None:
-        for batch in self.loader:
-            self.step(*batch)
+    epoch = _epoch

@@ -126,7 +126,7 @@ def test_a_killed_run_is_taken_up(tmp_path: pathlib.Path) -> None:
 def test_workers_end_with_a_killed_parent(tmp_path: pathlib.Path) -> None:
     program = (
         "import os, time; from pcgjax import prepare\n"
-        "def job(_): print(os.getpid(), flush=True); time.sleep(60)\n"
+        "def job(_): os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)\n"  # one write: two workers share the pipe
         "list(prepare._in_order(job, [1, 2], 10_000, 2))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -502,6 +502,15 @@ def test_fingerprint_finds_shared_audio_at_any_offset() -> None:
         assert len(first & second) >= 3
         assert all(len(value) == 8 and int(value, 16) >= 0 for value in first)
         assert not first & set(prepare.fingerprint(noise(2, 8, rate_hz), rate_hz).split())
+
+
+@pytest.mark.parametrize(("steps", "tone_hz"), [(3, 25), (5, 50), (20, 50), (10, 37)])
+def test_fingerprint_of_a_quiet_recording_is_neither_empty_nor_long(steps: int, tone_hz: int) -> None:
+    """About 8 windows a second, though a tone a few steps high has few different samples to choose by."""
+    rng = np.random.default_rng(0)
+    tone = steps * np.sin(2 * np.pi * tone_hz * np.arange(60_000) / 2000)
+    quiet = np.int16(np.rint(tone + rng.normal(size=len(tone)) * 0.7))
+    assert 4 < len(prepare.fingerprint(quiet, 2000).split()) / 30 < 15
 
 
 def test_fingerprint_ignores_what_many_recordings_have() -> None:

@@ -105,6 +105,19 @@ def test_people_with_recordings_of_both_classes_do_not_starve_a_part() -> None:
             assert abs(found["recordings"] - found["positives"] - share * 70) <= 6
 
 
+@pytest.mark.parametrize(("count", "each"), [(3000, 250), (300, 26)])
+def test_a_tuning_set_with_as_many_of_either_class(count: int, each: int) -> None:
+    rows = people(count)  # a third of them abnormal
+    split = splits.make(rows, "person_250", "abnormal", 0, (0.64, 0.16, 0.2))
+    of = split["counts"]["validation"]["all"]
+    assert of["positives"] == pytest.approx(each, abs=1)
+    assert of["recordings"] == pytest.approx(2 * each, abs=2)
+    assert split["counts"]["test"]["all"]["recordings"] == pytest.approx(0.2 * count, abs=2)
+    assert sum(len(split[part]) for part in splits.PARTS) == count
+    assert splits.check(split, rows) == []
+    assert any("as 250 would leave too few to train" in note for note in split["notes"]) == (each < 250)
+
+
 def test_folds_take_turns() -> None:
     rows = people(60, records=2)
     made = [splits.make(rows, "person_kfold", "abnormal", 3, fold=fold, folds=4) for fold in range(4)]
