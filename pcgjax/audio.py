@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import struct
 from typing import BinaryIO, NamedTuple, TypeGuard
@@ -101,7 +102,7 @@ def _wav(file: BinaryIO) -> _Wav | None:
 def _header(file: BinaryIO, wav: _Wav | None) -> tuple[int, int, int]:
     import soundfile
 
-    length = file.seek(0, 2)
+    length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise AudioError("empty: the file has no bytes")
     if wav and wav.size > length - wav.begin:  # libsndfile reads a cut file without a word

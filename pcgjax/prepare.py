@@ -131,7 +131,7 @@ def fingerprint(samples: np.ndarray, rate_hz: int) -> str:
         later = chosen[lag:] * factor
         chosen = np.add(later, chosen[:-lag], out=later)
     count = len(samples) - (_WINDOW - 1) * step
-    starts = np.flatnonzero(chosen[:count] < max(1, round(65536 * 8 / rate_hz)))
+    (starts,) = (chosen[:count] < max(1, round(65536 * 8 / rate_hz))).nonzero()
     every = np.ndarray((count, _WINDOW), samples.dtype, samples, strides=(2, 2 * step))
     windows = every[starts]
     windows = windows[(windows[:, 1:] != windows[:, :-1]).sum(axis=1, dtype=np.uint8) >= _WINDOW // 2]
@@ -449,6 +449,8 @@ def _join(
     out: pathlib.Path, source: str, parameters: dict[str, Any], problems: list[Problem], keys: list[str], strict: bool
 ) -> dict[str, Any]:
     """All shards are there: finds doubles, writes records.jsonl and the manifest, returns the manifest."""
+    import orjson
+
     problems = list(problems)
     rows, lines, shards = [], {}, []
     for number in range(len(keys)):
@@ -457,7 +459,7 @@ def _join(
             head = json.loads(file.readline())
             for line in file:
                 short, _, whole = line.partition("\t")
-                row = json.loads(short)
+                row = orjson.loads(short)
                 if "problem" in row:
                     problems.append(Problem(**row["problem"]))
                 else:

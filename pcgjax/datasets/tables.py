@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 import pathlib
@@ -64,6 +65,7 @@ def read_table(
     return rows, problems
 
 
+@functools.lru_cache(4096)
 def column_name(text: str) -> str:
     """The name of a column or `#Key:` as releases agree on it: lower case, single blanks, no colon."""
     return " ".join(text.strip().rstrip(":").lower().split())
