@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcgjax.features.filters import ALIGN, starts_of
+from pcgjax.features.filters import ALIGN, BLOCK, starts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Geometry(NamedTuple):
         samples = (
             self.hop * (2 * capacity + recordings) if self.shared else self.hop * capacity + recordings * self.window
         )
-        return -(-(samples + recordings * (self.lead + self.gap + 3 * ALIGN)) // ALIGN)
+        return -(-(samples + recordings * (self.lead + self.gap + 3 * ALIGN)) // BLOCK) * (BLOCK // ALIGN)
 
 
 class Plan(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.signal
 
 ALIGN = 64
+BLOCK = 32 * ALIGN  # samples that one transform of a convolution filters; buffers of a multiple need no padding
 
 
 def butterworth(order: int, cutoff_hz: float | tuple[float, float], sample_rate_hz: float, kind: str) -> np.ndarray:
@@ -87,17 +88,24 @@ def packing(lengths: jax.Array, rows: int, lead: int, gap: int) -> Packing:
     return Packing(starts, lengths, recording, offset)
 
 
-def _convolve(sos: np.ndarray, x_MxA: jax.Array) -> jax.Array:
-    """The zero-state filter over the flattened buffer, by overlap-save in blocks of at least the settling time."""
+def _convolve(sos: np.ndarray, x_MxA: jax.Array, backward: bool = False) -> jax.Array:
+    """The zero-state filter over the flattened buffer, from its beginning or from its end, by overlap-save."""
     taps = settling_samples(sos)
-    block = max(512, 1 << (taps - 1).bit_length())
+    overlap = max(ALIGN, 1 << (taps - 1).bit_length())
+    block = max(BLOCK, overlap)
+    size = block + overlap  # a number with small factors
     response = scipy.signal.sosfilt(sos, np.eye(1, taps)[0])
-    spectrum = np.fft.rfft(response, 2 * block).astype(np.complex64)
+    spectrum = np.fft.rfft(response, size).astype(np.complex64)
     flat = x_MxA.reshape(-1)
     now = jnp.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
-    before = jnp.pad(now, ((1, 0), (0, 0)))[:-1]
-    out = jnp.fft.irfft(jnp.fft.rfft(jnp.concatenate([before, now], axis=1)) * spectrum, 2 * block)
-    return out[:, block:].reshape(-1)[: len(flat)].reshape(x_MxA.shape)
+    if backward:
+        frames = [now, jnp.pad(now[1:, :overlap], ((0, 1), (0, 0)))]
+        spectrum, keep = spectrum.conj(), slice(0, block)
+    else:
+        frames = [jnp.pad(now[:-1, -overlap:], ((1, 0), (0, 0))), now]
+        keep = slice(overlap, None)
+    out = jnp.fft.irfft(jnp.fft.rfft(jnp.concatenate(frames, axis=1)) * spectrum, size)
+    return out[:, keep].reshape(-1)[: len(flat)].reshape(x_MxA.shape)
 
 
 def filter_packed(sos: np.ndarray, x_MxA: jax.Array, where: Packing, zero_phase: bool) -> jax.Array:
@@ -127,8 +135,7 @@ def filter_packed(sos: np.ndarray, x_MxA: jax.Array, where: Packing, zero_phase:
     def one_way(x, origin_R, backward):
         origin = origin_R[where.recording][:, None]
         x = jnp.where(extended, x - origin, 0)
-        y = _convolve(sos, x[::-1, ::-1])[::-1, ::-1] if backward else _convolve(sos, x)
-        return y + gain * origin
+        return _convolve(sos, x, backward) + gain * origin
 
     forward = one_way(x, flat[(first - edge)[:, 0]], backward=False)
     backward = one_way(forward, forward.reshape(-1)[(last + edge)[:, 0]], backward=True)
