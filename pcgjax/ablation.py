@@ -37,7 +37,18 @@ from absl import app, flags, logging
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from pcgjax import files, input_pipeline, metrics, optimizer, page, splits, tasks, thresholds, train
+from pcgjax import (
+    files,
+    input_pipeline,
+    metrics,
+    optimizer,
+    page,
+    sharding,
+    splits,
+    tasks,
+    thresholds,
+    train,
+)
 from pcgjax.input_pipeline import Corpus
 from pcgjax.models.hinf_lstm import UPDATES, Recurrent
 
@@ -145,9 +156,7 @@ def features(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips:
     most = config.ablation.clips_per_recording
     labels = corpus.labels(config.task.target)
     labelled = np.flatnonzero(np.isfinite(labels))
-    plan = input_pipeline.evaluation_plan(
-        labelled, corpus.lengths, task.geometry, config.evaluation.batch_recordings
-    )
+    plan = input_pipeline.evaluation_plan(labelled, corpus.lengths, task.geometry, config.evaluation.batch_recordings)
     data = jax.device_put(input_pipeline.block(corpus, labels, np.arange(len(corpus.rows))))
     noise_key = jax.random.fold_in(jax.random.key(config.seed), NOISE)
 
@@ -387,7 +396,8 @@ def train_arms(
             bar.set_postfix_str(name)
             bar.update()
 
-    first = jax.jit(over_seeds(pretrain(config, task)))
+    compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
+    first = compiled(over_seeds(pretrain(config, task)))
     own = jnp.stack(keys), start(lambda key: task.init(nnx.Rngs(key))), parts.clips
     extracted = first(own, (data, labels_R))
     inputs = jax.block_until_ready(extracted)[0].shape[-1]
@@ -395,7 +405,7 @@ def train_arms(
     arms: dict[Arm, tuple[np.ndarray, np.ndarray]] = {}
     for name in UPDATES:
         init = lambda key, name=name: Recurrent(inputs, m.hidden, name, rngs=nnx.Rngs(key))
-        second = jax.jit(over_seeds(finetune(config, init)))
+        second = compiled(over_seeds(finetune(config, init)))
         layers, _ = start(init)
         answers = second((jnp.stack(keys), layers, parts.clips, parts.validation, extracted), (data.real, labels_R))
         p, threshold = (np.asarray(x) for x in answers)

@@ -27,7 +27,7 @@ from absl import app, flags
 from flax import nnx
 
 import pcgjax
-from pcgjax import files, input_pipeline, optimizer, peers, tasks, train
+from pcgjax import files, input_pipeline, optimizer, peers, sharding, tasks, train
 from pcgjax.input_pipeline import Corpus
 
 SAMPLE_RATE_HZ = 1000
@@ -87,7 +87,10 @@ class Ours:
         self.state = tasks.initial_state(task, update, seed=0)
         self.totals = train.zero_totals()
         step = train.make_step(task, update, graphdef, key, 1)
-        run = jax.jit(train.make_run(step, task.geometry, capacities), donate_argnums=(0, 1))
+        run = jax.jit(
+            train.make_run(step, task.geometry, capacities), donate_argnums=(0, 1),
+            compiler_options=sharding.compiler_options(),
+        )  # fmt: skip
         self.resident = jax.device_put(input_pipeline.block(corpus, self.labels, range(len(corpus.rows))))
         began = time.perf_counter()
         arguments = (self.state, self.totals, self.resident, self.plan.ids, self.plan.capacity, 0, 1)
@@ -464,7 +467,8 @@ def _seeds(seeds: int = 10, clips: int = 256) -> dict:
     states = [tasks.split(task.init(nnx.Rngs(seed)))[1:] for seed in range(seeds)]
     own = list(zip(keys, states, [jnp.arange(clips)] * seeds, strict=True))
     run = ablation.pretrain(config, task)
-    one, all_seeds = jax.jit(run), jax.jit(ablation.over_seeds(run))
+    compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
+    one, all_seeds = compiled(run), compiled(ablation.over_seeds(run))
     together = jax.tree.map(lambda *x: jnp.stack(x), *own)
     return paired(
         lambda: jax.block_until_ready(all_seeds(together, shared)),

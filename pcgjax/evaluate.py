@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -23,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, tasks
+from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, sharding, tasks
 from pcgjax.input_pipeline import Corpus
 
 FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -55,7 +56,7 @@ def make_predict(
         )
         return jnp.stack([log_p, log_q], axis=-1)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=sharding.compiler_options())
     def run(params, rest, data, ids, capacity, steps, done):
         def answers(out, batch, size, i):
             place = jnp.where(batch["ids"] >= 0, batch["ids"], len(out))

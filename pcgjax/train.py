@@ -300,7 +300,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             axis_name="group", in_axes=(0, 0, None, 1, None, None, None), donate_argnums=(0, 1),
         )  # fmt: skip
     else:
-        run = jax.jit(run, donate_argnums=(0, 1))
+        run = jax.jit(run, donate_argnums=(0, 1), compiler_options=sharding.compiler_options())
     # pmap wants its arrays from the host or laid out its own way; all the rest wants them laid out over the mesh.
     spread = (lambda x: jax.tree.map(lambda a: np.stack([a] * groups), x)) if pmap else (lambda x: x)
     one_copy = lambda x: jax.device_put(jax.tree.map(lambda a: a[0], x), sharding.replicated(mesh))

@@ -285,9 +285,7 @@ def test_the_xla_loops_work_in_place():
 
 
 @pytest.mark.parametrize(("update", "dtype"), [("convex", jnp.float32), ("lstm", jnp.bfloat16)])
-@pytest.mark.parametrize(
-    ("platform", "target", "name"), [("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "triton")]
-)
+@pytest.mark.parametrize(("platform", "target", "name"), [("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "triton")])
 def test_pallas_lowers_for_accelerators(platform, target, name, update, dtype):
     batch, steps, hidden, count = 20, 40, 32, module._GATES[update]
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)

@@ -206,7 +206,8 @@ def _recording(
     if header.name not in there:
         problems.append(Problem(relative(header, source), "missing: no such file; the rate is the .wav file's"))
     else:
-        declared = _bytes(header).decode("latin-1").split()  # record, signals, rate (a counter may follow after a slash)
+        # Record, signals, rate; a counter may follow after a slash.
+        declared = _bytes(header).decode("latin-1").split()
         if len(declared) < 3 or re.split("[/(]", declared[2])[0] not in (f"{rate_hz}", f"{rate_hz}.0"):
             reason = f"header: the first line is {' '.join(declared[:4])!r}, {path.name} has a rate of {rate_hz} Hz"
             problems.append(Problem(relative(header, source), reason))

@@ -48,7 +48,7 @@ class CNN1D(nnx.Module):
         h = x_BxT[..., None]
         for kernel, bias in ((self.kernel1, self.bias1), (self.kernel2, self.bias2)):
             batch, length, _ = h.shape
-            pooled = _larger(*_conv_pairs(h, kernel[...])).reshape(batch, length // 2, -1)
+            pooled = larger(*_conv_pairs(h, kernel[...])).reshape(batch, length // 2, -1)
             h = jax.nn.relu(pooled[:, : _pooled(length, self.kernel_size)] + bias[...])
         return self._head(h)
 
@@ -66,14 +66,14 @@ class CNN1D(nnx.Module):
         if window % 4:
             raise ValueError(f"half-overlapping windows need a multiple of 4 samples, not {window}")
         quarter = window // 4
-        h = jax.nn.relu(_larger(*_conv_pairs(x_JxT.reshape(1, -1, 1), self.kernel1[...])) + self.bias1[...])
+        h = jax.nn.relu(larger(*_conv_pairs(x_JxT.reshape(1, -1, 1), self.kernel1[...])) + self.bias1[...])
         even, odd = _conv_pairs(h[None], self.kernel2[...])
         # In samples of the first pooling, a row is T/2 long and the window from its middle starts at T/4, which may be
         # odd: then its pooling pairs an odd sample with the even one after it.
         begin, count = quarter // 2, quarter * (rows - 1)
         first, second = (odd, even[1:]) if quarter % 2 else (even, odd)
-        late = _larger(first[begin : begin + count], second[begin : begin + count])
-        pooled = [y.reshape(-1, quarter, y.shape[-1])[:, : self.pooled] for y in (_larger(even, odd), late)]
+        late = larger(first[begin : begin + count], second[begin : begin + count])
+        pooled = [y.reshape(-1, quarter, y.shape[-1])[:, : self.pooled] for y in (larger(even, odd), late)]
         return self._head(jax.nn.relu(jnp.concatenate(pooled) + self.bias2[...]))
 
     def _head(self, h_BxTxC: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def _pooled(length: int, kernel_size: int) -> int:
     return (length - kernel_size + 1) // POOL
 
 
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+def larger(a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.maximum`, except that a tie's gradient goes to the first, as in library poolings, without dividing it."""
     return jnp.where(b > a, b, a)
 

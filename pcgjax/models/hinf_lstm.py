@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pcgjax.kernels.hinf_lstm import hinf_lstm, lstm
+from pcgjax.models.cnn1d import larger
 
 UPDATES = ("lstm", "convex", "forget")
 POOL = 2
@@ -152,37 +153,48 @@ class BatchNorm(nnx.Module):
         return x_BxTxFxC * scale + (self.bias[...] - mean * scale)
 
 
+def _convolve(x_BxTxFxC: jax.Array, kernel_3x3xCxO: jax.Array) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x_BxTxFxC, kernel_3x3xCxO, (1, 1), "SAME", dimension_numbers=layout)
+
+
+@jax.custom_vjp
+def _convolve_on_cpu(x_BxTxFxC, kernel_3x3xCxO):
+    return _convolve(x_BxTxFxC, kernel_3x3xCxO)
+
+
+def _convolve_backward(residuals, dy_BxTxFxO):
+    x, kernel = residuals
+    _, time, frequency, channels = x.shape
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    patches = jnp.concatenate([padded[:, :, j : j + frequency] for j in range(3)], axis=-1)
+    taps = []
+    for late in (-1, 0, 1):  # the input's step less the output's
+        ours = patches[:, max(late, 0) : time + min(late, 0)].reshape(-1, 3 * channels)
+        theirs = dy_BxTxFxO[:, max(-late, 0) : time + min(-late, 0)].reshape(-1, kernel.shape[-1])
+        taps.append(ours.T @ theirs)
+    return _convolve(dy_BxTxFxO, kernel[::-1, ::-1].swapaxes(2, 3)), jnp.stack(taps).reshape(kernel.shape)
+
+
+_convolve_on_cpu.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _convolve_backward)
+
+
 def conv3x3(x_BxTxFxC: jax.Array, kernel_3x3xCxO: jax.Array) -> jax.Array:
     """Same-padded 3x3 convolution, kernel axes (time, frequency, in, out).
 
-    On CPU, XLA runs a convolution inside a compiled loop far slower than outside (jax issue 12868), so there it is one
-    matrix product: of whole patches where channels are few; else of patches along F, giving the three taps in time
-    side by side, which are then added, as patches of nine times the input no longer pay.
+    On CPU the gradients are written out: inside a compiled loop XLA runs a convolution over whole images, which the
+    kernel's gradient is, a hundred times slower than outside (jax issue 12868). As three products of patches along F
+    it is as fast as the convolution itself, and the other two are convolutions by small kernels.
     """
-    if jax.default_backend() != "cpu":
-        return jax.lax.conv_general_dilated(
-            x_BxTxFxC, kernel_3x3xCxO, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-    batch, time, frequency, channels = x_BxTxFxC.shape
-    features = kernel_3x3xCxO.shape[-1]
-    if channels < 32:
-        padded = jnp.pad(x_BxTxFxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        whole = [padded[:, i : i + time, j : j + frequency] for i in range(3) for j in range(3)]
-        patches = jnp.concatenate(whole, axis=-1).reshape(-1, 9 * channels)
-        return (patches @ kernel_3x3xCxO.reshape(9 * channels, -1)).reshape(batch, time, frequency, features)
-    padded = jnp.pad(x_BxTxFxC, ((0, 0), (0, 0), (1, 1), (0, 0)))
-    patches = jnp.concatenate([padded[:, :, j : j + frequency] for j in range(3)], axis=-1)
-    taps = patches.reshape(-1, 3 * channels) @ kernel_3x3xCxO.transpose(1, 2, 0, 3).reshape(3 * channels, -1)
-    taps = jnp.pad(taps.reshape(batch, time, frequency, 3, features), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-    return sum(taps[:, i : i + time, :, i] for i in range(3))  # type: ignore[return-value]
+    return (_convolve_on_cpu if jax.default_backend() == "cpu" else _convolve)(x_BxTxFxC, kernel_3x3xCxO)
 
 
 def _pool(x_BxTxFxC: jax.Array) -> jax.Array:
     """2x2 max-pooling, an odd last row or column left out; maxima of slices, whose gradient needs no scatter."""
     time, frequency = (n // POOL * POOL for n in x_BxTxFxC.shape[1:3])
     x = x_BxTxFxC[:, :time, :frequency]
-    x = jnp.maximum(x[:, ::2], x[:, 1::2])
-    return jnp.maximum(x[:, :, ::2], x[:, :, 1::2])
+    x = larger(x[:, ::2], x[:, 1::2])
+    return larger(x[:, :, ::2], x[:, :, 1::2])
 
 
 def _pool_mask(mask_BxT: jax.Array) -> jax.Array:
