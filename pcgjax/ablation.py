@@ -858,7 +858,7 @@ def _finished(path: pathlib.Path, identity: dict[str, dict]) -> dict:
         saved = result["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it, and the setting is run again") from None
-    train._refuse_changes(saved, identity, path)
+    train.refuse_changes(saved, identity, path)
     return result
 
 

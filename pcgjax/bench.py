@@ -267,7 +267,7 @@ def _prepare_rate() -> dict:
             with context.Pool(1) as ours, context.Pool(1) as bare:
                 timed = paired(
                     functools.partial(ours.apply, _prepare, (str(source), folder)),
-                    functools.partial(bare.apply, loop, (paths,)), 9, f"prepare and {name}",
+                    functools.partial(bare.apply, loop, (paths,)), 15, f"prepare and {name}",
                 )  # fmt: skip
             result[name] = {"files": len(paths), "prepare_s": timed["ours_s"], "loop_s": timed["peer_s"],
                             "rate_over_loop": timed["ratio"], "range": timed["ratio_range"]}  # fmt: skip
@@ -388,7 +388,8 @@ def _kernel(batch: int, steps: int, inputs: int, loop: bool = False) -> dict:
     draw = lambda *shape: np.float32(rng.normal(size=shape) / np.sqrt(shape[0]))
     x, weights = draw(batch, steps, inputs), draw(batch, steps, HIDDEN)
     parameters = draw(inputs, 3 * HIDDEN), draw(HIDDEN, 3 * HIDDEN), draw(3 * HIDDEN), draw(HIDDEN)
-    gradient = jax.jit(jax.grad(lambda *a: (layer(*a) * weights).sum(), range(5)))
+    compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
+    gradient = compiled(jax.grad(lambda *a: (layer(*a) * weights).sum(), range(5)))
     arguments = jax.device_put((x, *parameters))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peer = peers.hinf_cell_layer(inputs, HIDDEN) if loop else torch.nn.LSTM(inputs, HIDDEN, batch_first=True)

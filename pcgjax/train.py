@@ -362,7 +362,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     found = checkpoint.restore(workdir / "checkpoints" / "last")
     if found:
         saved = found[2]
-        _refuse_changes(saved["config"], plain, workdir)
+        refuse_changes(saved["config"], plain, workdir)
         if saved["order_sha256"] != digest:
             raise checkpoint.CheckpointError(
                 f"{workdir}: its checkpoint was trained in another order of data (data, split or device count "
@@ -499,7 +499,7 @@ def _plain(config: ml_collections.ConfigDict) -> dict:
     return json.loads(config.to_json_best_effort())
 
 
-def _refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
+def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
     """A resumed run may train longer and log or stream otherwise, but must be the same experiment."""
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
             ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from")}  # fmt: skip
@@ -597,7 +597,7 @@ def stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
         one.train.start_from = start_from
         done = folder / "metrics.json"
         if done.exists() and json.loads(done.read_text())["epochs"] >= one.train.epochs:
-            _refuse_changes(json.loads((folder / "config.json").read_text()), _plain(one), folder)
+            refuse_changes(json.loads((folder / "config.json").read_text()), _plain(one), folder)
         else:
             logging.info("stage %s", name)
             train(one, folder)
