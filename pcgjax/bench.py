@@ -433,9 +433,9 @@ def _hinf_step(corpus: Corpus, batch: int = 8) -> dict:
     few = len(ours.plan.ids)
     ready = list(peer.loader)
     network = paired(
-        lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 3, "step against the peer's network alone"
+        lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 5, "step against the peer's network alone"
     )
-    whole = paired(lambda: ours.steps(0, few), peer.epoch, 3, "step, from samples")
+    whole = paired(lambda: ours.steps(0, few), peer.epoch, 7, "step, from samples")
     clips = int(ours.windows.sum())
     return {
         "meaning": "from int16 samples to the updated parameters; `network_alone` gives the peer clips that are ready",
