@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import warnings
 
 import jax
@@ -161,3 +162,46 @@ def test_too_many_bands():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         spectrogram.log_mel(clips(1000), RATE_HZ, **{"n_fft": 256, "hop": 128, "n_mels": 16, **options})
+
+
+def kaldi(waveform, rate_hz, bands):
+    """kaldi-native-fbank's answer with SSAMBA's options."""
+    import kaldi_native_fbank as knf
+
+    options = knf.FbankOptions()
+    options.frame_opts.samp_freq, options.frame_opts.dither, options.frame_opts.window_type = rate_hz, 0, "hanning"
+    options.mel_opts.num_bins = bands
+    options.use_energy, options.htk_compat = False, True
+    bank = knf.OnlineFbank(options)
+    bank.accept_waveform(rate_hz, waveform.tolist())
+    bank.input_finished()
+    return np.array([bank.get_frame(i) for i in range(bank.num_frames_ready)])
+
+
+@pytest.mark.parametrize(("rate_hz", "samples", "bands"), [(16000, 24000, 80), (16000, 400, 80), (4000, 7777, 40)])
+def test_kaldi_fbank(rate_hz, samples, bands):
+    waves = np.stack([wave - wave.mean() for wave in np.random.default_rng(0).normal(size=(2, samples)) * 0.1]).astype(
+        np.float32
+    )
+    got = np.asarray(spectrogram.kaldi_fbank(waves, rate_hz, bands))
+    assert got.dtype == np.float32
+    for own, wave in zip(got, waves, strict=True):
+        np.testing.assert_allclose(own, kaldi(wave, rate_hz, bands), atol=3e-3)
+    silent = np.asarray(spectrogram.kaldi_fbank(np.zeros(samples), rate_hz, bands))
+    np.testing.assert_allclose(silent, np.log(np.finfo(np.float32).eps), rtol=1e-6)
+
+
+def test_kaldi_fbank_of_128_bands():
+    """torchaudio's float64 answer, as SSAMBA calls it; band 3 holds no bin, which kaldi-native-fbank refuses."""
+    with np.load(pathlib.Path(__file__).parent / "kaldi_fbank.npz") as file:
+        got = spectrogram.kaldi_fbank(file["waveform"])
+        np.testing.assert_allclose(got, file["fbank"], atol=1e-3)
+
+
+def test_kaldi_fbank_refuses():
+    with pytest.raises(ValueError, match="399 samples are shorter than a frame of 25 ms, 400 samples at 16000 Hz"):
+        spectrogram.kaldi_fbank(np.zeros(399))
+    with pytest.raises(ValueError, match="sample_rate_hz=16100"):
+        spectrogram.kaldi_fbank(np.zeros(4000), 16100)
+    with pytest.raises(ValueError, match="num_mel_bins=0"):
+        spectrogram.kaldi_fbank(np.zeros(4000), num_mel_bins=0)

@@ -116,3 +116,49 @@ def log_mel(
     if top_db is None:
         return decibels
     return jnp.maximum(decibels, decibels.max((-2, -1), keepdims=True) - top_db)
+
+
+_KALDI_FLOOR = float(np.finfo(np.float32).eps)  # of a band's energy before the logarithm
+
+
+def _kaldi_bank(sample_rate_hz: float, n_fft: int, bands: int) -> np.ndarray:
+    """(n_fft // 2, bands): triangles evenly spaced in mel from 20 Hz to half the rate; some may be empty."""
+    mel = lambda hz: 1127 * np.log1p(np.asarray(hz, np.float64) / 700)
+    edges = np.linspace(mel(20.0), mel(sample_rate_hz / 2), bands + 2)
+    at = mel(np.arange(n_fft // 2) * sample_rate_hz / n_fft)[:, None]
+    rising = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - at) / (edges[2:] - edges[1:-1])
+    return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+
+
+def kaldi_fbank(waveform: jax.Array, sample_rate_hz: int = 16000, num_mel_bins: int = 128) -> jax.Array:
+    """Kaldi's natural log mel energies with SSAMBA's options: (..., samples) -> (..., frames, num_mel_bins) float32.
+
+    Frames of 25 ms every 10 ms, whole ones only; each without its mean, pre-emphasised by 0.97, under a symmetric Hann
+    window, filled with zeros to a power of two; no dither. The caller subtracts the waveform's mean (Gong et al. 2021,
+    AST, whose front end SSAMBA's is).
+
+    Raises:
+      ValueError: fewer samples than a frame, a rate that 10 ms and 25 ms do not divide, num_mel_bins below 1.
+    """
+    if sample_rate_hz < 100 or sample_rate_hz % 200:
+        raise ValueError(f"sample_rate_hz={sample_rate_hz}: 5 ms must be a whole number of samples")
+    if num_mel_bins < 1:
+        raise ValueError(f"num_mel_bins={num_mel_bins}: must be at least 1")
+    waveform = jnp.asarray(waveform, jnp.float32)
+    samples, block = waveform.shape[-1], sample_rate_hz // 200
+    size, hop = 5 * block, 2 * block
+    if samples < size:
+        raise ValueError(f"{samples} samples are shorter than a frame of 25 ms, {size} samples at {sample_rate_hz} Hz")
+    count = 1 + (samples - size) // hop
+    # Slices of 5 ms blocks, where indexing would gather sample by sample.
+    blocks = waveform[..., : samples // block * block].reshape(*waveform.shape[:-1], -1, block)
+    framed = jnp.concatenate([blocks[..., i : i + 2 * count - 1 : 2, :] for i in range(5)], axis=-1)
+    framed = framed - framed.mean(-1, keepdims=True)
+    framed = framed - 0.97 * jnp.concatenate([framed[..., :1], framed[..., :-1]], axis=-1)
+    n_fft = 1 << (size - 1).bit_length()
+    spectrum = jnp.fft.rfft(framed * np.hanning(size).astype(np.float32), n_fft)[..., :-1]
+    power = spectrum.real**2 + spectrum.imag**2
+    bank = _kaldi_bank(sample_rate_hz, n_fft, num_mel_bins)
+    mel = jnp.matmul(power, bank, precision=jax.lax.Precision.HIGHEST)
+    return jnp.log(jnp.maximum(mel, _KALDI_FLOOR))
