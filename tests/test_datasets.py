@@ -578,6 +578,17 @@ def test_circor_annotation_under_the_name_without_a_number(circor: pathlib.Path)
     assert recordings["50782_MV_1"].annotations == ((0.0, 2.0, DIASTOLE),)
 
 
+def test_circor_folders_are_not_files(circor: pathlib.Path) -> None:
+    paths = [sorted((circor / "training_data").glob(f"*{suffix}"))[0] for suffix in (".hea", ".tsv")]
+    for path in paths:
+        path.unlink()
+        path.mkdir()
+    recordings, problems = datasets.load("circor", circor)
+    missing = [problem.path for problem in problems if problem.reason.startswith("missing: no such file")]
+    assert sorted(missing) == sorted(f"training_data/{path.name}" for path in paths)
+    assert recordings
+
+
 def test_circor_states(circor: pathlib.Path) -> None:
     recordings, _ = load("circor", circor)
     assert recordings["2530_AV"].annotations == (

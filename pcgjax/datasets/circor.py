@@ -50,7 +50,9 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     """
     source = pathlib.Path(os.path.abspath(source))
     folder = source / "training_data" if (source / "training_data").is_dir() else source
-    there = sorted(os.listdir(folder))  # one look at the folder instead of one a file
+    # One look at the folder instead of one a file.
+    with os.scandir(folder) as entries:
+        there = sorted(entry.name for entry in entries if entry.is_file())
     problems: list[Problem] = []
     table = _table(source, folder, problems)
     patients: dict[str, dict[str, str]] = {}
@@ -320,5 +322,8 @@ _COMMAS = bytes.maketrans(b"\t\n", b",,")
 
 def _bytes(path: pathlib.Path) -> bytes:
     """The file's bytes, without the layers of buffers and text that take longer than reading it."""
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except IsADirectoryError:
+        raise FileNotFoundError(path) from None

@@ -13,7 +13,8 @@ class CNN1D(nnx.Module):
     """Conv 16x5, ReLU, pool 2, conv 32x5, ReLU, pool 2, flatten, dense 64, ReLU, dense 1; convolutions unpadded.
 
     Convolutions are written as one matrix product each: XLA runs those at full speed inside the compiled epoch's
-    loop on every platform, which it does not for convolutions on CPU. `reference` is the textbook form.
+    loop on every platform, which it does not on CPU for the gradient of a convolution's kernel.
+    `reference` is the textbook form.
     """
 
     def __init__(
