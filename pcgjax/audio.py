@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
@@ -68,6 +69,36 @@ def read_steps(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
     if len(samples) < SHORTEST_S * rate_hz:
         raise AudioError(f"too short: {len(samples) / rate_hz:.3f} s, at least {SHORTEST_S} s is needed")
     return samples, rate_hz, channels
+
+
+def pieces(path: str | pathlib.Path, sample_rate_hz: int, piece_s: float = 10.0) -> Iterator[np.ndarray]:
+    """A file's first channel at another rate, float32 with full scale at 1, a piece at a time: for files of any length.
+
+    Raises:
+      AudioError: as `header`, and `not finite`, `too short`; with the last piece `silent`.
+    """
+    import soundfile
+    import soxr
+
+    rate_hz, frames, _ = header(path)
+    if frames < SHORTEST_S * rate_hz:
+        raise AudioError(f"too short: {frames / rate_hz:.3f} s, at least {SHORTEST_S} s is needed")
+    resample = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32", quality="HQ")
+    done, lowest, highest = 0, np.inf, -np.inf
+    try:
+        for block in soundfile.blocks(str(path), round(piece_s * rate_hz), dtype="float32", always_2d=True):
+            samples = np.ascontiguousarray(block[:, 0])
+            if not np.isfinite(samples).all():
+                raise AudioError(f"not finite: a sample after {done / rate_hz:.1f} s is NaN or infinite")
+            done += len(samples)
+            lowest, highest = min(lowest, samples.min()), max(highest, samples.max())
+            yield samples if rate_hz == sample_rate_hz else resample.resample_chunk(samples, last=done >= frames)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"truncated: {error.error_string}") from None
+    if done < frames:
+        raise AudioError(f"truncated: the header declares {frames} samples, {done} could be read")
+    if lowest == highest:
+        raise AudioError("silent: every sample has the same value")
 
 
 def _opened(path: str | pathlib.Path) -> BinaryIO:

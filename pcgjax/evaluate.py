@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 
-from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, sharding, tasks
+from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, segment, sharding, tasks
 from pcgjax.input_pipeline import Corpus
 
 FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -41,20 +41,20 @@ def make_predict(
     devices: int = 1,
     constrain: Callable = lambda batch: batch,
 ) -> Callable[[Any, Any], np.ndarray]:
-    """A function (params, rest) -> log p and log (1 - p), (n, 2) float32, of the recordings `indices`, in their order.
+    """A function (params, rest) -> `task.forward`'s answers, (n, 2 or 3) float32, of the recordings `indices`.
 
     `resident`: the whole corpus on the device, from `input_pipeline.block`; None to stream it.
     """
-    labels = np.zeros(len(corpus.rows), np.float32)
-    plan = input_pipeline.evaluation_plan(indices, corpus.lengths, task.geometry, batch, devices)
+    # A classifier does not look at them here.
+    labels = np.zeros(len(corpus.rows), np.float32) if task.classifies else task.labels(corpus)
+    width = 2 if task.classifies else len(tasks.Counts._fields)
+    plan = input_pipeline.evaluation_plan(indices, corpus.lengths, task.geometry, batch, devices, task.shapes)
 
     def forward(params, rest, batch, capacity, i):
         model = nnx.merge(graphdef, params, rest)
         keys = jax.random.split(jax.random.fold_in(key, i), batch["ids"].shape[0])
-        log_p, log_q = input_pipeline.each_group(
-            lambda b, k: task.forward(model, b, capacity, k), constrain(batch), keys
-        )
-        return jnp.stack([log_p, log_q], axis=-1)
+        answers = input_pipeline.each_group(lambda b, k: task.forward(model, b, capacity, k), constrain(batch), keys)
+        return jnp.stack(answers, axis=-1).astype(jnp.float32)
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options())
     def run(params, rest, data, ids, capacity, steps, done):
@@ -66,13 +66,13 @@ def make_predict(
             place, values = answered
             return out.at[place].set(values, mode="drop")
 
-        out = jnp.zeros((len(data["first"]), 2))
+        out = jnp.zeros((len(data["first"]), width))
         return input_pipeline.loop(data, ids, capacity, plan.capacities, task.geometry, answers, keep, out, 0, steps)
 
     def predict(params, rest):
         if resident is not None:
             return np.asarray(run(params, rest, resident, plan.ids, plan.capacity, len(plan.ids), 0))[indices]
-        out, done = np.zeros((len(corpus.rows), 2), np.float32), 0
+        out, done = np.zeros((len(corpus.rows), width), np.float32), 0
         for data, ids, capacity, steps in input_pipeline.stream(corpus, labels, plan, 0, len(plan.ids)):
             asked = plan.ids[done : done + steps]
             answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))
@@ -86,6 +86,16 @@ def make_predict(
 def cross_entropy(log_p: np.ndarray, labels: np.ndarray) -> float:
     """Mean binary cross-entropy from (n, 2) log p and log (1 - p)."""
     return float(-np.where(labels > 0, log_p[:, 0], log_p[:, 1]).mean())
+
+
+def validation_scores(task: tasks.Task, answers: np.ndarray, labels: np.ndarray, threshold: float) -> dict:
+    """What an epoch's validation line holds, from `make_predict`'s answers and the task's labels."""
+    if not task.classifies:
+        loss, correct, samples = answers.astype(np.float64).sum(0)
+        return {"loss": loss / max(samples, 1), "accuracy": correct / max(samples, 1)}
+    scores = metrics.binary(labels, np.exp(answers[:, 0]).clip(0, 1), threshold)
+    scores = {name: scores[name] for name in metrics.METRICS}
+    return scores | {"loss": cross_entropy(answers, labels), "threshold": threshold}
 
 
 def judge(corpus: Corpus, indices: np.ndarray, labels: np.ndarray, log_p: np.ndarray, config) -> dict:
@@ -123,7 +133,7 @@ def table(corpus: Corpus, indices: np.ndarray, labels: np.ndarray, log_p: np.nda
 
 def write_table(rows: list[dict], out: pathlib.Path) -> None:
     with files.replacing(out) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -169,8 +179,12 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
     """
     began = time.monotonic()
     config, task, graphdef, params, rest, sample_rate_hz = load_model(workdir)
-    target = target or config.task.target
     recordings, problems = datasets.load(dataset, source)
+    if config.task.name == "segmenter":
+        if target:
+            raise ValueError(f"--target={target}: a segmenter is judged by annotations; leave --target out")
+        return _evaluate_segmenter(workdir, dataset, source, out, recordings, problems, began)
+    target = target or config.task.target
     labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
     if not labelled:
         raise datasets.DatasetError(f"{source}: no recording has the label {target!r}; choose another --target")
@@ -200,8 +214,39 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
     return scores
 
 
-def summary(scores: dict) -> str:
-    """The main figures, for a terminal."""
+def _evaluate_segmenter(workdir, dataset, source, out, recordings, problems, began) -> dict:
+    model = segment.load(workdir)
+    annotated = [r for r in recordings if any(start < end for start, end, _ in r.annotations)]
+    if not annotated:
+        raise datasets.DatasetError(
+            f"{source}: none of the {len(recordings)} recordings has annotated states to judge a segmenter by"
+        )
+    corpus, undecoded = decode(annotated, model.sample_rate_hz)
+    if not corpus.rows:
+        raise datasets.DatasetError(f"{source}: none of the {len(annotated)} annotated recordings could be decoded")
+    judged, rows, _ = segment.judge(model, corpus, np.arange(len(corpus.rows)), dataset)
+    scores = {
+        "segmentation": judged,
+        "dataset": dataset,
+        "source": str(source),
+        "workdir": str(workdir),
+        "target": model.config.task.frames,
+        "without_annotation": len(recordings) - len(annotated),
+        "problems": [dataclasses.asdict(problem) for problem in problems + undecoded],
+        "wall_s": time.monotonic() - began,
+    }
+    files.write_text(pathlib.Path(out), json.dumps(scores, indent=1))
+    write_table(rows, pathlib.Path(out).with_suffix(".csv"))
+    return scores
+
+
+def summary(results: dict) -> str:
+    """The main figures of metrics.json, for a terminal."""
+    if "segmentation" in results:
+        return segment.summary(results["segmentation"])
+    scores = results["test"]
+    if "overall" not in scores:
+        return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
     def line(name, s):
         def cell(key):
@@ -226,7 +271,7 @@ def main(argv: list[str]) -> None:
     scores = evaluate(FLAGS.workdir, FLAGS.dataset, FLAGS.source, FLAGS.out, FLAGS.target)
     for problem in scores["problems"]:
         logging.warning("left out: %s: %s", problem["path"], problem["reason"])
-    print(summary(scores))
+    print(summary(scores if "segmentation" in scores else {"test": scores}))
     print(f"wrote {FLAGS.out} and {pathlib.Path(FLAGS.out).with_suffix('.csv')}")
 
 

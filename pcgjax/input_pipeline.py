@@ -7,6 +7,7 @@ every shape compiled once. Arrays lead with G, the device groups: a recording is
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -39,13 +40,34 @@ class Corpus:
         return int(self.lengths.sum()) * 2
 
 
-def from_prepared(folder: str | pathlib.Path) -> Corpus:
-    """The corpus that `prepare` wrote to `folder`."""
+def from_prepared(folders: str | pathlib.Path) -> Corpus:
+    """The corpus that `prepare` wrote to a folder, or to several of one rate, named with commas between them.
+
+    Raises:
+      ValueError: folders of different rates, or a recording that two of them hold.
+    """
     from pcgjax import prepare
 
-    manifest, rows = prepare.read_rows(folder)
-    lengths = np.array([row["num_samples"] for row in rows], np.int32)
-    return Corpus(rows, manifest["parameters"]["sample_rate_hz"], lengths, prepare.open_records(folder, rows))
+    corpora = []
+    for folder in map(str.strip, str(folders).split(",")):
+        manifest, rows = prepare.read_rows(folder)
+        lengths = np.array([row["num_samples"] for row in rows], np.int32)
+        rate_hz = manifest["parameters"]["sample_rate_hz"]
+        corpora.append(Corpus(rows, rate_hz, lengths, prepare.open_records(folder, rows)))
+    if len(rates := sorted({c.sample_rate_hz for c in corpora})) > 1:
+        raise ValueError(f"data.prepared={folders}: prepared at different rates, {rates} Hz; prepare both at one")
+    if len(corpora) == 1:
+        return corpora[0]
+    rows = [row for c in corpora for row in c.rows]
+    if twice := [id for id, count in collections.Counter(row["id"] for row in rows).items() if count > 1]:
+        raise ValueError(f"data.prepared={folders}: recording {twice[0]} is in two of these folders")
+    ends = np.cumsum([len(c.rows) for c in corpora])
+
+    def read(index: int) -> np.ndarray:
+        which = int(np.searchsorted(ends, index, side="right"))
+        return corpora[which].read(index - int(ends[which] - len(corpora[which].rows)))
+
+    return Corpus(rows, rates[0], np.concatenate([c.lengths for c in corpora]), read)
 
 
 def in_memory(rows: list[dict], samples: Sequence[np.ndarray], sample_rate_hz: int) -> Corpus:
@@ -158,7 +180,9 @@ def plan(order: np.ndarray, lengths: np.ndarray, geometry: Geometry, capacities:
     return Plan(order, np.searchsorted(capacities, needed).astype(np.int32), capacities)
 
 
-def evaluation_plan(indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1) -> Plan:
+def evaluation_plan(
+    indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1, shapes: int = 6
+) -> Plan:
     """Every recording once, sorted by length so that batches are even."""
     batch = -(-min(batch, max(len(indices), 1)) // devices) * devices
     ordered = indices[np.argsort(lengths[indices], kind="stable")]
@@ -167,7 +191,7 @@ def evaluation_plan(indices: np.ndarray, lengths: np.ndarray, geometry: Geometry
     padded[: len(ordered)] = ordered
     # Dealt out in turn, so that the devices' shares of a batch are alike.
     order = padded.reshape(steps, batch // devices, devices).swapaxes(1, 2)
-    capacities = choose_capacities(batch_units(order, lengths, geometry), most=6)
+    capacities = choose_capacities(batch_units(order, lengths, geometry), most=min(shapes, 6))
     return plan(order, lengths, geometry, capacities)
 
 
@@ -188,7 +212,7 @@ def order_digest(corpus: Corpus, **facts) -> str:
     return hashlib.sha256(json.dumps([content, facts], sort_keys=True, default=str).encode()).hexdigest()
 
 
-# --- batches: dictionaries of samples (G, M, ALIGN) int16, lengths, labels (G, R) and ids (G, R) -------------------
+# --- batches: dictionaries of samples (G, M, ALIGN) int16, lengths (G, R), labels (G, R, ...) and ids (G, R) ----------
 
 
 def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geometry: Geometry) -> dict:
@@ -204,7 +228,7 @@ def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geo
     return {
         "samples": buffer.reshape(groups, -1, ALIGN),
         "lengths": used,
-        "labels": np.where(ids >= 0, labels[ids], 0).astype(np.float32),
+        "labels": np.where((ids >= 0).reshape(ids.shape + (1,) * (labels.ndim - 1)), labels[ids], 0),
         "ids": ids,
     }
 
@@ -225,7 +249,7 @@ def block(corpus: Corpus, labels: np.ndarray, indices: Any, rows: int = 0, place
         "samples": samples,
         "first": np.pad(first[:-1], fill),
         "lengths": np.pad(lengths, fill),
-        "labels": np.pad(labels[indices], fill),
+        "labels": np.pad(labels[indices], [fill] + [(0, 0)] * (labels.ndim - 1)),
     }
 
 
@@ -245,7 +269,7 @@ def gather(data: dict, ids: jax.Array, capacity: int, geometry: Geometry) -> dic
     return {
         "samples": data["samples"][jax.vmap(rows_of)(ids, lengths)],
         "lengths": lengths,
-        "labels": jnp.where(ids >= 0, data["labels"][ids], 0),
+        "labels": jnp.where((ids >= 0).reshape(ids.shape + (1,) * (data["labels"].ndim - 1)), data["labels"][ids], 0),
         "ids": ids,
     }
 

@@ -18,7 +18,7 @@ METRICS = (
     "accuracy", "auc", "auprc", "precision", "recall", "f1", "sensitivity", "specificity", "mean_accuracy", "brier",
 )  # fmt: skip
 _CHUNK = 2**21  # resamples x recordings held at once: 16 MB an array
-_LEVEL = 0.95
+LEVEL = 0.95
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -38,9 +38,9 @@ def weighted_murmur_accuracy(labels: ArrayLike, outputs: ArrayLike) -> float:
       ValueError: another shape, or values other than 0 and 1.
     """
     labels, outputs = _one_hot("labels", labels, 3), _one_hot("outputs", outputs, 3)
-    _same_length(labels=labels, outputs=outputs)
+    same_length(labels=labels, outputs=outputs)
     weight = np.array([5.0, 3.0, 1.0])
-    return float(_ratio(((labels & outputs).sum(0) * weight).sum(), (labels.sum(0) * weight).sum()))
+    return float(ratio(((labels & outputs).sum(0) * weight).sum(), (labels.sum(0) * weight).sum()))
 
 
 def challenge_cost(outcomes: ArrayLike, outputs: ArrayLike) -> float:
@@ -55,7 +55,7 @@ def challenge_cost(outcomes: ArrayLike, outputs: ArrayLike) -> float:
       ValueError: another shape, or values other than 0 and 1.
     """
     outcomes, outputs = _one_hot("outcomes", outcomes, 2), _one_hot("outputs", outputs, 2)
-    _same_length(outcomes=outcomes, outputs=outputs)
+    same_length(outcomes=outcomes, outputs=outputs)
     if not len(outcomes):
         return float("nan")
     abnormal, referred = outcomes[:, 0], outputs[:, 0]
@@ -72,10 +72,10 @@ def mean_accuracy(labels: ArrayLike, decisions: ArrayLike) -> float:
       ValueError: another shape, or values other than 0 and 1.
     """
     labels, decisions = _zero_one("labels", labels), _zero_one("decisions", decisions)
-    _same_length(labels=labels, decisions=decisions)
+    same_length(labels=labels, decisions=decisions)
     tp, fn = (labels & decisions).sum(), (labels & ~decisions).sum()
     tn, fp = (~labels & ~decisions).sum(), (~labels & decisions).sum()
-    return float((_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2)
+    return float((ratio(tp, tp + fn) + ratio(tn, tn + fp)) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -117,17 +117,17 @@ def _weighted_chunk(y: np.ndarray, p: np.ndarray, w: np.ndarray, threshold: floa
     d = p >= threshold
     tp, fp, fn, tn = (w @ cell.astype(np.float64) for cell in (y & d, ~y & d, y & ~d, ~y & ~d))
     total, positive, negative = tp + fp + fn + tn, tp + fn, fp + tn
-    sensitivity, specificity = _ratio(tp, positive), _ratio(tn, negative)
+    sensitivity, specificity = ratio(tp, positive), ratio(tn, negative)
     return {
-        "accuracy": _ratio(tp + tn, total),
+        "accuracy": ratio(tp + tn, total),
         **_ranking(y, p, w),
-        "precision": _ratio(tp, tp + fp),
+        "precision": ratio(tp, tp + fp),
         "recall": sensitivity,
-        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
         "sensitivity": sensitivity,
         "specificity": specificity,
         "mean_accuracy": (sensitivity + specificity) / 2,
-        "brier": _ratio(w @ (p - y) ** 2, total),
+        "brier": ratio(w @ (p - y) ** 2, total),
         "tp": tp, "fp": fp, "fn": fn, "tn": tn,
     }  # fmt: skip
 
@@ -149,8 +149,8 @@ def _ranking(y: np.ndarray, p: np.ndarray, w: np.ndarray) -> dict[str, np.ndarra
     with np.errstate(divide="ignore", invalid="ignore"):
         precision_RxG = np.where(called_RxG > 0, above_RxG / called_RxG, 0.0)
     return {
-        "auc": _ratio(pairs, positive * negative),
-        "auprc": _ratio((positive_RxG * precision_RxG).sum(1), positive),
+        "auc": ratio(pairs, positive * negative),
+        "auprc": ratio((positive_RxG * precision_RxG).sum(1), positive),
     }
 
 
@@ -160,14 +160,14 @@ def class_report(labels: ArrayLike, decisions: ArrayLike) -> dict[str, dict[str,
     Returns: {"normal" | "abnormal" | "mean": {"precision", "recall", "f1", "support"}}.
     """
     labels, decisions = _zero_one("labels", labels), _zero_one("decisions", decisions)
-    _same_length(labels=labels, decisions=decisions)
+    same_length(labels=labels, decisions=decisions)
     report = {}
     for name, y, d in (("normal", ~labels, ~decisions), ("abnormal", labels, decisions)):
         hit = (y & d).sum()
         report[name] = {
-            "precision": float(_ratio(hit, d.sum())),
-            "recall": float(_ratio(hit, y.sum())),
-            "f1": float(_ratio(2 * hit, d.sum() + y.sum())),
+            "precision": float(ratio(hit, d.sum())),
+            "recall": float(ratio(hit, y.sum())),
+            "f1": float(ratio(2 * hit, d.sum() + y.sum())),
             "support": int(y.sum()),
         }
     both = [report["normal"], report["abnormal"]]
@@ -181,15 +181,15 @@ def roc_curve(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, 
     NaN where the class is absent.
     """
     tp, fp, threshold, y = _counts_down(labels, probabilities)
-    return _ratio(fp, (~y).sum()), _ratio(tp, y.sum()), threshold
+    return ratio(fp, (~y).sum()), ratio(tp, y.sum()), threshold
 
 
 def pr_curve(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(recall, precision, threshold), each (G + 1,), recall rising; begins at (0, 1) as is the convention."""
     tp, fp, threshold, y = _counts_down(labels, probabilities)
-    precision = _ratio(tp, tp + fp)
+    precision = ratio(tp, tp + fp)
     precision[0] = 1.0
-    return _ratio(tp, y.sum()), precision, threshold
+    return ratio(tp, y.sum()), precision, threshold
 
 
 def _counts_down(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, ...]:
@@ -210,13 +210,13 @@ def calibration(labels: ArrayLike, probabilities: ArrayLike, bins: int = 10) -> 
     y, p = _scored(labels, probabilities)
     which = np.minimum((p * bins).astype(int), bins - 1)
     count, mass, hits = (np.bincount(which, weights=v, minlength=bins) for v in (np.ones(len(p)), p, y))
-    mean, share = _ratio(mass, count), _ratio(hits, count)
+    mean, share = ratio(mass, count), ratio(hits, count)
     rows = [
         {"low": b / bins, "high": (b + 1) / bins, "recordings": int(count[b]),
          "mean_probability": float(mean[b]), "share_abnormal": float(share[b])}
         for b in range(bins)
     ]  # fmt: skip
-    return {"ece": float(_ratio(np.abs(hits - mass).sum(), len(p))), "bins": rows}
+    return {"ece": float(ratio(np.abs(hits - mass).sum(), len(p))), "bins": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def judge(
     y, p = _scored(labels, probabilities)
     pairs = _pairs(persons, databases)
     words = np.asarray(classes, dtype=str)
-    _same_length(labels=y, persons=pairs, classes=words)
+    same_length(labels=y, persons=pairs, classes=words)
     if not len(y):
         raise ValueError("labels: no recordings to judge")
     if not 0 <= threshold <= 1:
@@ -300,7 +300,7 @@ def judge(
         # One person drawn again and again would give an interval of no width: no interval then.
         value, drawn = _values_and_draws(y[own], p[own], weights[: resamples if people > 1 else 0, own], threshold)
         per_database[str(database)] = {
-            **{k: _with_interval(value[k], drawn[k]) for k in METRICS},
+            **{k: with_interval(value[k], drawn[k]) for k in METRICS},
             "recordings": int(own.sum()),
             "people": people,
             "positives": int(y[own].sum()),
@@ -323,11 +323,11 @@ def judge(
     }
     # A constant answer is a decision, not a probability: at any threshold "all normal" stays all normal.
     cut = {name: threshold if name == "database_prior" else 0.5 for name in trivial}
-    return _json_ready(
+    return json_ready(
         {
-            "overall": {k: _with_interval(value[k], drawn[k]) for k in METRICS},
+            "overall": {k: with_interval(value[k], drawn[k]) for k in METRICS},
             "counts": {k: int(value[k]) for k in ("tp", "fp", "fn", "tn")},
-            "mean_database_auc": {**_with_interval(mean_auc, drawn_mean_auc), "databases": len(auc)},
+            "mean_database_auc": {**with_interval(mean_auc, drawn_mean_auc), "databases": len(auc)},
             "per_database": per_database,
             "per_class": {
                 str(word): {
@@ -346,7 +346,7 @@ def judge(
             "recordings": len(y),
             "people": people,
             "threshold": float(threshold),
-            "intervals": {"level": _LEVEL, "resamples": resamples, "seed": seed,
+            "intervals": {"level": LEVEL, "resamples": resamples, "seed": seed,
                           "unit": "people, stratified by database"},
         }
     )  # fmt: skip
@@ -359,21 +359,21 @@ def _values_and_draws(
     return {k: float(v[0]) for k, v in scores.items()}, {k: v[1:] for k, v in scores.items()}
 
 
-def _with_interval(value: float, drawn: ArrayLike) -> dict[str, float]:
+def with_interval(value: float, drawn: ArrayLike) -> dict[str, float]:
     drawn = np.asarray(drawn, np.float64)
     defined = drawn[np.isfinite(drawn)]
     if np.isnan(value) or not len(drawn) or len(defined) < len(drawn) / 2:
         low, high = float("nan"), float("nan")
     else:
-        low, high = np.quantile(defined, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+        low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _json_ready(v) for k, v in value.items()}
+        return {k: json_ready(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_json_ready(v) for v in value]
+        return [json_ready(v) for v in value]
     if isinstance(value, float):  # np.float64 too
         return float(value) if np.isfinite(value) else None
     return value
@@ -384,7 +384,7 @@ def _json_ready(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+def ratio(numerator: Any, denominator: Any) -> np.ndarray:
     """numerator / denominator, NaN where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.asarray(denominator) > 0, np.asarray(numerator) / denominator, np.nan)
@@ -420,11 +420,11 @@ def _scored(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np
 
 def _pairs(persons: ArrayLike, databases: ArrayLike) -> np.ndarray:
     """(n, 2) text: database, person."""
-    _same_length(persons=persons, databases=databases)
+    same_length(persons=persons, databases=databases)
     return np.stack([np.asarray(databases, dtype=str), np.asarray(persons, dtype=str)], axis=-1)
 
 
-def _same_length(**arrays: Any) -> None:
+def same_length(**arrays: Any) -> None:
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError("lengths differ: " + ", ".join(f"{name} {length}" for name, length in lengths.items()))

@@ -7,18 +7,19 @@ import ml_collections
 import optax
 
 
-def make(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """`config`: name (sgd or adam), learning_rate, momentum (sgd), frozen (top-level parameter groups that stay).
+def make(config: ml_collections.ConfigDict, steps: int = 0) -> optax.GradientTransformation:
+    """`config`: name (sgd, adam or adamw), learning_rate, momentum (sgd), weight_decay (adamw, of matrices only),
+    schedule (constant, or cosine: from warmup_steps on down to 0 at `steps`, the last one), clip_norm (of the gradient;
+    0: none), frozen (top-level parameter groups that stay). What a config leaves out is off.
 
     Raises:
-      ValueError: an unknown name, a learning rate that is not positive, or a momentum outside [0, 1); on `init`, a
-        frozen group that the model does not have.
+      ValueError: an unknown name, or a number outside its range; on `init`, a frozen group that the model has not.
     """
     if not config.learning_rate > 0:
         raise ValueError(f"optimizer.learning_rate={config.learning_rate}: must be above 0")
     frozen = tuple(config.get("frozen", ()))
     if not frozen:
-        return _update(config)
+        return _update(config, steps)
 
     def kinds(params):
         groups = {path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(params)}
@@ -29,14 +30,36 @@ def make(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
             lambda path, _: "frozen" if path[0].key in frozen else "trained", params
         )
 
-    return optax.multi_transform({"trained": _update(config), "frozen": optax.set_to_zero()}, kinds)
+    return optax.multi_transform({"trained": _update(config, steps), "frozen": optax.set_to_zero()}, kinds)
 
 
-def _update(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def _update(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    rate, clip_norm = _schedule(config, steps), config.get("clip_norm", 0.0)
+    if clip_norm < 0:
+        raise ValueError(f"optimizer.clip_norm={clip_norm}: must be at least 0")
     if config.name == "sgd":
         if not 0 <= config.momentum < 1:
             raise ValueError(f"optimizer.momentum={config.momentum}: must be at least 0 and below 1")
-        return optax.sgd(config.learning_rate, momentum=config.momentum or None)
-    if config.name == "adam":
-        return optax.adam(config.learning_rate)
-    raise ValueError(f"optimizer.name={config.name!r}: choose sgd or adam")
+        update = optax.sgd(rate, momentum=config.momentum or None)
+    elif config.name == "adam":
+        update = optax.adam(rate)
+    elif config.name == "adamw":
+        if config.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={config.weight_decay}: must be at least 0")
+        update = optax.adamw(
+            rate, weight_decay=config.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+        )
+    else:
+        raise ValueError(f"optimizer.name={config.name!r}: choose sgd, adam or adamw")
+    return optax.chain(optax.clip_by_global_norm(clip_norm), update) if clip_norm else update
+
+
+def _schedule(config: ml_collections.ConfigDict, steps: int) -> optax.ScalarOrSchedule:
+    name, warmup = config.get("schedule", "constant"), config.get("warmup_steps", 0)
+    if name == "constant":
+        return config.learning_rate
+    if name != "cosine":
+        raise ValueError(f"optimizer.schedule={name!r}: choose constant or cosine")
+    if not 0 <= warmup < steps:
+        raise ValueError(f"optimizer.warmup_steps={warmup}: must be at least 0 and below the {steps} steps of the run")
+    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)

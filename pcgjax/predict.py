@@ -1,18 +1,25 @@
-"""A probability and a decision for each audio file.
+"""A probability and a decision for each audio file; of a segmenter, its states.
 
-python -m pcgjax.predict --workdir=runs/cnn --out=answers.csv a.wav b.flac
+    python -m pcgjax.predict --workdir=runs/cnn --out=answers.csv a.wav b.flac
+    python -m pcgjax.predict --workdir=runs/segmenter_small --out=a.tsv a.wav
+    python -m pcgjax.predict --workdir=runs/segmenter_small --out=answers.csv a.wav b.flac
+
+A segmenter writes CirCor's .tsv (start and end in seconds, state: 1 S1, 2 systole, 3 S2, 4 diastole; for a binary
+target 1 where it holds, else 0): one file to --out, or one a recording beside --out, which lists them with their
+heart rates.
 """
 
 from __future__ import annotations
 
-import csv
 import pathlib
 
 import jax
 import numpy as np
+import tqdm
 from absl import app, flags, logging
 
-from pcgjax import audio, datasets, evaluate, files
+from pcgjax import audio, datasets, evaluate, files, segment, segmentation
+from pcgjax.datasets import S1
 
 
 def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
@@ -21,6 +28,10 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     A file that cannot be used has an error and no probability.
     """
     config, task, graphdef, params, rest, sample_rate_hz = evaluate.load_model(workdir)
+    if config.task.name == "segmenter":
+        return predict_states(workdir, paths, out)
+    if not task.classifies:
+        raise ValueError(f"{workdir}: a model of task {config.task.name!r} decides nothing about a recording")
     rows: list[dict] = [{"path": path, "probability": "", "decision": "", "error": ""} for path in paths]
     recordings = []
     for i, path in enumerate(paths):
@@ -43,10 +54,49 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
             probability = float(np.exp(answer[0]))
             decision = int(probability >= config.evaluation.threshold)
             rows[int(row["id"])] |= {"probability": f"{probability:.9g}", "decision": decision}
-    with files.replacing(pathlib.Path(out)) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    evaluate.write_table(rows, pathlib.Path(out))
+    return rows
+
+
+def predict_states(workdir: str, paths: list[str], out: str) -> list[dict]:
+    """Writes a segmenter's .tsv for each file, read a piece at a time, and returns rows of path, tsv, heart_rate_bpm
+    and error, which `out` holds unless it is itself the .tsv of the only file.
+
+    Raises:
+      ValueError: two files would have the same .tsv, or one is there already beside its recording, whose annotation
+        it may be.
+    """
+    model = segment.load(workdir)
+    target = pathlib.Path(out)
+    tsvs = [target if target.suffix == ".tsv" else target.parent / f"{pathlib.Path(path).stem}.tsv" for path in paths]
+    if len(set(tsvs)) < len(tsvs):
+        twice = next(tsv for tsv in tsvs if tsvs.count(tsv) > 1)
+        raise ValueError(f"{twice}: several files would be written there; give --out=FILE.csv and files of other names")
+    for path, tsv in zip(paths, tsvs, strict=True):
+        if tsv.exists() and tsv.resolve() == pathlib.Path(path).resolve().with_suffix(".tsv"):
+            raise ValueError(f"{tsv}: is there already, beside its recording; give --out in another folder")
+    rows: list[dict] = []
+    for path, tsv in zip(paths, tsvs, strict=True):
+        row = {"path": path, "tsv": "", "heart_rate_bpm": "", "error": ""}
+        rows.append(row)
+        try:
+            rate_hz, samples, _ = audio.header(path)
+            pieces = tqdm.tqdm(
+                audio.pieces(path, model.sample_rate_hz), desc=pathlib.Path(path).name, unit="piece",
+                total=-(-samples // (10 * rate_hz)), disable=None, leave=False, mininterval=1.0,
+            )  # fmt: skip
+            [scores] = model.frame_scores([pieces])
+        except (audio.AudioError, OSError) as error:
+            row["error"] = str(error)
+            continue
+        spans = segmentation.spans(model.decide(scores), model.step_s, samples / rate_hz)
+        segmentation.write_tsv(spans, tsv)
+        row["tsv"] = str(tsv)
+        onsets = np.array([start for start, _, state in spans if state == S1])
+        if model.config.task.frames == "states" and len(onsets) > 1:
+            row["heart_rate_bpm"] = f"{60 / np.median(np.diff(onsets)):.1f}"
+    if target.suffix != ".tsv":
+        evaluate.write_table(rows, target)
     return rows
 
 
@@ -63,5 +113,5 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "A folder that pcgjax.train wrote.", required=True)
-    flags.DEFINE_string("out", None, "The CSV file to write.", required=True)
+    flags.DEFINE_string("out", None, "The CSV file to write; of a segmenter also a .tsv, for one file.", required=True)
     files.run(main)

@@ -671,7 +671,9 @@ def summary(manifest: dict[str, Any]) -> str:
             for label, values in of["labels"].items()
             if set(values) != {"not said"}
         ]
-        text.append(f"{name}: {of['recordings']} recordings, {people}, {of['hours']:.2f} h, {', '.join(said)}")
+        text.append(
+            f"{name}: {of['recordings']} recordings, {people}, {of['hours']:.2f} h, {', '.join(said) or 'no labels'}"
+        )
     if counts["several_channels"]:
         text.append(f"{counts['several_channels']} recordings have several channels: the first is used")
     if manifest["problems"]:

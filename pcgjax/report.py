@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from pcgjax import files, metrics, page
-from pcgjax.page import BLUE, INK, MUTED, ORANGE, PURPLE, SERIES, TEAL
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE
+from pcgjax.page import BLUE, INK, LINE, MUTED, ORANGE, PURPLE, SERIES, TEAL
 
 # The CNN paper's Table 1 (Lamperti), for `compare`. 301 recordings are the size of the Challenge's `validation`
 # folder, whose files are copies of training recordings.
@@ -35,13 +36,28 @@ WORDS = {
     "mean_accuracy": "MAcc", "accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1",
     "sensitivity": "Sensitivity", "specificity": "Specificity", "brier": "Brier score",
     "all_abnormal": "always abnormal", "all_normal": "always normal", "majority": "the commoner class",
-    "database_prior": "the database alone",
+    "database_prior": "the database alone", "metronome": "a metronome",
+    "onset_f1_60ms": "Onset F1 (60 ms)", "onset_f1_100ms": "Onset F1 (100 ms)", "frame_accuracy": "Frame accuracy",
+    "S1_onset_f1_60ms": "S1 onset F1 (60 ms)", "S2_onset_f1_60ms": "S2 onset F1 (60 ms)",
 }  # fmt: skip
+SEGMENTATION_HEADLINE = ("onset_f1_60ms", "frame_accuracy", "S1_onset_f1_60ms", "S2_onset_f1_60ms")
+# What else is told of a segmenter, in a table only: comparisons of runs show WORDS.
+SEGMENTATION_WORDS = {
+    "onset_recall_60ms": "Onset recall (60 ms)", "onset_precision_60ms": "Onset precision (60 ms)",
+    "onset_f1_60ms_by_recording": "Onset F1 (60 ms), mean over recordings",
+    "frame_accuracy_by_recording": "Frame accuracy, mean over recordings",
+    **{f"f1_{name}": f"F1 of {name} over frames" for name in ("S1", "systole", "S2", "diastole")},
+    "f1_mean": "Mean of the four", "cycle_error_ms": "Error of a cycle's length (ms)",
+    "heart_rate_error": "Error of the heart rate (beats/min)",
+}  # fmt: skip
+STATE_COLOURS = {"S1": (S1, BLUE), "systole": (SYSTOLE, TEAL), "S2": (S2, ORANGE), "diastole": (DIASTOLE, LINE)}
 HEADLINE = ("mean_database_auc", "auc", "mean_accuracy", "f1", "accuracy", "auprc", "sensitivity", "specificity")
 PAPER_METRICS = ("accuracy", "auc", "precision", "recall", "f1")
 PREDICTION_FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
 DECISIONS = ("normal", "abnormal")
+EXAMPLE_FIELDS = ("id", "samples", "sample_rate_hz", "truth", "predicted", "score")
 _SHOWN_S = 5.0  # of an example: some five heartbeats
+_SHOWN_SEGMENTED_S = 8.0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -58,6 +74,10 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     (bool) says whether people of the test set were kept out of training; of "system", `command` is how to run it
     again. Only metrics.json must be there: what else is missing is left out with a sentence.
 
+    A segmenter's metrics.json has instead of "test" an object "segmentation": {"test", "metronome", optionally
+    "validation" and other answers' names: what `segmentation.summarise` returns; "recordings", "people"; optionally
+    "intervals", as of `metrics.judge`}; its examples are in segments.npz, of `save_examples`.
+
     Raises:
       ValueError: metrics.json is missing or any of the files is damaged, naming file, line or field, and fix.
     """
@@ -65,6 +85,13 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     results = _results(workdir / "metrics.json")
     config = _json(workdir / "config.json") if (workdir / "config.json").exists() else None
     history = _history(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else None
+    path = workdir / "report.html"
+    if "segmentation" in results:
+        segmented = _segmented(workdir / "segments.npz") if (workdir / "segments.npz").exists() else None
+        sections = _segmentation_sections(results, segmented)
+        sections += [("training", "Training", _training(history)), ("setup", "Setup", _setup(results, config))]
+        files.write_text(path, page.document(f"Run {workdir.resolve().name}", _subtitle(results["test"]), sections))
+        return path
     rows = _predictions(workdir / "predictions.csv") if (workdir / "predictions.csv").exists() else None
     test_rows = [row for row in rows or [] if row["split"] == "test"]
     test = results["test"]
@@ -85,14 +112,31 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         ("examples", "The surest answers", _example_figures(examples)),
         ("setup", "Setup", _setup(results, config)),
     ]
-    counts = [
-        page.count(test.get("recordings"), "test recording"),
-        page.count(test.get("people"), "person", "people"),
-        page.count(len(test.get("per_database") or ()) or None, "database"),
-    ]
-    subtitle = " · ".join(filter(None, counts))
-    path = workdir / "report.html"
-    files.write_text(path, page.document(f"Run {workdir.resolve().name}", subtitle, sections))
+    files.write_text(path, page.document(f"Run {workdir.resolve().name}", _subtitle(test), sections))
+    return path
+
+
+def save_examples(workdir: str | pathlib.Path, examples: Sequence[Mapping[str, Any]]) -> pathlib.Path:
+    """Writes `workdir/segments.npz`, what `write` draws of a segmenter's recordings, and returns its path.
+
+    Args: examples: of each recording `id`; `samples` (n,); `sample_rate_hz`; `truth` and `predicted`, spans
+      (start_s, end_s, state) as of `segmentation.spans`; `score`, as of `segmentation.rates`.
+    Raises:
+      ValueError: a field is missing.
+    """
+    told: list[dict[str, Any]] = []
+    arrays: dict[str, Any] = {}
+    for i, example in enumerate(examples):
+        for field in EXAMPLE_FIELDS:
+            if field not in example:
+                raise ValueError(f"examples[{i}]: no field {field!r}")
+        arrays[f"samples_{i}"] = np.asarray(example["samples"], np.float32)
+        score = {name: page.finite(value) for name, value in example["score"].items()}
+        bands = {name: [list(span) for span in example[name]] for name in ("truth", "predicted")}
+        told.append({"id": example["id"], "sample_rate_hz": float(example["sample_rate_hz"]), "score": score, **bands})
+    path = pathlib.Path(workdir) / "segments.npz"
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, examples=np.array(json.dumps(told)), **arrays)
     return path
 
 
@@ -208,6 +252,16 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 def _results(path: pathlib.Path) -> dict[str, Any]:
     results = _json(path)
+    segmentation = results.get("segmentation")
+    if segmentation is not None:
+        beside = "always" if isinstance(segmentation, dict) and "always" in segmentation else "metronome"
+        for name in ("test", beside):
+            if not isinstance(segmentation, dict) or not isinstance(segmentation.get(name), dict):
+                raise ValueError(f"{path}: no object `{name}` in `segmentation`; let train end, or evaluate again")
+        values = {name: page.finite(value) for name, value in segmentation[beside].items()}
+        trivial = {name: value for name, value in values.items() if value is not None}
+        rest = {k: v for k, v in segmentation.items() if k == "intervals" or not isinstance(v, dict)}
+        results["test"] = {**rest, "overall": segmentation["test"], "trivial": {beside: trivial}}
     if not isinstance(results.get("test"), dict):
         raise ValueError(f"{path}: no object `test`; a finished run has one: let train end, or evaluate again")
     return results
@@ -284,6 +338,32 @@ def _examples(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list[dic
     return found
 
 
+def _segmented(path: pathlib.Path) -> list[dict[str, Any]]:
+    """What `save_examples` wrote, the best first."""
+    fix = "delete the file to leave the examples out, or write it again with train"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        told = json.loads(str(arrays["examples"]))
+        found = [{**example, "samples": arrays[f"samples_{i}"]} for i, example in enumerate(told)]
+    except Exception as error:  # numpy and zipfile raise half a dozen kinds
+        raise ValueError(f"{path}: not a readable .npz of segmented recordings ({error}); {fix}") from None
+    for example in found:
+        lacking = [field for field in EXAMPLE_FIELDS if field not in example]
+        if lacking:
+            raise ValueError(f"{path}: an example has no {', '.join(lacking)}; {fix}")
+        samples = example["samples"]
+        if samples.ndim != 1 or len(samples) < 2 or not np.isfinite(samples).all():
+            raise ValueError(f"{path}, {example['id']}: need (n,) finite samples, found shape {samples.shape}; {fix}")
+        if not example["sample_rate_hz"] > 0:
+            raise ValueError(f"{path}, {example['id']}, sample_rate_hz: need a positive number; {fix}")
+
+    def worth(example: Mapping[str, Any]) -> list[float]:
+        return [page.finite(example["score"].get(m)) or 0.0 for m in SEGMENTATION_HEADLINE[:2]]
+
+    return sorted(found, key=worth, reverse=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Sections of a run's page
 # ---------------------------------------------------------------------------------------------------------------
@@ -313,10 +393,19 @@ def _best_trivial(test: Mapping[str, Any], metric: str) -> tuple[str, float] | N
     return WORDS.get(best, best), scores[best]
 
 
-def _headline(test: Mapping[str, Any]) -> str:
+def _subtitle(test: Mapping[str, Any]) -> str:
+    counts = [
+        page.count(test.get("recordings"), "test recording"),
+        page.count(test.get("people"), "person", "people"),
+        page.count(len(test.get("per_database") or ()) or None, "database"),
+    ]
+    return " · ".join(filter(None, counts))
+
+
+def _headline(test: Mapping[str, Any], shown: Sequence[str] = HEADLINE) -> str:
     overall = _overall(test)
     cards = []
-    for metric in [m for m in HEADLINE if m in overall] or list(overall)[:8]:
+    for metric in [m for m in shown if m in overall] or list(overall)[:8]:
         value, low, high = (page.finite(overall[metric], key) for key in ("value", "low", "high"))
         trivial = _best_trivial(test, metric)
         if trivial:
@@ -382,7 +471,12 @@ def _honesty(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | Non
         )
     notes = split.get("notes") or []
     says += [page.escape(note) for note in ([notes] if isinstance(notes, str) else notes)]
-    if test.get("trivial"):
+    if "segmentation" in results:
+        says.append(
+            "The orange tick is a metronome: it does not listen, but is told each recording's own heart rate. Only "
+            "annotated stretches are judged, and no onset as near to their edges as the tolerance."
+        )
+    elif test.get("trivial"):
         says.append(
             "The orange tick is the best answer that needs no listening. It is told the test set's own labels, so "
             "nothing of its kind can do better."
@@ -503,7 +597,8 @@ def _training(history: Sequence[Mapping[str, Any]] | None) -> str:
     if not history:
         return page.absent("No curves: the run left no metrics.jsonl.")
     train, validation = (_curve(history, split, "loss") for split in ("train", "validation"))
-    score = next((m for m in (*HEADLINE, *metrics.METRICS) if len(_curve(history, "validation", m)[0]) > 1), None)
+    scores = (*HEADLINE, *SEGMENTATION_HEADLINE, *metrics.METRICS)
+    score = next((m for m in scores if len(_curve(history, "validation", m)[0]) > 1), None)
     epochs = [h["epoch"] for h in history if isinstance(h.get("epoch"), int | float)]
     x_label = f"step ({len(set(epochs))} epochs)" if epochs else "step"
     if not len(train[0]) and not len(validation[0]) and score is None:
@@ -699,6 +794,96 @@ def _example(example: Mapping[str, Any], colour: str) -> str:
         f"<b>{page.number(example['probability'])}</b>.{whole}"
     )
     return page.card("", page.svg(460, 250, alt, paint), caption)
+
+
+def _segmentation_sections(
+    results: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] | None
+) -> list[tuple[str, str, str]]:
+    test, segmentation = results["test"], results["segmentation"]
+    apart = ("intervals", "per_database")
+    answers = {name: v for name, v in segmentation.items() if isinstance(v, dict) and name not in apart}
+    first = ("test", "validation", "metronome")
+    names = [name for name in first if name in answers] + [name for name in answers if name not in first]
+    known = (*SEGMENTATION_HEADLINE, "onset_f1_100ms", *SEGMENTATION_WORDS)
+    order = [m for m in known if m in test["overall"]] + [m for m in test["overall"] if m not in known]
+    trivial = {"metronome": "Trivial: a metronome", "always": "Trivial: always"}
+    head = ["Score", *(trivial.get(name) or _word(name).capitalize() for name in names)]
+    body = [
+        [page.escape(SEGMENTATION_WORDS.get(m, _word(m))), *(page.score(answers[name].get(m)) for name in names)]
+        for m in order
+    ]
+    note = (
+        "All recordings' onsets and frames counted together, or where it says so the mean over recordings. An onset "
+        "is right when one of the same sound is predicted within the tolerance. Of the errors less is better; n/a is "
+        "a score that is undefined."
+    )
+    return [
+        ("scores", "Scores", _headline(test, SEGMENTATION_HEADLINE) + _honesty(results, None)),
+        ("trivial", "Beside a trivial answer", page.table(head, body) + f'<p class="small">{note}</p>'),
+        ("databases", "Database by database", _segmented_databases(segmentation, trivial)),
+        ("examples", "From the best to the worst recording", _segmented_figures(examples)),
+    ]
+
+
+def _segmented_databases(segmentation: Mapping[str, Any], trivial: Mapping[str, str]) -> str:
+    own = segmentation.get("per_database", {})
+    if not own:
+        return page.absent("The run did not judge its databases one by one.")
+    beside = next(name for name in trivial if name in segmentation)
+    shown = [m for m in ("onset_f1_60ms", "frame_accuracy", "f1") if m in segmentation["test"]]
+    head = ["Database", "Recordings", "People", *(h for m in shown for h in (_word(m).capitalize(), trivial[beside]))]
+    body = [
+        [page.escape(name), str(of["recordings"]), str(of["people"])]
+        + [page.score(of[answer].get(m)) for m in shown for answer in ("test", beside)]
+        for name, of in own.items()
+    ]
+    return page.table(head, body)
+
+
+def _segmented_figures(examples: Sequence[Mapping[str, Any]] | None) -> str:
+    if not examples:
+        return page.absent("No recordings: the run left no segments.npz.")
+    kinds = ("Best", "Median", "Worst") if len(examples) == 3 else ("",) * len(examples)
+    return "".join(map(_segmented_figure, examples, kinds))
+
+
+def _segmented_figure(example: Mapping[str, Any], kind: str) -> str:
+    rate, samples = example["sample_rate_hz"], np.asarray(example["samples"], np.float64)
+    annotated = [start_s for start_s, _, state in example["truth"] if state]
+    begin_s = min(annotated[0] if annotated else 0.0, max(0.0, len(samples) / rate - _SHOWN_SEGMENTED_S))
+    first = int(begin_s * rate)
+    shown = samples[first : first + int(_SHOWN_SEGMENTED_S * rate)]
+    end_s = begin_s + len(shown) / rate
+    block = max(1, len(shown) // 1800)
+    used = shown[: len(shown) // block * block].reshape(-1, block)
+    t = begin_s + np.arange(len(used)) * block / rate
+
+    def paint(figure: Any) -> None:
+        from matplotlib.patches import Patch
+
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, 1])
+        top.fill_between(t, used.min(1), used.max(1), color=MUTED, linewidth=0.7)
+        top.set_yticks([])
+        for y, name in enumerate(("predicted", "truth")):
+            for state, colour in STATE_COLOURS.values():
+                bars = [(a, b - a) for a, b, s in example[name] if s == state and a < end_s and b > begin_s]
+                bottom.broken_barh(bars, (y - 0.4, 0.8), facecolors=colour, linewidth=0)
+        bottom.set_yticks([0, 1], ["predicted", "truth"])
+        bottom.tick_params(axis="y", colors=INK, length=0)
+        bottom.set_xlim(begin_s, end_s)
+        bottom.set_xlabel("s")
+        for ax in (top, bottom):
+            ax.spines["left"].set_visible(False)
+            ax.grid(False, axis="y")
+        handles = [Patch(color=colour, label=name) for name, (_, colour) in STATE_COLOURS.items()]
+        figure.legend(handles=handles, loc="outside upper right", ncols=4)
+
+    found = {_word(m): page.finite(example["score"].get(m)) for m in SEGMENTATION_HEADLINE[:2]}
+    told = ", ".join(f"{name} {page.number(value)}" for name, value in found.items())
+    alt = f"Waveform of recording {example['id']} with its true and predicted states: {told}"
+    part = f" {end_s - begin_s:.0f} of {len(samples) / rate:.0f} s, from where the annotation begins."
+    caption = f"<b>{page.escape(example['id'])}</b> · {told}.{part if len(shown) < len(samples) else ''}"
+    return page.card(kind, page.svg(960, 230, alt, paint), caption)
 
 
 def _setup(results: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:

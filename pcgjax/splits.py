@@ -24,7 +24,7 @@ Row = dict[str, Any]
 Split = dict[str, Any]
 
 KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301")
-TARGETS = ("abnormal", "murmur")
+TARGETS = ("abnormal", "murmur", "")  # the last: no label, every recording counts as class 0
 PARTS = ("train", "validation", "test")
 # Hashes have 32 bits, so two of a corpus' 10^5 are equal by chance now and then: of the 8 * 10^5 pairs within
 # CinC 2016, CirCor and PASCAL, 6 share one hash and none shares two. Two seconds of common audio share 16 on
@@ -63,7 +63,7 @@ def make(
         others' people train and validate; `paper301` as published for the 1D CNN, 301 recordings drawn without
         regard to people: those that the file `names` lists (first column, such as the challenge's
         validation/REFERENCE.csv), else 150 normal and 151 abnormal ones.
-      target: `abnormal` or `murmur`.
+      target: `abnormal` or `murmur`; "" for recordings whose label does not matter: all of them are dealt out.
       fractions: of train, validation and test, in recordings. Where the kind sets the test part, the first two
         are taken relative to each other.
     Returns: {kind, target, seed, parameters, content_sha256, train, validation, test, unlabelled, notes, counts};
@@ -77,7 +77,7 @@ def make(
     rows = sorted(rows, key=lambda row: row["id"])
     if len({row["id"] for row in rows}) < len(rows):
         raise SplitError("the rows have an id twice: prepare the data set again")
-    labelled = [row for row in rows if row["labels"].get(target) in ("0", "1")]
+    labelled = [row for row in rows if _label(row, target) in ("0", "1")]
     if not labelled:
         raise SplitError(f"no recording has the label {target!r}: choose another --target or data set")
     databases = sorted({row["database"] for row in labelled})
@@ -95,8 +95,8 @@ def make(
         if any(row["database"] == name and not row["person_known"] for row in labelled):
             notes.append(f"{name}: people are not known for all recordings, and one person may be in several parts")
     for part, members in parts.items():
-        classes = {row["labels"][target] for row in members}
-        if len(classes) < 2:
+        classes = {_label(row, target) for row in members}
+        if len(classes) < (2 if target else 1):
             missing = ", ".join({"0", "1"} - classes) or "every class"
             raise SplitError(f"{part} has no recording with {target} {missing}: choose other fractions, seed or kind")
     return {
@@ -111,17 +111,23 @@ def make(
         },
         "content_sha256": _content(rows),
         **{part: sorted(row["id"] for row in parts[part]) for part in PARTS},
-        "unlabelled": [row["id"] for row in rows if row["labels"].get(target) not in ("0", "1")],
+        "unlabelled": [row["id"] for row in rows if _label(row, target) not in ("0", "1")],
         "notes": notes,
         "counts": {part: _counts(parts[part], target) for part in PARTS},
     }
+
+
+def _label(row: Row, target: str) -> str | None:
+    return row["labels"].get(target) if target else "0"
 
 
 def _check_arguments(kind: str, target: str, fractions: Sequence[float], fold: int, folds: int) -> None:
     if kind not in KINDS:
         raise SplitError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     if target not in TARGETS:
-        raise SplitError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
+        raise SplitError(f"unknown target {target!r}: choose one of {', '.join(filter(None, TARGETS))}")
+    if not target and kind in ("person_250", "paper301"):
+        raise SplitError(f"kind {kind} draws recordings by class: it needs a target")
     if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise SplitError(f"fractions {fractions}: three positive numbers with sum 1 are needed")
     if kind == "person_kfold" and folds < 3:
@@ -200,9 +206,9 @@ def _deal(groups: list[list[Row]], target: str, fractions: Sequence[Any], rng: n
     wanted = np.array([np.broadcast_to(fraction, 2) for fraction in fractions])
     strata = collections.defaultdict(list)
     for group in groups:
-        positives = sum(row["labels"][target] == "1" for row in group)
+        positives = sum(_label(row, target) == "1" for row in group)
         strata[group[0]["database"]].append((group, np.array([len(group) - positives, positives])))
-    for label in (0, 1):
+    for label in (0, 1) if target else (0,):
         people = sum(counts[label] > 0 for stratum in strata.values() for _, counts in stratum)
         if people < len(fractions):
             raise SplitError(
@@ -272,7 +278,7 @@ def _content(rows: Iterable[Row]) -> str:
 
 def _counts(rows: list[Row], target: str) -> dict[str, dict[str, int]]:
     def of(rows: list[Row]) -> dict[str, int]:
-        positives = sum(row["labels"][target] == "1" for row in rows)
+        positives = sum(_label(row, target) == "1" for row in rows)
         return {"recordings": len(rows), "people": len({row["person"] for row in rows}), "positives": positives}
 
     databases = sorted({row["database"] for row in rows})
@@ -399,7 +405,7 @@ def _main(flags_: Any) -> int:
     if flags_.check:
         split = load(flags_.check, rows)
     else:
-        if not (flags_.kind and flags_.target and flags_.out):
+        if not (flags_.kind and flags_.target is not None and flags_.out):
             raise SplitError("give --kind, --target and --out to make a split, or --check=FILE to check one")
         fractions = [float(fraction) for fraction in flags_.fractions]
         split = make(

@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import nnx
 
-from pcgjax import audio, thresholds
+from pcgjax import audio, segmentation, thresholds
+from pcgjax.datasets import UNANNOTATED
 from pcgjax.features import filters, spectrogram, wavelet
-from pcgjax.input_pipeline import Geometry
+from pcgjax.input_pipeline import Corpus, Geometry
 from pcgjax.losses import penalty, recording_log_probabilities
 from pcgjax.models.cnn1d import CNN1D
 from pcgjax.models.hinf_lstm import CNNLSTM
+from pcgjax.models.segmenter import PatchSegmenter, Segmenter
+from pcgjax.models.ssamba import PATCH, SSAMBA, pretrain_losses
 
 FILTERS = ("none", "zero_phase", "causal")
 
@@ -33,15 +37,19 @@ Total = Callable[[jax.Array], jax.Array]  # sums an array over all device groups
 
 
 class Task(NamedTuple):
-    """One experiment. A batch here is one device group's: samples (M, ALIGN) int16, lengths, labels, ids (R,)."""
+    """One experiment. A batch here is one device group's: samples (M, ALIGN) int16, lengths, labels, ids (R, ...)."""
 
     geometry: Geometry
     init: Callable[[nnx.Rngs], nnx.Module]
-    # (model, batch, capacity, key) -> log p (R,), log (1 - p) (R,) of each recording being positive
-    forward: Callable[[Any, dict, int, jax.Array], tuple[jax.Array, jax.Array]]
+    # (model, batch, capacity, key) -> log p (R,), log (1 - p) (R,) of each recording being positive; of a task that
+    # does not classify recordings, each recording's own Counts.
+    forward: Callable[[Any, dict, int, jax.Array], tuple[jax.Array, ...]]
     # (model, batch, capacity, key, threshold, total) -> what to differentiate, Counts. The former is a sum: over all
     # groups, and divided by all their samples, it is the loss. The model's running averages change in place.
     loss: Callable[[Any, dict, int, jax.Array, jax.Array, Total], tuple[jax.Array, Counts]]
+    labels: Callable[[Corpus], np.ndarray]  # (N, ...) of a corpus' recordings: what batch["labels"] holds
+    classifies: bool = True  # recordings
+    shapes: int = 8  # of batches, each compiled: more waste less, and take longer to compile
 
 
 def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -88,7 +96,7 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         m = config.model
         return CNN1D(window, tuple(m.filters), m.kernel_size, m.hidden, rngs=rngs)
 
-    return Task(geometry, init, forward, loss)
+    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target))
 
 
 def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -159,7 +167,7 @@ def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         blocks = tuple(tuple(block) for block in m.blocks)
         return CNNLSTM(f.n_mels, blocks, m.hidden, m.cell, m.dropout, frozen, m.implementation, rngs=rngs)
 
-    return Task(geometry, init, forward, loss)
+    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target))
 
 
 def clip_features(f: ml_collections.ConfigDict, clips_BxT: jax.Array, own_B: jax.Array, sample_rate_hz: int):
@@ -189,6 +197,255 @@ def clip_loss(loss_: ml_collections.ConfigDict, logits, labels, real, threshold,
     if loss_.slope:  # the product rule's other half; its value is zero
         objective += jax.lax.stop_gradient(total(summed)) * (own - jax.lax.stop_gradient(own))
     return objective, counts._replace(loss=jax.lax.stop_gradient(factor * summed))
+
+
+def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
+    """The heart-sound segmenter: windows, shifted anew each time, log-mel frames, a score a frame; the loss is over
+    annotated frames (SSAMBA paper, Eq. 1, for a binary target; cross-entropy for the four states).
+
+    Raises:
+      ValueError: a field that does not fit the prepared data's rate or another field; the message names it.
+    """
+    f, target = config.features, config.task.frames
+    if target not in segmentation.TARGETS:
+        raise ValueError(f"task.frames={target!r}: choose one of {', '.join(segmentation.TARGETS)}")
+    hop, halo = frame_hop(config, sample_rate_hz)
+    window = round(f.window_s * sample_rate_hz) // hop * hop
+    if window < hop:
+        raise ValueError(f"features.window_s={f.window_s} is shorter than features.step_s={f.step_s}")
+    geometry = Geometry(window, window, halo, halo)
+    wanted_of = segmentation.target_frames(np.arange(5), target).astype(np.int32)  # of each state
+
+    def logits_of(model: Segmenter, batch: dict, capacity: int, key: jax.Array, train: bool):
+        noise_key, shift_key, augment_key, drop_key = jax.random.split(key, 4)
+        where = filters.packing(batch["lengths"], batch["samples"].shape[0], halo, halo)
+        x = _noisy(batch, where, f.noise_snr_db, noise_key)
+        shift = None
+        if train:  # what a recording has beyond its windows is where they may move to
+            room = jnp.maximum(where.lengths - geometry.windows(where.lengths) * window, 0)
+            shift = (jax.random.uniform(shift_key, room.shape) * (room + 1)).astype(jnp.int32)
+        cut = _cut(x, where, geometry, capacity, halo, shift)
+        at = jnp.arange(window // hop) * hop + hop // 2  # the middle of a frame
+        real = (at < cut.own[:, None]) & cut.real[:, None]
+        features, _ = frame_features(config, cut.samples, real, sample_rate_hz)
+        if train:
+            features = masked_bands(augment_key, features, f.masked_bands)
+        logits = model(features, drop_key if train else None)
+        # An event is 8 * its sample + its state: the last one that is not after the frame's middle.
+        events = batch["labels"][cut.recording]
+        last = (
+            jax.vmap(lambda e, t: jnp.searchsorted(e, t, side="right"))(events, 8 * (cut.begin[:, None] + at) + 7) - 1
+        )
+        states = jnp.where(last >= 0, jnp.take_along_axis(events, jnp.maximum(last, 0), 1) & 7, UNANNOTATED)
+        return logits, jnp.where(real, jnp.asarray(wanted_of)[states], -1), cut.recording
+
+    def counts_of(logits: jax.Array, wanted: jax.Array) -> Counts:
+        """(J, T) a frame; frames whose target is -1 do not count."""
+        counted = wanted >= 0
+        if target == "states":
+            log_p = jax.nn.log_softmax(logits)
+            loss = -jnp.take_along_axis(log_p, jnp.maximum(wanted, 0)[..., None], -1)[..., 0]
+            correct = logits.argmax(-1) == wanted
+        else:
+            loss = optax.sigmoid_binary_cross_entropy(logits[..., 0], jnp.maximum(wanted, 0).astype(logits.dtype))
+            correct = (logits[..., 0] > 0) == (wanted > 0)
+        return Counts(jnp.where(counted, loss, 0), (correct & counted).astype(jnp.int32), counted.astype(jnp.int32))
+
+    def forward(model: Segmenter, batch: dict, capacity: int, key: jax.Array) -> Counts:
+        logits, wanted, recording = logits_of(model, batch, capacity, key, False)
+        of = lambda x: jax.ops.segment_sum(x.sum(1), recording, len(batch["lengths"]))
+        return jax.tree.map(of, counts_of(logits, wanted))
+
+    def loss(model: Segmenter, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
+        logits, wanted, _ = logits_of(model, batch, capacity, key, True)
+        counts = jax.tree.map(jnp.sum, counts_of(logits, wanted))
+        return counts.loss, counts
+
+    def init(rngs: nnx.Rngs) -> Segmenter | PatchSegmenter:
+        m = config.model
+        outputs = 4 if target == "states" else 1
+        if m.name == "ssamba":
+            frames, stride = (window + 2 * halo - _FBANK_S[0]) // _FBANK_S[1] + 1, hop // _FBANK_S[1]
+            return PatchSegmenter(
+                m.width, m.depth, frames, stride, outputs, m.remat, m.bfloat16, m.implementation, rngs=rngs
+            )
+        return Segmenter(
+            f.n_mels, outputs, m.width, m.depth, m.d_state, m.expand, m.dropout, m.bidirectional, m.implementation,
+            rngs=rngs,
+        )  # fmt: skip
+
+    return Task(geometry, init, forward, loss, events, classifies=False, shapes=3)
+
+
+def events(corpus: Corpus) -> np.ndarray:
+    """(N, E) int32, where states begin: 8 * sample + state, in order of time, as many as the most of any recording.
+
+    The end of a span after which none follows begins UNANNOTATED. Rows are filled up with the largest int32.
+    """
+    rate_hz, lists = corpus.sample_rate_hz, []
+    for row in corpus.rows:
+        found: dict[int, int] = {}
+        for start_s, end_s, state in row["annotations"]:
+            start, end = round(start_s * rate_hz), round(end_s * rate_hz)
+            if start < end:
+                found[start], found[end] = state, UNANNOTATED
+        lists.append(sorted(8 * sample + state for sample, state in found.items()))
+    out = np.full((len(lists), max(map(len, lists), default=0) or 1), np.iinfo(np.int32).max, np.int32)
+    for i, listed in enumerate(lists):
+        out[i, : len(listed)] = listed
+    return out
+
+
+_SSAMBA_RATE_HZ = 16000
+_FBANK_S = (400, 160)  # samples of a filter bank's frame, and from one to the next
+
+
+def frame_hop(config: ml_collections.ConfigDict, sample_rate_hz: int) -> tuple[int, int]:
+    """(samples a frame, samples by which what it is computed from is longer on either side).
+
+    Raises:
+      ValueError: the step is no whole number of samples, or the analysis window or the mel bands do not fit.
+    """
+    f, name = config.features, config.model.name
+    hop = round(f.step_s * sample_rate_hz)
+    if hop < 1 or abs(hop - f.step_s * sample_rate_hz) > 1e-6:
+        raise ValueError(f"features.step_s={f.step_s}: must be a whole number of samples at {sample_rate_hz} Hz")
+    if name == "ssamba":
+        if sample_rate_hz != _SSAMBA_RATE_HZ:
+            raise ValueError(f"model.name=ssamba hears {_SSAMBA_RATE_HZ} Hz, the data are prepared at {sample_rate_hz}")
+        if hop % _FBANK_S[1] or hop > PATCH * _FBANK_S[1]:
+            raise ValueError(f"features.step_s={f.step_s}: of SSAMBA a multiple of 0.01, at most {PATCH / 100}")
+        return hop, ((PATCH - 1) * _FBANK_S[1] + _FBANK_S[0] - hop) // 2
+    if name != "frames":
+        raise ValueError(f"model.name={name!r}: choose frames or ssamba")
+    if f.n_fft < hop or (f.n_fft - hop) % 2:
+        raise ValueError(f"features.n_fft={f.n_fft}: must be features.step_s, {hop} samples, and an even number more")
+    try:
+        spectrogram.mel_filterbank(sample_rate_hz, f.n_fft, f.n_mels, f.low_hz, f.high_hz)
+    except ValueError as error:
+        raise ValueError(f"features.n_fft, features.n_mels, features.low_hz, features.high_hz: {error}") from None
+    return hop, (f.n_fft - hop) // 2
+
+
+_LEVEL_FRAMES = 100  # time constant of the running level
+_SILENCE = 1e-20  # mel power
+
+
+def frame_features(
+    config: ml_collections.ConfigDict,
+    samples_BxS: jax.Array,
+    real_BxT: jax.Array,
+    sample_rate_hz: int,
+    level: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Log-mel (B, T, n_mels) of T frames from their samples and `halo` more on either side, whatever the gain.
+
+    Of SSAMBA its filter bank (B, T', 128), which depends on the gain as published.
+
+    The level that is taken off is the mean of the window's real frames; causal, the running mean of the frames so far,
+    (B,) sum and weight of which are `level`, and are returned for the next piece of the recording.
+    """
+    f = config.features
+    before = (jnp.zeros(len(samples_BxS)), jnp.zeros(len(samples_BxS))) if level is None else level
+    if config.model.name == "ssamba":
+        return ssamba_input(samples_BxS), before
+    hop, _ = frame_hop(config, sample_rate_hz)
+    mel = spectrogram.mel_of_frames(samples_BxS, sample_rate_hz, f.n_fft, hop, f.n_mels, f.low_hz, f.high_hz)
+    # Digital silence has no level to take off; all else is far above this floor.
+    x = jnp.log(mel + _SILENCE)
+    loud, real = x.mean(-1), (real_BxT & (mel.max(-1) > _SILENCE)).astype(x.dtype)
+    if config.model.bidirectional:
+        mean = ((loud * real).sum(1) / jnp.maximum(real.sum(1), 1))[:, None]
+    else:
+
+        def running(carry, now):
+            total, weight = (c * (1 - 1 / _LEVEL_FRAMES) + n for c, n in zip(carry, now, strict=True))
+            return (total, weight), total / jnp.maximum(weight, 1e-6)
+
+        before, mean = jax.lax.scan(running, before, ((loud * real).T, real.T))
+        mean = mean.T
+    # 8 nats below the level is silence; 2 nats are about a standard deviation.
+    return jnp.where(real_BxT[..., None], jnp.maximum(x - mean[..., None], -8) / 2, 0), before
+
+
+def ssamba_input(samples_BxS: jax.Array) -> jax.Array:
+    """Samples at 16 kHz -> what SSAMBA hears, (B, frames, 128): their mean taken off, filter bank, normalised."""
+    fbank = spectrogram.kaldi_fbank(samples_BxS - samples_BxS.mean(-1, keepdims=True))
+    return (fbank + 4.2677393) / (2 * 4.5689974)
+
+
+class Encoder(nnx.Module):
+    """SSAMBA under the name that it has in a segmenter."""
+
+    def __init__(self, encoder: SSAMBA):
+        self.encoder = encoder
+
+
+def ssamba_pretrain(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
+    """Self-supervised pre-training of SSAMBA on windows of recordings, labelled or not: masked patches are told apart
+    and reconstructed (SSAST, algorithm 1); a window that is not full is padded with the quiet of its own mean.
+
+    Raises:
+      ValueError: a field that does not fit the prepared data's rate or another field; the message names it.
+    """
+    f, m = config.features, config.model
+    if sample_rate_hz != _SSAMBA_RATE_HZ:
+        raise ValueError(f"SSAMBA hears {_SSAMBA_RATE_HZ} Hz, the data are prepared at {sample_rate_hz}")
+    frames = round(f.window_s * 100)
+    if frames < PATCH:
+        raise ValueError(f"features.window_s={f.window_s}: shorter than a patch of {PATCH} frames of 10 ms")
+    window = (frames - 1) * _FBANK_S[1] + _FBANK_S[0]
+    geometry = Geometry(window, window, 0, 0)
+
+    def losses(model: Encoder, batch: dict, capacity: int, key: jax.Array):
+        mask_key, shift_key = jax.random.split(key)
+        where = filters.packing(batch["lengths"], batch["samples"].shape[0], 0, 0)
+        room = jnp.maximum(where.lengths - geometry.windows(where.lengths) * window, 0)
+        shift = (jax.random.uniform(shift_key, room.shape) * (room + 1)).astype(jnp.int32)
+        cut = _cut(batch["samples"].astype(jnp.float32) / 32767, where, geometry, capacity, shift=shift)
+        x = ssamba_input(cut.samples)
+        one = lambda x, key: pretrain_losses(model.encoder, x[None], key, m.mask_patches)
+        each = jax.vmap(one)(x.astype(jnp.bfloat16) if m.bfloat16 else x, jax.random.split(mask_key, capacity))
+        return each, cut
+
+    def counts_of(model: Encoder, batch: dict, capacity: int, key: jax.Array) -> tuple[Counts, Any]:
+        """(J,) a window: its patches, and how many of them were told apart."""
+        each, cut = losses(model, batch, capacity, key)
+        total = (each.infonce + 10 * each.mse) * m.mask_patches
+        correct = jnp.round(each.accuracy * m.mask_patches).astype(jnp.int32)
+        counts = Counts(total, correct, jnp.full(capacity, m.mask_patches, jnp.int32))
+        return jax.tree.map(lambda x: jnp.where(cut.real, x, 0), counts), cut.recording
+
+    def forward(model: Encoder, batch: dict, capacity: int, key: jax.Array) -> Counts:
+        counts, recording = counts_of(model, batch, capacity, key)
+        return jax.tree.map(lambda x: jax.ops.segment_sum(x, recording, len(batch["lengths"])), counts)
+
+    def loss(model: Encoder, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
+        counts = jax.tree.map(jnp.sum, counts_of(model, batch, capacity, key)[0])
+        return counts.loss, counts
+
+    def init(rngs: nnx.Rngs) -> Encoder:
+        return Encoder(
+            SSAMBA(
+                m.width, m.depth, frames, PATCH, pretraining=True, remat=m.remat, implementation=m.implementation,
+                rngs=rngs,
+            )
+        )  # fmt: skip
+
+    nothing = lambda corpus: np.zeros(len(corpus.rows), np.float32)
+    return Task(geometry, init, forward, loss, nothing, classifies=False, shapes=3)
+
+
+def masked_bands(key: jax.Array, x_BxTxF: jax.Array, most: int) -> jax.Array:
+    """SpecAugment's frequency mask (Park et al. 2019): in each item up to `most` neighbouring bands are set to 0."""
+    if not most:
+        return x_BxTxF
+    batch, bands = x_BxTxF.shape[0], x_BxTxF.shape[2]
+    one, two = jax.random.split(key)
+    size = jax.random.randint(one, (batch, 1), 0, most + 1)
+    first = (jax.random.uniform(two, (batch, 1)) * (bands - size + 1)).astype(jnp.int32)
+    band = jnp.arange(bands)
+    return jnp.where(((band >= first) & (band < first + size))[:, None], 0, x_BxTxF)
 
 
 # ------------------------------------------------------------------------------------------- shared by the tasks
@@ -222,13 +479,17 @@ class Cut(NamedTuple):
 
     samples: jax.Array  # (J, T), zero after the recording's end
     own: jax.Array  # (J,) how many samples are the recording's
+    begin: jax.Array  # (J,) the sample of the recording at which it begins
     recording: jax.Array  # (J,) whose it is
     nth: jax.Array  # (J,) its number within that recording
     windows: jax.Array  # (J,) how many windows that recording has
     real: jax.Array  # (J,) False where the batch does not fill its capacity
 
 
-def _cut(x_MxA: jax.Array, where: filters.Packing, geometry: Geometry, capacity: int) -> Cut:
+def _cut(
+    x_MxA: jax.Array, where: filters.Packing, geometry: Geometry, capacity: int, halo: int = 0, shift: Any = None
+) -> Cut:
+    """`halo`: samples to add on either side; `shift` (R,): by how many samples a recording's windows start later."""
     x, lengths, window = x_MxA.reshape(-1), where.lengths, geometry.window
     # Window or row j of the batch is number `nth` of its recording's.
     units = geometry.units(lengths)
@@ -237,11 +498,17 @@ def _cut(x_MxA: jax.Array, where: filters.Packing, geometry: Geometry, capacity:
     recording = jnp.searchsorted(ends, j, side="right", method="compare_all").clip(max=len(lengths) - 1)
     nth = j - (ends - units)[recording]
     begin = nth * (window if geometry.shared else geometry.hop)
-    samples = jax.vmap(lambda at: jax.lax.dynamic_slice(x, (at,), (window,)))(where.starts[recording] + begin)
+    if shift is not None:
+        begin += shift[recording]
+    size = window + 2 * halo
+    starts = where.starts[recording] + begin - halo
+    samples = jax.vmap(lambda at: jax.lax.dynamic_slice(x, (at,), (size,)))(starts)
     # Where the recording ends within the row, the next one begins: blank it.
-    samples = jnp.where(begin[:, None] + jnp.arange(window) < lengths[recording][:, None], samples, 0)
+    place = begin[:, None] - halo + jnp.arange(size)
+    own = place < lengths[recording][:, None]
+    samples = jnp.where(own & (place >= 0) if halo else own, samples, 0)
     own = (lengths[recording] - begin).clip(0, window)
-    return Cut(samples, own, recording, nth, geometry.windows(lengths)[recording], j < ends[-1])
+    return Cut(samples, own, begin, recording, nth, geometry.windows(lengths)[recording], j < ends[-1])
 
 
 def split(model: nnx.Module) -> tuple[Any, Any, Any]:
@@ -268,7 +535,7 @@ def initial_state(
     return TrainState(jnp.zeros((), jnp.int32), params, rest, update.init(params), sapt or thresholds.init(interval=0))
 
 
-TASKS = {"cnn": cnn, "hinf_lstm": hinf_lstm}
+TASKS = {"cnn": cnn, "hinf_lstm": hinf_lstm, "segmenter": segmenter, "ssamba_pretrain": ssamba_pretrain}
 
 
 def make(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:

@@ -9,6 +9,7 @@ end metrics.json, predictions.csv, examples.npz and report.html. A second start 
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.metadata
 import json
@@ -41,6 +42,7 @@ from pcgjax import (
     metrics,
     optimizer,
     report,
+    segment,
     sharding,
     splits,
     tasks,
@@ -158,7 +160,10 @@ def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
 
 
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
-    """(corpus, labels (N,), {part: indices}, split), the split made or reused, and checked for leaks."""
+    """(corpus, {part: indices}, split), the split made or reused, and checked for leaks.
+
+    A segmenter splits the recordings that have annotations, and leaves the others out.
+    """
     if not config.data.prepared:
         raise ValueError("data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote")
     corpus = input_pipeline.from_prepared(config.data.prepared)
@@ -166,24 +171,49 @@ def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     if config.data.shuffle_labels:
         key = jax.random.fold_in(jax.random.key(config.seed), SHUFFLE)
         corpus = input_pipeline.in_rows(corpus, shuffle_labels(corpus.rows, target, key))
+    rows = corpus.rows
+    if config.task.name == "segmenter":
+        rows = [row for row in rows if any(start < end for start, end, _ in row["annotations"])]
+        if not rows:
+            raise ValueError(
+                f"data.prepared={config.data.prepared}: no recording has annotated states; a segmenter learns from "
+                "CirCor's .tsv, CinC 2016's StateAns.mat or synthetic recordings"
+            )
     path = pathlib.Path(config.split.file or workdir / "split.json")
     if path.exists():
-        split = splits.load(path, corpus.rows)
+        split = splits.load(path, rows)
     else:
         s = config.split
         split = splits.make(
-            corpus.rows, s.kind, target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
+            rows, s.kind, target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
             s.names or None,
         )  # fmt: skip
         splits.save(split, path)
-    leaks = splits.check(split, corpus.rows, allow=config.split.allow_leaks)
+    leaks = splits.check(split, rows, allow=config.split.allow_leaks)
     for leak in leaks:
         logging.warning("leak: %s", leak)
     split["people_apart"] = not leaks and split["kind"] != "paper301"
     split["leaks"] = leaks
     place = {row["id"]: i for i, row in enumerate(corpus.rows)}
-    parts = {part: np.array([place[id] for id in split[part]], np.int32) for part in ("train", "validation", "test")}
-    return corpus, corpus.labels(target), parts, split
+    parts = {part: np.array([place[id] for id in split[part]], np.int32) for part in splits.PARTS}
+    share = kept_share(corpus.rows, split["train"], config.data.get("train_share", 1.0), config.seed)
+    parts["train"] = np.array([place[id] for id in share], np.int32)
+    return corpus, parts, split
+
+
+def kept_share(rows: list[dict], ids: list[str], share: float, seed: int) -> list[str]:
+    """The recordings among `ids` of a share of their people in each database (SSAMBA paper: a third)."""
+    if not 0 < share <= 1:
+        raise ValueError(f"data.train_share={share}: must be above 0 and at most 1")
+    wanted, databases = set(ids), collections.defaultdict(set)
+    for row in rows:
+        if row["id"] in wanted:
+            databases[row["database"]].add(row["person"])
+    rng, kept = np.random.default_rng(seed), set()
+    for _, people in sorted(databases.items()):
+        kept |= set(rng.permutation(sorted(people))[: max(round(share * len(people)), 1)])
+    person = {row["id"]: row["person"] for row in rows}
+    return [id for id in ids if person[id] in kept]
 
 
 def choose_pipeline(name: str, corpus_bytes: int) -> str:
@@ -230,16 +260,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             raise ValueError(f"{part}.{field}={config[part][field]}: must be at least 1")
     if not 0 <= config.evaluation.threshold <= 1:
         raise ValueError(f"evaluation.threshold={config.evaluation.threshold}: must lie between 0 and 1")
-    if t.select not in (*metrics.METRICS, "loss"):
-        raise ValueError(f"train.select={t.select!r}: choose one of loss, {', '.join(metrics.METRICS)}")
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---------------------------------------------------------------------------------------------------- data
     mesh = sharding.make_mesh(config.parallel)
     groups = mesh.size
     key = jax.random.key(config.seed)
-    corpus, labels, parts, split = load_data(config, workdir)
+    corpus, parts, split = load_data(config, workdir)
     task = tasks.make(config, corpus.sample_rate_hz)
+    labels = task.labels(corpus)
+    selectable = ("loss", *(metrics.METRICS if task.classifies else ("accuracy",)))
+    if t.select not in selectable:
+        raise ValueError(f"train.select={t.select!r}: choose one of {', '.join(selectable)}")
+    if t.balance != "none" and not task.classifies:
+        raise ValueError(f"train.balance={t.balance!r}: only a classifier has classes to balance; choose none")
     if task.geometry.window > corpus.lengths.max():
         raise ValueError(
             f"features.window_s={config.features.window_s}: longer than every recording of {config.data.prepared} "
@@ -257,7 +291,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     largest = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-(t.batch_recordings // groups) :]
     # Balanced epochs repeat recordings, so that a batch may hold the longest one several times.
     units = largest.sum() if balance is None else largest[-1] * (t.batch_recordings // groups)
-    capacities = input_pipeline.choose_capacities(np.concatenate(needed))
+    capacities = input_pipeline.choose_capacities(np.concatenate(needed), task.shapes)
     capacities = (*capacities, int(units)) if t.epochs > 50 and units > capacities[-1] else capacities
     steps_an_epoch = len(order_of(0))
     last_step = t.epochs * steps_an_epoch
@@ -273,7 +307,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         del everything
 
     # --------------------------------------------------------------------------------------------------- state
-    update = optimizer.make(config.optimizer)
+    update = optimizer.make(config.optimizer, last_step)
     graphdef = nnx.graphdef(task.init(nnx.Rngs(config.seed)))
 
     sapt = thresholds.init(config.evaluation.threshold, **config.get("sapt", {"interval": 0}))
@@ -282,6 +316,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     state = jax.jit(init, out_shardings=shardings)()
     if t.get("start_from"):
         state = jax.device_put(carried_over(state, t.start_from, tuple(config.optimizer.frozen)), shardings)
+    if config.model.get("checkpoint"):
+        state = jax.device_put(with_encoder(state, graphdef, config.model.checkpoint), shardings)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
 
     # ---------------------------------------------------------------------------------------- compiled programs
@@ -351,13 +387,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         return facts
 
     update_threshold = jax.jit(thresholds.sapt_update)
-    if sapt.interval and len(set(labels[parts["validation"]])) < 2:
+    if task.classifies and sapt.interval and len(set(labels[parts["validation"]])) < 2:
         logging.warning("validation has one class only: the threshold stays at %s", config.evaluation.threshold)
 
     # ------------------------------------------------------------------------------------------ start or resume
     log = workdir / "metrics.jsonl"
     plain = _plain(config)
     meta = {"config": plain, "order_sha256": digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
+    if config.task.name == "segmenter":
+        meta["log_duration"] = segment.log_durations(corpus, parts["train"], config.features.step_s).tolist()
     totals = jax.device_put(zero_totals(), sharding.replicated(mesh))
     found = checkpoint.restore(workdir / "checkpoints" / "last")
     if found:
@@ -415,15 +453,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 totals = spread(jax.device_put(zero_totals(), sharding.replicated(mesh)))
                 clock = time.monotonic()
                 held = gathered(state)
-                log_p = predicts["validation"](held.params, held.rest)
+                answers = predicts["validation"](held.params, held.rest)
                 y = labels[parts["validation"]]
-                p = np.exp(log_p[:, 0]).clip(0, 1)
                 threshold = float(held.sapt.threshold)
-                scores = metrics.binary(y, p, threshold)
-                scores = {name: scores[name] for name in metrics.METRICS}
-                scores["loss"], scores["threshold"] = evaluate.cross_entropy(log_p, y), threshold
-                sapt = jax.device_put(update_threshold(held.sapt, p, y), sharding.replicated(mesh))
-                state = state._replace(sapt=spread(sapt))
+                scores = evaluate.validation_scores(task, answers, y, threshold)
+                if task.classifies:
+                    sapt = update_threshold(held.sapt, np.exp(answers[:, 0]).clip(0, 1), y)
+                    state = state._replace(sapt=spread(jax.device_put(sapt, sharding.replicated(mesh))))
                 seconds["validate"] += time.monotonic() - clock
                 _log(log, at, "validation", scores | {"epoch": epoch + 1})
                 bar.set_postfix(loss=f"{values['loss']:.3f}", **{f"val_{t.select}": f"{scores[t.select]:.3f}"})
@@ -454,15 +490,30 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
 
     # ---------------------------------------------------------------------------------------- the best, judged
     held = gathered(state)
-    model = {"params": held.params, "rest": held.rest}
-    _, kept, saved = checkpoint.require(workdir / "checkpoints" / "best", model)
+    _, kept, saved = checkpoint.require(workdir / "checkpoints" / "best", {"params": held.params, "rest": held.rest})
     config = config.copy_and_resolve_references()  # the caller's stays as it is
     config.evaluation.threshold = saved["best"]["threshold"]
     results: dict = {}
     rows: list[dict] = []
+    if config.task.name == "segmenter":
+        log_duration = np.array(saved["log_duration"], np.float32)
+        segmenter = segment.Model(config, graphdef, kept["params"], kept["rest"], corpus.sample_rate_hz, log_duration)
     for part in ("validation", "test"):
         log_p = predicts[part](kept["params"], kept["rest"])
         y = labels[parts[part]]
+        if not task.classifies:
+            results[part] = evaluate.validation_scores(task, log_p, y, 0.5)
+            if part == "test":
+                _log(log, at, "test", results[part])
+            if config.task.name == "segmenter":
+                judged, told, examples = segment.judge(segmenter, corpus, parts[part], part)
+                rows += told
+                if part == "test":
+                    results["segmentation"] = judged | {"validation": results["validation"].pop("segmentation")}
+                    report.save_examples(workdir, examples)
+                else:
+                    results[part]["segmentation"] = judged["test"]
+            continue
         results[part] = evaluate.judge(corpus, parts[part], y, log_p, config)
         rows += evaluate.table(corpus, parts[part], y, log_p, config.evaluation.threshold, part)
         if part == "test":
@@ -485,8 +536,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
     }
     files.write_text(workdir / "metrics.json", json.dumps(results, indent=1))
-    evaluate.write_table(rows, workdir / "predictions.csv")
-    _save_examples(workdir, corpus, [row for row in rows if row["split"] == "test"])
+    if rows:
+        evaluate.write_table(rows, workdir / "predictions.csv")
+    if config.task.name == "ssamba_pretrain":
+        from pcgjax.models import ssamba
+
+        encoder = nnx.merge(graphdef, kept["params"], kept["rest"]).encoder
+        ssamba.save_torch_checkpoint(encoder, workdir / "ssamba.pth")
+    if task.classifies:
+        _save_examples(workdir, corpus, [row for row in rows if row["split"] == "test"])
     try:
         report.write(workdir)
     except ImportError as error:
@@ -503,6 +561,8 @@ def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
     """A resumed run may train longer and log or stream otherwise, but must be the same experiment."""
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
             ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from")}  # fmt: skip
+    if now["optimizer"].get("schedule", "constant") != "constant":
+        free.discard(("train", "epochs"))  # the schedule ends with them
     for part in now:
         old, new = saved.get(part), now[part]
         pairs = (
@@ -566,6 +626,34 @@ def carried_over(state: tasks.TrainState, workdir: str, groups: tuple[str, ...])
         return jax.tree_util.tree_map_with_path(one, ours)
 
     return state._replace(params=take(state.params, params), rest=take(state.rest, rest))
+
+
+def with_encoder(state: tasks.TrainState, graphdef: Any, path: str) -> tasks.TrainState:
+    """The state with SSAMBA's parameters from a checkpoint of the public code's layout, its positions adapted.
+
+    Raises:
+      ValueError: as `ssamba.load_torch_checkpoint`, or a checkpoint of another width or depth.
+    """
+    from pcgjax.models import ssamba
+
+    encoder = nnx.merge(graphdef, state.params, state.rest).encoder
+    loaded = tasks.split(ssamba.load_torch_checkpoint(path, encoder.frames, encoder.stride))[1]
+    there = dict(jax.tree_util.tree_leaves_with_path(loaded))
+
+    def take(place, x):
+        # A segmenter has no use for a checkpoint's own head; the predictors of pre-training may be new.
+        if place not in there:
+            return x
+        if there[place].shape != x.shape:
+            raise ValueError(
+                f"model.checkpoint={path}: {jax.tree_util.keystr(place)} has shape {there[place].shape}, this model "
+                f"{x.shape}; set model.width and model.depth to the checkpoint's"
+            )
+        return there[place]
+
+    return state._replace(
+        params=state.params | {"encoder": jax.tree_util.tree_map_with_path(take, state.params["encoder"])}
+    )
 
 
 def one_of(config: ml_collections.ConfigDict, overrides: Any, split_file: str) -> ml_collections.ConfigDict:
@@ -649,7 +737,7 @@ def main(argv: list[str]) -> None:
     run = stages if len(CONFIG.value.get("stages", ())) else train
     results = run(CONFIG.value, workdir, FLAGS.dry_run)
     if not FLAGS.dry_run:
-        print(evaluate.summary(results["test"]))
+        print(evaluate.summary(results))
         print(f"wrote {workdir}: metrics.json, predictions.csv, report.html, checkpoints/")
 
 

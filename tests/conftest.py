@@ -45,9 +45,8 @@ def make_config(prepared):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config()
-        small = {"cnn": SMALL, "hinf_lstm": SMALL_HINF_LSTM}[name]
         with config.ignore_type():
-            config.update_from_flattened_dict({**small, "data.prepared": str(prepared), **(changes or {})})
+            config.update_from_flattened_dict({**SMALL_ONES[name], "data.prepared": str(prepared), **(changes or {})})
         return config
 
     return make
@@ -87,6 +86,28 @@ SMALL_HINF_LSTM = {
     "evaluation.resamples": 20,
 }
 
+SMALL_SEGMENTER = {
+    "data.pipeline": "resident",
+    "split.fractions": (0.65, 0.15, 0.2),  # 21 recordings to train: whole batches only, so one shape
+    "features.window_s": 1.0,
+    "features.n_fft": 64,
+    "features.n_mels": 10,
+    "features.low_hz": 25.0,
+    "features.high_hz": 400.0,
+    "model.width": 8,
+    "model.depth": 1,
+    "model.d_state": 2,
+    "model.implementation": "reference",  # the quickest to compile
+    "optimizer.learning_rate": 0.02,
+    "optimizer.warmup_steps": 2,
+    "train.epochs": 8,
+    "train.batch_recordings": 7,
+    "train.checkpoint_steps": 2,
+    "evaluation.resamples": 20,
+}
+
+SMALL_ONES = {"cnn": SMALL, "hinf_lstm": SMALL_HINF_LSTM, "segmenter_small": SMALL_SEGMENTER}
+
 
 @pytest.fixture(scope="session")
 def trained(make_config, tmp_path_factory) -> pathlib.Path:
@@ -99,13 +120,22 @@ def trained(make_config, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def trained_segmenter(make_config, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run of SMALL_SEGMENTER that nothing disturbed. Not to be written to."""
+    from pcgjax import train
+
+    workdir = tmp_path_factory.mktemp("trained_segmenter")
+    train.train(make_config(name="segmenter_small"), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
 def command(prepared):
     """command("train", "--workdir=...", ...): the argument list and environment of a `python -m pcgjax.train`."""
 
     def make(module: str, *arguments: str, config: str = "cnn", **environment: str):
         if module == "train":
-            small = {"cnn": SMALL, "hinf_lstm": SMALL_HINF_LSTM}[config]
-            flags = [f"--config.{name}={value}" for name, value in small.items()]
+            flags = [f"--config.{name}={value}" for name, value in SMALL_ONES[config].items()]
             path = f"--config={ROOT / 'configs' / f'{config}.py'}"
             arguments = (path, *flags, f"--config.data.prepared={prepared}", *arguments)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

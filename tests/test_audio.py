@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 from pcgjax import audio
 
@@ -213,3 +214,38 @@ def test_any_damage_to_the_header_is_an_audio_error_or_audio(tmp_path: pathlib.P
     assert len(refused) > 20
     kinds = "(empty|not audio|truncated|not finite|silent|too short): "
     assert [reason for reason in refused if not re.match(kinds, reason)] == []
+
+
+# ------------------------------------------------------------------------------------------------ piece by piece
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "channels"),
+    [("16.wav", "PCM_16", 1), ("24.wav", "PCM_24", 1), ("16.flac", "PCM_16", 2), ("float.wav", "FLOAT", 2)],
+)
+@pytest.mark.parametrize(("rate_hz", "wanted_hz"), [(2000, 2000), (4000, 1000), (44100, 2000), (1000, 4000)])
+def test_pieces_are_the_whole(
+    tmp_path: pathlib.Path, name: str, subtype: str, channels: int, rate_hz: int, wanted_hz: int
+) -> None:
+    sound = heart_sound(3.21, rate_hz)
+    soundfile.write(tmp_path / name, np.stack([sound, -sound], axis=1)[:, :channels], rate_hz, subtype=subtype)
+    whole, _, _ = audio.read(tmp_path / name)
+    if rate_hz != wanted_hz:
+        whole = soxr.resample(whole, rate_hz, wanted_hz, quality="HQ")
+    for piece_s in (10.0, 1.07, 0.1):
+        found = list(audio.pieces(tmp_path / name, wanted_hz, piece_s))
+        assert all(piece.dtype == np.float32 for piece in found)
+        assert max(map(len, found)) <= (piece_s + 1) * wanted_hz
+        joined = np.concatenate(found)
+        if rate_hz == wanted_hz:
+            np.testing.assert_array_equal(joined, whole)
+        assert abs(len(joined) - len(whole)) <= 1
+        np.testing.assert_allclose(joined[: len(whole)], whole[: len(joined)], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DAMAGED_HEADER | DAMAGED_SAMPLES)
+def test_pieces_refuse_what_read_refuses(tmp_path: pathlib.Path, kind: str) -> None:
+    make, message = (DAMAGED_HEADER | DAMAGED_SAMPLES)[kind]
+    path = make(tmp_path)
+    with pytest.raises(audio.AudioError, match=f"^({message.replace('1 samples', 'a sample')})"):
+        list(audio.pieces(path, 1000, 0.3))

@@ -11,7 +11,7 @@ import pytest
 import scipy.io
 import soundfile
 
-from pcgjax import datasets
+from pcgjax import datasets, prepare, splits
 from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording
 
 Loaded = tuple[dict[str, Recording], list[Problem]]
@@ -48,7 +48,7 @@ def test_unknown_data_set() -> None:
         datasets.load("cinc2017", ".")
 
 
-@pytest.mark.parametrize("name", ["cinc2016", "circor", "pascal"])
+@pytest.mark.parametrize("name", ["cinc2016", "circor", "pascal", "folder"])
 def test_missing_and_empty_folders(tmp_path: pathlib.Path, name: str) -> None:
     with pytest.raises(DatasetError, match="nowhere: no such folder"):
         datasets.load(name, tmp_path / "nowhere")
@@ -1083,3 +1083,67 @@ def test_pascal_refuses_a_malformed_table(pascal: pathlib.Path, kind: str) -> No
     (pascal / name).write_text(text)
     with pytest.raises(DatasetError, match=f"{name}: {message}"):
         load("pascal", pascal)
+
+
+# -------------------------------------------------------------------------------------------- a folder of one's own
+
+
+@pytest.fixture
+def own(tmp_path: pathlib.Path) -> pathlib.Path:
+    for name, rate_hz in (("ann/a.wav", 4000), ("ann/later/b.flac", 2000), ("bob/A.WAV", 8000), ("c.wav", 1000)):
+        sound(tmp_path / name, rate_hz)
+    (tmp_path / "ann" / "a.tsv").write_text("0\t0.5\t0\n0.5\t0.6\t1\n0.6\t0.8\t2\n")
+    (tmp_path / "notes.txt").write_text("a.wav: after lunch")
+    return tmp_path
+
+
+def test_folder(own: pathlib.Path) -> None:
+    recordings, problems = load("folder", own)
+    assert problems == []
+    assert list(recordings) == ["ann/a", "ann/later/b", "bob/A", "c"]
+    assert {r.person for r in recordings.values() if r.person_known} == {"folder-ann", "folder-bob"}
+    assert recordings["ann/a"].person == recordings["ann/later/b"].person == "folder-ann"
+    assert (recordings["c"].person, recordings["c"].person_known) == ("c", False)
+    assert [r.rate_hz for r in recordings.values()] == [4000, 2000, 8000, 1000]
+    assert all(r.database == "folder" and r.labels == {} for r in recordings.values())
+    assert recordings["ann/later/b"].path == own / "ann" / "later" / "b.flac"
+    assert recordings["ann/a"].annotations == ((0.0, 0.5, UNANNOTATED), (0.5, 0.6, S1), (0.6, 0.8, SYSTOLE))
+    assert [r.annotations for r in list(recordings.values())[1:]] == [()] * 3
+
+
+def test_folder_lists_what_cannot_be_used(own: pathlib.Path) -> None:
+    sound(own / "ann" / "a.flac", 4000)
+    (own / "bob" / "text.wav").write_text("no sound")
+    (own / "bob" / "A.tsv").write_text("0\t9\t1\n")
+    (own / "bob" / "folder.wav").mkdir()
+    whole = (own / "c.wav").read_bytes()
+    (own / "cut.wav").write_bytes(whole[:900])
+    recordings, problems = load("folder", own)
+    assert list(recordings) == ["ann/a", "ann/later/b", "bob/A", "c"]
+    assert recordings["ann/a"].path.name == "a.flac"
+    assert recordings["bob/A"].annotations == ()
+    assert {problem.path for problem in problems} == {"ann/a.wav", "bob/text.wav", "bob/A.tsv", "cut.wav"}
+    (reason,) = reasons(problems, "ann/a.wav")
+    assert reason == "duplicate: a.flac has the same name and counts; rename one of the two"
+    assert reasons(problems, "bob/text.wav")[0].startswith("not audio: ")
+    assert reasons(problems, "bob/A.tsv")[0].startswith("annotation: line 1: it ends at 9.0 s")
+    assert reasons(problems, "cut.wav")[0].startswith("truncated: ")
+
+
+def test_folder_is_prepared_and_divided(own: pathlib.Path, run_command: Callable) -> None:
+    out = own.parent / f"{own.name}-prepared"
+    for i in range(8):
+        noise = np.random.default_rng(i + 1).standard_normal(3000) / 10
+        (own / f"p{i // 2}").mkdir(exist_ok=True)
+        soundfile.write(own / f"p{i // 2}" / f"{i}.wav", noise, 1000)
+    sound(own / "ann" / "other.wav", 4000, 0.2)
+    done = run_command("prepare", "--dataset=folder", f"--source={own}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    manifest, rows = prepare.read_rows(out)
+    assert [row["id"] for row in rows][:2] == ["ann/a", "ann/later/b"]
+    assert [row["id"] for row in rows][-8:] == [f"p{i // 2}/{i}" for i in range(8)]
+    assert f"folder: {len(rows)} recordings, 6 people" in done.stdout
+    assert [problem["reason"][:9] for problem in manifest["problems"]] == ["too short"]
+    split = splits.make(rows, "person", "", 0, (0.5, 0.25, 0.25))
+    assert splits.check(split, rows) == []
+    assert sum(len(split[part]) for part in splits.PARTS) == len(rows)

@@ -6,10 +6,11 @@ import json
 
 HEAVY = ("grain", "librosa", "torch", "matplotlib", "sklearn", "soundfile", "soxr", "pandas", "orjson", "pywt")
 MODULES = (
-    "audio", "bench", "checkpoint", "datasets.cinc2016", "datasets.circor", "datasets.pascal", "datasets.synthetic",
-    "ablation", "evaluate", "features.filters", "features.spectrogram", "features.wavelet", "files", "input_pipeline",
-    "kernels.hinf_lstm", "losses", "metrics", "models.cnn1d", "models.hinf_lstm", "optimizer", "peers", "predict",
-    "prepare", "report", "sharding", "splits", "tasks", "thresholds", "train",
+    "audio", "bench", "bench_ssamba", "checkpoint", "datasets.cinc2016", "datasets.circor", "datasets.folder",
+    "datasets.pascal", "datasets.synthetic", "ablation", "evaluate", "features.filters", "features.spectrogram",
+    "features.wavelet", "files", "input_pipeline", "kernels.hinf_lstm", "losses", "metrics", "models.cnn1d",
+    "models.hinf_lstm", "models.segmenter", "models.ssamba", "optimizer", "peers", "predict", "prepare", "report",
+    "segment", "segmentation", "sharding", "splits", "tasks", "thresholds", "train",
 )  # fmt: skip
 
 

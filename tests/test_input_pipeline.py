@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
+import soundfile
 from flax import nnx
 
-from pcgjax import input_pipeline, tasks
+from pcgjax import input_pipeline, prepare, tasks
 from pcgjax.features import filters
 from pcgjax.features.filters import ALIGN
 from pcgjax.input_pipeline import Geometry
@@ -357,3 +358,39 @@ def test_noise_is_added_before_the_filter(make_config):
     assert answers[clean, 0, 0] == answers[clean, 0, 1] != answers[clean, 1, 0]
     assert answers[noisy, 0, 0] == pytest.approx(answers[noisy, 1, 0], rel=0.02)
     assert answers[noisy, 0, 0] != pytest.approx(answers[noisy, 0, 1], rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------- several folders
+
+
+@pytest.fixture(scope="module")
+def own_sounds(tmp_path_factory):
+    """folder/prepared_1000, prepared_2000: three recordings of one's own."""
+    folder = tmp_path_factory.mktemp("own")
+    for i in range(3):
+        samples = np.random.default_rng(i).standard_normal(2000 + 300 * i) / 10
+        soundfile.write(folder / f"own{i}.wav", samples, 1000)
+    for rate_hz in (1000, 2000):
+        prepare.prepare("folder", folder, folder / f"prepared_{rate_hz}", rate_hz, workers=1)
+    return folder
+
+
+def test_folders_are_read_as_one(prepared, own_sounds):
+    one, other = (input_pipeline.from_prepared(path) for path in (prepared, own_sounds / "prepared_1000"))
+    both = input_pipeline.from_prepared(f"{prepared},{own_sounds / 'prepared_1000'}")
+    assert both.rows == [*one.rows, *other.rows]
+    assert both.sample_rate_hz == 1000
+    np.testing.assert_array_equal(both.lengths, [*one.lengths, *other.lengths])
+    for i in (0, len(one.rows) - 1, len(one.rows), len(both.rows) - 1):
+        part, index = (one, i) if i < len(one.rows) else (other, i - len(one.rows))
+        np.testing.assert_array_equal(both.read(i), part.read(index))
+    assert both.bytes == one.bytes + other.bytes
+
+
+def test_folders_that_do_not_go_together(prepared, own_sounds):
+    with pytest.raises(ValueError, match=r"prepared at different rates, \[1000, 2000\] Hz"):
+        input_pipeline.from_prepared(f"{prepared},{own_sounds / 'prepared_2000'}")
+    with pytest.raises(ValueError, match="recording a0001 is in two of these folders"):
+        input_pipeline.from_prepared(f"{prepared},{prepared}")
+    with pytest.raises(prepare.PrepareError, match="nowhere: no prepared data set"):
+        input_pipeline.from_prepared(f"{prepared},nowhere")

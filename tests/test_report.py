@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from pcgjax import metrics, report
+from pcgjax import metrics, report, segmentation
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RATE = 1000
@@ -236,7 +236,118 @@ def test_scores_of_another_task(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"test": test}))
     page = report.write(tmp_path).read_text()
     assert '<h3>onset f1</h3><p class="big">0.971</p>' in page
-    assert cells(page, "frame accuracy") == [["0.917"]]
+    assert cells(page, "Frame accuracy") == [["0.917"]]
+
+
+# --- the page of a segmenter
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """A run of 12 simulated recordings, and what its metrics.json says."""
+    workdir = tmp_path_factory.mktemp("runs") / "segmenter"
+    workdir.mkdir()
+    rng = np.random.default_rng(0)
+    log_duration = np.log(np.full((4, 30), 1 / 30))
+    ours, trivial, examples = [], [], []
+    for i in range(12):
+        samples = beats(10, False, rng)
+        truth = np.r_[[0] * 40, np.tile(np.repeat([1, 2, 3, 4], (5, 11, 4, 23)), 10)[:440], [0] * 20].astype(np.int8)
+        predicted = np.where(truth == 0, 4, np.roll(truth, i % 5 - 1))
+        predicted[100 : 100 + 20 * i] = 1
+        ours.append(segmentation.score(truth, predicted, 0.02))
+        trivial.append(segmentation.score(truth, segmentation.metronome(truth, 0.02, log_duration), 0.02))
+        examples.append({
+            "id": f"r<{i}>", "samples": samples, "sample_rate_hz": RATE, "truth": segmentation.spans(truth, 0.02),
+            "predicted": segmentation.spans(predicted, 0.02), "score": segmentation.rates(ours[-1]),
+        })  # fmt: skip
+    chosen = segmentation.best_median_worst(ours)
+    persons = [str(i // 2) for i in range(12)]
+    found = {name: segmentation.summarise(s, persons, 50) for name, s in (("test", ours), ("metronome", trivial))}
+    results = {"segmentation": {**found, "recordings": 12, "people": 6, "intervals": {"resamples": 50}}}
+    (workdir / "metrics.json").write_text(json.dumps(results))
+    line = {"step": 1, "split": "validation", "loss": 1.0, "frame_accuracy": 0.5}
+    (workdir / "metrics.jsonl").write_text("\n".join(json.dumps({**line, "step": step}) for step in (1, 2)))
+    assert report.save_examples(workdir, [examples[i] for i in chosen[::-1]]) == workdir / "segments.npz"
+    return report.write(workdir), found, [examples[i] for i in chosen]
+
+
+def test_segmenter_beside_the_metronome(segmenter):
+    path, found, _ = segmenter
+    page = path.read_text()
+    assert "12 test recordings · 6 people" in page
+    assert "people, not recordings, are drawn anew" in page
+    for metric, name in (*report.WORDS.items(), *report.SEGMENTATION_WORDS.items()):
+        if metric in found["test"]:
+            row = cells(page, name.replace("'", "&#x27;"))
+            assert len(row) == 2
+            for cell, answer in zip(row, ("test", "metronome"), strict=True):
+                s = found[answer][metric]
+                between = [] if s["low"] is None else [f"{s['low']:.3f}–{s['high']:.3f}"]
+                assert cell == [page_number(s["value"]), *between]
+    cards = dict(re.findall(r'<h3>([^<]*)</h3><p class="big">(.*?)</p>', page))
+    assert cards == {report.WORDS[m]: f"{found['test'][m]['value']:.3f}" for m in report.SEGMENTATION_HEADLINE}
+    assert f"a metronome ({found['metronome']['onset_f1_60ms']['value']:.3f})" in page
+    assert "Frame accuracy on validation" in page
+
+
+def page_number(value):
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def test_segmented_recordings_from_best_to_worst(segmenter):
+    path, _, examples = segmenter
+    page = path.read_text()
+    figures = re.findall(
+        r'<figure class="card"><h3>(\w+)</h3>(.*?)<figcaption><b>(.*?)</b>(.*?)</figcaption>', page, re.S
+    )
+    assert [(kind, name) for kind, _, name, _ in figures] == [
+        (kind, e["id"].replace("<", "&lt;").replace(">", "&gt;"))
+        for kind, e in zip(("Best", "Median", "Worst"), examples, strict=True)
+    ]
+    for (_, figure, _, caption), example in zip(figures, examples, strict=True):
+        assert f"{example['score']['frame_accuracy']:.3f}" in caption
+        assert "8 of 10 s" in caption
+        words = re.findall(r"<text[^>]*>([^<]+)</text>", figure)
+        assert {"truth", "predicted", "S1", "systole", "S2", "diastole"} <= set(words)
+        # A bar of each S1 in view, of truth and prediction, and the legend's.
+        shown = [a for name in ("truth", "predicted") for a, b, s in example[name] if s == 1 and b > 0.8 and a < 8.8]
+        assert figure.count("fill: var(--blue)") >= 1 + len(shown)
+
+
+def test_segmenter_without_examples(segmenter, tmp_path):
+    (tmp_path / "metrics.json").write_text((segmenter[0].parent / "metrics.json").read_text())
+    assert "no segments.npz" in report.write(tmp_path).read_text()
+    rows = [report.compare_row(tmp_path, name) for name in "ab"]
+    page = report.compare(rows, tmp_path / "both.html", "t").read_text()
+    told = cells(page, '<span class="muted">a metronome</span>')
+    assert [f"{segmenter[1]['metronome']['onset_f1_60ms']['value']:.3f}"] == told[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("segments.npz", "not a zip", r"segments\.npz: not a readable"),
+        ("segments.npz", {"examples": '[{"id": "a"}]', "samples_0": np.zeros(9)}, r"no sample_rate_hz, truth, pred"),
+        ("segments.npz", {"examples": '[{"id": "a"}]'}, r"not a readable .*samples_0.*delete"),
+        ("metrics.json", '{"segmentation": {"test": {}}}', r"metrics\.json: no object `metronome` in `segmentation`"),
+    ],
+)
+def test_damage_of_a_segmenters_files_is_named(segmenter, tmp_path, name, content, message):
+    copy = shutil.copytree(segmenter[0].parent, tmp_path / "segmenter")
+    if isinstance(content, str):
+        (copy / name).write_text(content)
+    else:
+        np.savez(copy / name, **content)
+    with pytest.raises(ValueError, match=message):
+        report.write(copy)
+
+
+def test_examples_to_save_must_be_whole(segmenter, tmp_path):
+    example = {k: v for k, v in segmenter[2][0].items() if k != "truth"}
+    with pytest.raises(ValueError, match=r"examples\[0\]: no field 'truth'"):
+        report.save_examples(tmp_path, [example])
+    assert not list(tmp_path.iterdir())
 
 
 # --- errors

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import librosa
 import numpy as np
 import pytest
+import scipy.signal
 
 from pcgjax.features import spectrogram
 
@@ -205,3 +206,16 @@ def test_kaldi_fbank_refuses():
         spectrogram.kaldi_fbank(np.zeros(4000), 16100)
     with pytest.raises(ValueError, match="num_mel_bins=0"):
         spectrogram.kaldi_fbank(np.zeros(4000), num_mel_bins=0)
+
+
+@pytest.mark.parametrize(("n_fft", "hop", "samples"), [(128, 40, 1088), (64, 20, 1044), (100, 100, 999), (50, 7, 50)])
+def test_mel_of_frames_is_a_loop(n_fft, hop, samples):
+    x = np.random.default_rng(0).standard_normal((2, samples)).astype(np.float32)
+    found = np.asarray(spectrogram.mel_of_frames(x, 2000, n_fft, hop, 8, 50.0, 900.0))
+    bank = spectrogram.mel_filterbank(2000, n_fft, 8, 50.0, 900.0)
+    starts = range(0, samples - n_fft + 1, hop)
+    window = scipy.signal.get_window("hann", n_fft)
+    frames = np.stack([x[:, start : start + n_fft] for start in starts], axis=1) * window
+    expected = abs(np.fft.rfft(frames)) ** 2 @ bank.T
+    assert found.shape == (2, len(starts), 8)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -105,6 +105,34 @@ def test_people_with_recordings_of_both_classes_do_not_starve_a_part() -> None:
             assert abs(found["recordings"] - found["positives"] - share * 70) <= 6
 
 
+@pytest.mark.parametrize("kind", ["person", "person_kfold", "leave_database_out"])
+def test_without_a_target_all_recordings_are_dealt_out(kind: str) -> None:
+    rows = people(30, "a", 3, label=1) + people(20, "b", 2, label=0)
+    rows += [row(f"c{i:03d}_{j}", f"c-{i}", "c", None) for i in range(20) for j in range(4)]  # not labelled at all
+    split = splits.make(rows, kind, "", 0, database="c")
+    assert (split["target"], split["unlabelled"]) == ("", [])
+    part_of = {name: part for part in splits.PARTS for name in split[part]}
+    assert sorted(part_of) == sorted(r["id"] for r in rows)
+    for r in rows:
+        assert part_of[r["id"]] == part_of[f"{r['id'][:-1]}0"]  # people are kept together
+    assert splits.check(split, rows) == []
+    share = {"person": 0.15, "person_kfold": 0.2}.get(kind)
+    for database in "abc" if share else "":
+        of = [r["id"] for r in rows if r["database"] == database]
+        assert abs(sum(part_of[name] == "test" for name in of) - share * len(of)) <= 4
+    assert all(of["positives"] == 0 for part in splits.PARTS for of in split["counts"][part].values())
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    assert splits.make(shuffled, kind, "", 0, database="c") == split
+
+
+def test_without_a_target_what_needs_classes_is_refused() -> None:
+    for kind in ("person_250", "paper301"):
+        with pytest.raises(splits.SplitError, match=f"kind {kind} draws recordings by class: it needs a target"):
+            splits.make(people(30), kind, "", 0)
+    with pytest.raises(splits.SplitError, match=r"2 people with .*, too few for 3 parts"):
+        splits.make(people(2, records=9), "person", "", 0)
+
+
 @pytest.mark.parametrize(("count", "each"), [(3000, 250), (300, 26)])
 def test_a_tuning_set_with_as_many_of_either_class(count: int, each: int) -> None:
     rows = people(count)  # a third of them abnormal

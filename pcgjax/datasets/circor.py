@@ -219,7 +219,7 @@ def _recording(
         tsv = folder / f"{patient}_{site}.tsv"
     annotations: tuple[tuple[float, float, int], ...] = ()
     try:
-        annotations = _annotations(tsv, frames / rate_hz)
+        annotations = read_annotations(tsv, frames / rate_hz)
     except FileNotFoundError:
         problems.append(Problem(relative(folder / names[3], source), "missing: no such file, so no annotations"))
     except ValueError as error:
@@ -253,7 +253,7 @@ def _labels(fields: dict[str, str], site: str) -> dict[str, str]:
     return labels | {label: known[key] for key, label in LABELS.items() if key in known}
 
 
-def _annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, float, int], ...]:
+def read_annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, float, int], ...]:
     """Intervals from a .tsv file with start, end (seconds) and state, 0 where not annotated.
 
     Raises:

@@ -66,11 +66,16 @@ def frames(samples: int, hop: int) -> int:
 def _power(x: jax.Array, n_fft: int, hop: int) -> jax.Array:
     """(..., T) -> (..., frames, 1 + n_fft // 2): |DFT|^2 of Hann windows centred at every `hop` samples."""
     count, views = frames(x.shape[-1], hop), -(-n_fft // hop)
-    # A frame is `views` consecutive blocks of `hop` samples: slices, where indexing would gather sample by sample.
     length = (count - 1 + views) * hop
     right = max(length - n_fft // 2 - x.shape[-1], 0)
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(n_fft // 2, right)])[..., :length]
-    blocks = padded.reshape(*x.shape[:-1], -1, hop)
+    return _power_within(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(n_fft // 2, right)])[..., :length], n_fft, hop, count)
+
+
+def _power_within(x: jax.Array, n_fft: int, hop: int, count: int) -> jax.Array:
+    """The same of windows that start at 0, hop, ... (`count` of them); x must be whole hops long."""
+    # A frame is `views` consecutive blocks of `hop` samples: slices, where indexing would gather sample by sample.
+    views = -(-n_fft // hop)
+    blocks = x.reshape(*x.shape[:-1], -1, hop)
     framed = jnp.concatenate([blocks[..., i : i + count, :] for i in range(views)], axis=-1)[..., :n_fft]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
     spectrum = jnp.fft.rfft(framed * window.astype(np.float32))
@@ -116,6 +121,19 @@ def log_mel(
     if top_db is None:
         return decibels
     return jnp.maximum(decibels, decibels.max((-2, -1), keepdims=True) - top_db)
+
+
+def mel_of_frames(
+    x: jax.Array, sample_rate_hz: float, n_fft: int, hop: int, n_mels: int, low_hz: float, high_hz: float
+) -> jax.Array:
+    """Mel power (..., frames, n_mels) of the frames that lie wholly within (..., T) samples: 1 + (T - n_fft) // hop."""
+    bank = mel_filterbank(sample_rate_hz, n_fft, n_mels, low_hz, high_hz)
+    count = 1 + (x.shape[-1] - n_fft) // hop
+    length = (count - 1 - (-n_fft // hop)) * hop
+    x = x[..., :length]
+    if length > x.shape[-1]:
+        x = jnp.concatenate([x, jnp.zeros((*x.shape[:-1], length - x.shape[-1]), x.dtype)], -1)
+    return jnp.matmul(_power_within(x, n_fft, hop, count), bank.T, precision=jax.lax.Precision.HIGHEST)
 
 
 _KALDI_FLOOR = float(np.finfo(np.float32).eps)  # of a band's energy before the logarithm

@@ -3,17 +3,21 @@
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t      for every channel D and state N
     y_t = C_t h_t + D u_t,  times silu(z_t) where there is a gate
 
-`delta` may first pass through a bias and a softplus. Only the recurrence of h has to wait for the step before: it has
-implementations to choose from, with plain JAX around it.
+`delta` may first pass through a bias and a softplus. Only the recurrence of h has to wait for the step before.
+Both functions below run the same code, on arrays that lead with G: one direction of time, or two.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-IMPLEMENTATIONS = ("auto", "reference", "xla", "associative")
-_CHUNK = 32  # steps whose states are in memory at a time
+IMPLEMENTATIONS = ("auto", "reference", "xla", "associative", "pallas")
+_CHUNK = 16  # steps between the states that the gradients of "xla" and "pallas" start again from
 
 
 def selective_scan(
@@ -36,31 +40,51 @@ def selective_scan(
     Args:
       u, delta, z: (B, L, D) float32 or bfloat16; the state and the sums are float32 (float64 for float64).
       A: (D, N), negative; B, C: (B, L, N); D, delta_bias: (D,).
-      implementation: "reference" (a step at a time, differentiated by JAX), "xla" (as fast, and its gradient keeps a
-        state every few steps and computes the others again), "associative" (log L steps, all states in memory), "auto".
+      implementation: "reference" (a step at a time, differentiated by JAX), "xla" (a step at a time; the gradient keeps
+        a state every few steps and computes the others again), "associative" (log L steps, all states in memory),
+        "pallas" (as "xla", in one kernel for a GPU or TPU; interpreted on a CPU, slowly; on several devices inside
+        shard_map only) or "auto". The gradients of "xla" and "pallas" cannot be differentiated again.
       initial: (B, N, D), the state before the first step; zeros when None.
     Returns: y (B, L, D) of u's type; with `return_last_state` also the state after the last step, (B, N, D).
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
-    u, delta, A, B, C = map(jnp.asarray, (u, delta, A, B, C))
-    _check(u, delta, A, B, C, D, z, delta_bias, initial)
-    wide = jnp.promote_types(u.dtype, jnp.float32)
-    wider = lambda x: x.astype(wide)
-    steps = wider(delta) if delta_bias is None else wider(delta) + wider(delta_bias)
-    if delta_softplus:
-        steps = jax.nn.softplus(steps)
-    state = jnp.zeros((u.shape[0], A.shape[1], A.shape[0]), wide) if initial is None else wider(initial)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    scan = {"reference": _reference, "associative": _associative}.get(implementation, _xla)
-    y, last = scan(wider(u), steps, wider(A).T, wider(B), wider(C), state)
-    if D is not None:
-        y = y + wider(D) * wider(u)
-    if z is not None:
-        y = y * jax.nn.silu(wider(z))
-    y = y.astype(u.dtype)
-    return (y, last) if return_last_state else y
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    given = {name: None if array is None else jnp.asarray(array) for name, array in given.items()}
+    _check(**given, initial=initial)
+    lead = {name: None if array is None else array[None] for name, array in given.items()}
+    state = None if initial is None else jnp.asarray(initial)[None]
+    y, last = _run(implementation, delta_softplus, **lead, initial=state)
+    return (y[0], last[0]) if return_last_state else y[0]
+
+
+def bidirectional_scan(
+    u: jax.Array,
+    delta: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
+    delta_softplus: bool = False,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Two scans as one, [0] from the first step to the last, [1] from the last to the first.
+
+    Args: as in `selective_scan`, each array with a leading axis of 2 and in natural order of time: u (2, B, L, D).
+    Returns: (2, B, L, D) of u's type.
+    Raises:
+      ValueError: as in `selective_scan`, or a leading axis that is not 2.
+    """
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    given = {name: None if array is None else jnp.asarray(array) for name, array in given.items()}
+    for name, array in given.items():
+        if array is not None and array.shape[:1] != (2,):
+            raise ValueError(f"{name} has shape {array.shape}; needs a leading axis of 2, one for each direction")
+    one = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+    _check(**{name: one(array) for name, array in given.items()}, initial=None)
+    return _run(implementation, delta_softplus, **given, initial=None)[0]
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, initial) -> None:
@@ -81,95 +105,422 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial) -> None:
             raise ValueError(f"{name} has shape {array.shape}; u {u.shape} and A {A.shape} need {shape}")
 
 
-# The recurrence: u, delta (B, L, D), A (N, D), B, C (B, L, N), state (B, N, D) -> y (B, L, D), the last state. Channels
-# are last in a state, so that a step is element by element over whole vectors.
+def _run(implementation, delta_softplus, u, delta, A, B, C, D, z, delta_bias, initial):
+    """y (G, B, L, D) and the last states (G, B, N, D), by the implementation that is asked for."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "auto":
+        implementation = _choose(A)
+    wide = jnp.promote_types(u.dtype, jnp.float32)
+    wider = lambda x: x.astype(wide)
+    directions, batch, _, channels = u.shape
+    A = wider(A).swapaxes(1, 2)
+    state = jnp.zeros((directions, batch, *A.shape[1:]), wide) if initial is None else wider(initial)
+    row = lambda x: jnp.zeros((directions, 1, channels), wide) if x is None else wider(x)[:, None]
+    if implementation == "pallas":
+        return _pallas(delta_softplus, u, delta, A, B, C, row(D), z, row(delta_bias), state)
+    u, delta, B, C, z = (None if x is None else _turn(x) for x in (u, delta, B, C, z))
+    if implementation == "xla":
+        y, last = _xla(delta_softplus, u, delta, A, B, C, row(D), z, row(delta_bias), state)
+        return _turn(y), last
+    u_, steps = wider(u), wider(delta) + row(delta_bias)[:, None]
+    steps = jax.nn.softplus(steps) if delta_softplus else steps
+    scan = {"reference": _reference, "associative": _associative}[implementation]
+    y, last = scan(u_, steps, A, wider(B), wider(C), state)
+    y = y + row(D)[:, None] * u_
+    y = y if z is None else y * jax.nn.silu(wider(z))
+    return _turn(y.astype(u.dtype)), last
+
+
+def _choose(A) -> str:
+    """What "auto" is. On a CPU "associative" was slower at every size (BUILD_NOTES); accelerators are not measured."""
+    backend = jax.default_backend()
+    fits = backend == "tpu" or (backend == "gpu" and _fits_gpu(A.shape[1], A.shape[2]))
+    # jit cannot split a Pallas kernel over several devices.
+    return "pallas" if fits and jax.device_count() == 1 else "xla"
+
+
+def _turn(x):
+    """(G, B, L, ...): the second direction's steps in the opposite order."""
+    return x if len(x) == 1 else jnp.stack([x[0], x[1, :, ::-1]])
+
+
+# The recurrence alone: u, delta (G, B, L, D) and B, C (G, B, L, N), all in one order of time, A (G, N, D), state
+# (G, B, N, D) -> y (G, B, L, D), the last state. Channels are last in a state, so that a step is element by element
+# over whole vectors.
 
 
 def _reference(u, delta, A, B, C, state):
-    def step(h, now):
-        u_t, delta_t, B_t, C_t = now
-        h = jnp.exp(delta_t[:, None] * A) * h + (delta_t * u_t)[:, None] * B_t[..., None]
-        return h, (h * C_t[..., None]).sum(1)
+    inputs = [jnp.moveaxis(x, 2, 0) for x in (u, delta, B, C)]
+    last, y = jax.lax.scan(lambda h, now: _step(h, now, A), state, inputs)
+    return jnp.moveaxis(y, 0, 2), last
 
-    last, y = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (u, delta, B, C)])
-    return y.swapaxes(0, 1), last
+
+def _step(h, now, A):
+    u_t, delta_t, B_t, C_t = now
+    h = _decay(delta_t, A) * h + (delta_t * u_t)[..., None, :] * B_t[..., None]
+    return h, _over_states(C_t[..., None], h)
+
+
+def _decay(delta, A):
+    """(..., G, B, D) -> (..., G, B, N, D)."""
+    return jnp.exp(delta[..., None, :] * A[:, None])
+
+
+def _over_states(*factors):
+    """The sum over N of a product of (..., N, D), which is not kept as a whole."""
+    slices = [[x[..., n, :] for x in factors] for n in range(factors[-1].shape[-2])]
+    return _added([functools.reduce(jnp.multiply, each) for each in slices])
+
+
+def _added(parts):
+    """The sum over the first axis. Written out: XLA's CPU code can be ten times slower in a reduction."""
+    return functools.reduce(jnp.add, [parts[i] for i in range(len(parts))])
 
 
 def _associative(u, delta, A, B, C, state):
-    decay = jnp.exp(delta[:, :, None] * A)
-    inflow = (delta * u)[:, :, None] * B[..., None]
-    inflow = inflow.at[:, 0].add(decay[:, 0] * state)
+    decay = jnp.exp(delta[..., None, :] * A[:, None, None])
+    inflow = (delta * u)[..., None, :] * B[..., None]
+    inflow = inflow.at[:, :, 0].add(decay[:, :, 0] * state)
     after = lambda left, right: (left[0] * right[0], left[1] * right[0] + right[1])
-    h = jax.lax.associative_scan(after, (decay, inflow), axis=1)[1]
-    return (h * C[..., None]).sum(2), h[:, -1]
+    h = jax.lax.associative_scan(after, (decay, inflow), axis=2)[1]
+    return (h * C[..., None]).sum(3), h[:, :, -1]
 
 
-def _chunks(x, size):
-    """(B, L, ...) -> (L / size, size, B, ...), zeros after the end: a step of delta 0 leaves the state as it is."""
-    length = x.shape[1]
-    x = jnp.pad(x, [(0, 0), (0, -length % size)] + [(0, 0)] * (x.ndim - 2)).swapaxes(0, 1)
-    return x.reshape(-1, size, *x.shape[1:])
+def _softplus(x):
+    """Without the care for infinities of jax.nn.softplus, which takes longer than the rest."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
-def _unchunk(x, length):
-    return x.reshape(-1, *x.shape[2:])[:length].swapaxes(0, 1)
+# XLA, a chunk of steps at a time, all in one order of time. Arrays stay (G, B, L, ...): a chunk is cut out and widened
+# when its turn comes, and what is made of it is written into its place. Copies of whole arrays cost as much as the
+# arithmetic on a CPU.
 
 
-@jax.custom_vjp
-def _xla(u, delta, A, B, C, state):
-    return _xla_forward(u, delta, A, B, C, state)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _xla(softplus, u, delta, A, B, C, D, z, bias, state):
+    return _xla_forward(softplus, u, delta, A, B, C, D, z, bias, state)[0]
 
 
-def _xla_forward(u, delta, A, B, C, state):
-    def step(h, now):
-        u_t, delta_t, B_t, C_t = now
-        h = jnp.exp(delta_t[:, None] * A) * h + (delta_t * u_t)[:, None] * B_t[..., None]
-        return h, (h * C_t[..., None]).sum(1)
-
-    def chunk(h, now):
-        last, y = jax.lax.scan(step, h, now)
-        return last, (y, h)
-
-    size = min(_CHUNK, u.shape[1])
-    last, (y, starts) = jax.lax.scan(chunk, state, [_chunks(x, size) for x in (u, delta, B, C)])
-    return (_unchunk(y, u.shape[1]), last), (u, delta, A, B, C, starts)
+def _chunks(length):
+    """How many chunks, their steps, and the first step of chunk k. The first chunk is the one that may not be full."""
+    even = [size for size in range(_CHUNK // 2, 2 * _CHUNK) if length % size == 0]
+    size = min(even, key=lambda size: abs(size - _CHUNK), default=min(_CHUNK, length))
+    count = -(-length // size)
+    return count, size, lambda k: jnp.maximum(0, length - (count - k) * size)
 
 
-def _xla_backward(residuals, towards):
-    u, delta, A, B, C, starts = residuals
+def _cut(x, start, size, dtype):
+    """(G, B, L, ...) -> steps start.. as (size, G, B, ...)."""
+    return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), 2, 0).astype(dtype)
+
+
+def _put(x, value, start):
+    """The inverse of `_cut`."""
+    return jax.lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(value, 0, 2).astype(x.dtype), start, axis=2)
+
+
+def _sizes(given, softplus, k, length):
+    """The steps' sizes of chunk k (K, G, B, D), 0 at the next chunk's steps; which steps are its own (None: all)."""
+    sizes = _softplus(given) if softplus else given
+    if length % len(given) == 0:
+        return sizes, None
+    own = (k > 0) | (jnp.arange(len(given)) < length % len(given))[:, None, None, None]
+    return jnp.where(own, sizes, 0), own
+
+
+def _xla_forward(softplus, u, delta, A, B, C, D, z, bias, state):
+    count, size, first = _chunks(u.shape[2])
+    cut = lambda x, k: _cut(x, first(k), size, state.dtype)
+
+    def chunk(carry, k):
+        h, y = carry
+        u_k = cut(u, k)
+        sizes, _ = _sizes(cut(delta, k) + bias, softplus, k, u.shape[2])
+        last, y_k = jax.lax.scan(lambda h, now: _step(h, now, A), h, (u_k, sizes, cut(B, k), cut(C, k)))
+        y_k = y_k + D * u_k
+        y_k = y_k if z is None else y_k * jax.nn.silu(cut(z, k))
+        # Where the first chunk is not full, the next one writes over its last steps.
+        return (last, _put(y, y_k, first(k))), h
+
+    (last, y), starts = jax.lax.scan(chunk, (state, jnp.zeros_like(u)), jnp.arange(count))
+    return (y, last), (u, delta, A, B, C, D, z, bias, starts)
+
+
+def _xla_backward(softplus, residuals, towards):
+    u, delta, A, B, C, D, z, bias, starts = residuals
     dy, dlast = towards
-    length, size = u.shape[1], min(_CHUNK, u.shape[1])
+    count, size, first = _chunks(u.shape[2])
+    cut = lambda x, k: _cut(x, first(k), size, dlast.dtype)
+    at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    over_channels = functools.partial(jnp.einsum, "kgbnd,kgbd->kgbn", precision="highest")
 
     def chunk(carry, now):
-        dh, dA = carry
-        u_KxBxD, delta_KxBxD, B_KxBxN, C_KxBxN, dy_KxBxD, start = now
-        decay = jnp.exp(delta_KxBxD[:, :, None] * A)
-        inflow = (delta_KxBxD * u_KxBxD)[:, :, None] * B_KxBxN[..., None]
+        dh, dA, dD, dbias, before, d, out = carry
+        k, start = now
+        u_k, B_k, C_k, dy_k = (cut(x, k) for x in (u, B, C, dy))
+        given = cut(delta, k) + bias
+        sizes, own = _sizes(given, softplus, k, u.shape[2])
+        # At once for the chunk: large enough for all cores. The barrier keeps the loops from computing it again.
+        decay = jax.lax.optimization_barrier(_decay(sizes, A))
+        inflow = sizes * u_k
 
-        def again(h, now):
-            h = now[0] * h + now[1]
-            return h, h
+        def again(t, now):
+            h, before = now
+            new = at(decay, t) * h + at(inflow, t)[..., None, :] * at(B_k, t)[..., None]
+            return new, jax.lax.dynamic_update_index_in_dim(before, h, t, axis=0)
 
-        def back(d, now):  # d: of the state after this step, from the steps after it
-            d = d + now[1]
-            return now[0] * d, d
+        last, before = jax.lax.fori_loop(0, size, again, (start, before))
+        # What needs the states after each step takes `before` of the step after it.
+        after = lambda f, x: jnp.concatenate([f(before, jnp.roll(x, 1, axis=0))[1:], f(last[None], x[-1:])])
+        if z is not None:
+            z_k = cut(z, k)
+            gate = jax.nn.sigmoid(z_k)
+            y_k = after(lambda h, C: _over_states(C[..., None], h), C_k) + D * u_k
+            dz_k = dy_k * y_k * gate * (1 + z_k * (1 - gate))
+            dy_k = dy_k * z_k * gate
+        dy_k = dy_k if own is None else jnp.where(own, dy_k, 0)
 
-        _, h = jax.lax.scan(again, start, (decay, inflow))
-        dh, d = jax.lax.scan(back, dh, (decay, dy_KxBxD[:, :, None] * C_KxBxN[..., None]), reverse=True)
-        before = jnp.concatenate([start[None], h[:-1]])
-        dexponent = d * decay * before
-        dinflow = (d * B_KxBxN[..., None]).sum(2)
-        return (dh, dA + (dexponent * delta_KxBxD[:, :, None]).sum((0, 1))), (
-            delta_KxBxD * dinflow,
-            u_KxBxD * dinflow + (dexponent * A).sum(2),
-            (d * (delta_KxBxD * u_KxBxD)[:, :, None]).sum(3),
-            (h * dy_KxBxD[:, :, None]).sum(3),
-        )
+        def back(k, now):
+            dh, dA, d = now  # dh: by the state after this step, from the steps after it alone
+            t = size - 1 - k
+            d_t = dh + at(dy_k, t)[..., None, :] * at(C_k, t)[..., None]
+            dh = at(decay, t) * d_t
+            dA = dA + dh * at(before, t) * at(sizes, t)[..., None, :]
+            return dh, dA, jax.lax.dynamic_update_index_in_dim(d, d_t, t, axis=0)
 
-    inputs = [_chunks(x, size) for x in (u, delta, B, C, dy)]
-    (dh, dA), parts = jax.lax.scan(chunk, (dlast, jnp.zeros_like(A)), (*inputs, starts), reverse=True)
-    du, ddelta, dB, dC = (_unchunk(x, length) for x in parts)
-    return du, ddelta, dA, dB, dC, dh
+        dh, dA, d = jax.lax.fori_loop(0, size, back, (dh, dA, d))
+        dinflow = _over_states(B_k[..., None], d)
+        ddelta = u_k * dinflow + _over_states(A[:, None], decay, before, d)
+        ddelta = ddelta * jax.nn.sigmoid(given) if softplus else ddelta
+        ddelta = ddelta if own is None else jnp.where(own, ddelta, 0)
+        parts = [sizes * dinflow + D * dy_k, ddelta, over_channels(d, inflow), after(over_channels, dy_k)]
+        parts += [] if z is None else [dz_k]
+        if own is not None:  # the next chunk has been here before
+            parts = [jnp.where(own, part, cut(x, k)) for part, x in zip(parts, out, strict=True)]
+        out = [_put(x, part, first(k)) for part, x in zip(parts, out, strict=True)]
+        return (dh, dA, dD + _added(dy_k * u_k), dbias + _added(ddelta), before, d, out), None
+
+    # `before` and `d` are the same two buffers in all chunks: fresh ones would be filled with zeros first.
+    buffers = [jnp.zeros((size, *dlast.shape), dlast.dtype)] * 2
+    out = [jnp.zeros_like(x) for x in (u, delta, B, C, *([] if z is None else [z]))]
+    carry = dlast, jnp.zeros_like(dlast), *[jnp.zeros_like(dlast[:, :, 0])] * 2, *buffers, out
+    carry, _ = jax.lax.scan(chunk, carry, (jnp.arange(count), starts), reverse=True)
+    dh, dA, dD, dbias, _, _, (du, ddelta, dB, dC, *dz) = carry
+    dD, dbias = (x.sum(1, keepdims=True) for x in (dD, dbias))
+    return du, ddelta, dA.sum(1), dB, dC, dD, dz[0] if dz else None, dbias, dh
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
+
+
+# Pallas: one kernel a pass, with the softplus, the skip and the gate in it. A program of the grid (direction, sequence,
+# channels, time) walks through a block of steps and keeps its states (N, channels) on the chip; running values lie in
+# output blocks that all blocks of time share. A GPU runs its grid's programs in any order: there a block is the whole
+# sequence. Every few steps the forward pass saves a state, from which the backward pass computes the others again.
+# Not run on either so far: only lowered for both, and interpreted.
+
+_BLOCK = 128  # steps of a block, off a GPU
+_SAVED = 8  # steps between saved states; written out, and their states held in registers
+_TILES = (512, 384, 256, 128)  # channels of a program, off a GPU: the first that divides them, else all
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pallas(softplus, u, delta, A, B, C, D, z, bias, state):
+    return _pallas_forward(softplus, u, delta, A, B, C, D, z, bias, state)[0]
+
+
+def _pallas_forward(softplus, u, delta, A, B, C, D, z, bias, state, platform=None):
+    """(y, last), residuals. A (G, N, D); D, bias (G, 1, D); z may be None; the others as in `bidirectional_scan`."""
+
+    def body(
+        first, chunks, steps_of, column, _, u_ref, delta_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, state_ref, *refs
+    ):
+        *z_ref, y_ref, saved_ref, last_ref = refs
+        A, D, bias, dtype = A_ref[...], D_ref[...], bias_ref[...], A_ref.dtype
+
+        def chunk(k, h):
+            saved_ref[k] = h
+            for at, real in steps_of(k):
+                u_t = u_ref[at].astype(dtype)
+                delta_t = _size(delta_ref[at].astype(dtype) + bias, softplus, real)
+                h = jnp.exp(delta_t * A) * h + column(B_ref[at].astype(dtype)) * (delta_t * u_t)
+                y_t = (column(C_ref[at].astype(dtype)) * h).sum(0, keepdims=True) + D * u_t
+                if z_ref:
+                    y_t = y_t * jax.nn.silu(z_ref[0][at].astype(dtype))
+                y_ref[at] = y_t.astype(y_ref.dtype)
+            return h
+
+        start = jax.lax.select(first, state_ref[...], last_ref[...])
+        last_ref[...] = jax.lax.fori_loop(0, chunks, chunk, start)
+
+    wide = state.dtype
+    inputs = [("steps", u), ("steps", delta), ("channels", A), ("few", B), ("few", C), ("channels", D)]
+    inputs += [("channels", bias), ("state", state), *([] if z is None else [("steps", z)])]
+    outputs = [("steps", u.dtype), ("saved", wide), ("state", wide)]
+    y, saved, last = _pallas_call(body, inputs, outputs, backward=False, platform=platform)
+    return (y, last), (u, delta, A, B, C, D, z, bias, saved)
+
+
+def _pallas_backward(softplus, residuals, towards, platform=None):
+    u, delta, A, B, C, D, z, bias, saved = residuals
+    dy, dlast = towards
+
+    def body(
+        first, chunks, steps_of, column, row, u_ref, delta_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, saved_ref, *refs
+    ):
+        dy_ref, dlast_ref, *z_refs, du_ref, ddelta_ref, dB_ref, dC_ref, dA_ref, dD_ref, dbias_ref, dstate_ref = refs
+        A, D, bias, dtype = A_ref[...], D_ref[...], bias_ref[...], A_ref.dtype
+
+        def chunk(k, running):
+            k = chunks - 1 - k
+            dh, dA, dD, dbias = running
+            h, steps = saved_ref[k], []
+            for at, real in steps_of(k):
+                u_t, given = u_ref[at].astype(dtype), delta_ref[at].astype(dtype) + bias
+                delta_t, B_t = _size(given, softplus, real), column(B_ref[at].astype(dtype))
+                decay, before = jnp.exp(delta_t * A), h
+                h = decay * h + B_t * (delta_t * u_t)
+                steps.append((at, real, u_t, given, delta_t, B_t, decay, before, h))
+            for at, real, u_t, given, delta_t, B_t, decay, before, h in reversed(steps):
+                dy_t, C_t = dy_ref[at].astype(dtype), column(C_ref[at].astype(dtype))
+                if z_refs:
+                    z_ref, dz_ref = z_refs
+                    z_t = z_ref[at].astype(dtype)
+                    y_t, gate = (C_t * h).sum(0, keepdims=True) + D * u_t, jax.nn.sigmoid(z_t)
+                    dz_ref[at] = (dy_t * y_t * gate * (1 + z_t * (1 - gate))).astype(dz_ref.dtype)
+                    dy_t = dy_t * z_t * gate
+                dy_t = dy_t if real is None else jnp.where(real, dy_t, 0)
+                d = dh + C_t * dy_t  # by this step's state
+                dh = decay * d
+                dexponent = dh * before
+                dinflow = (d * B_t).sum(0, keepdims=True)
+                ddelta_t = u_t * dinflow + (dexponent * A).sum(0, keepdims=True)
+                if softplus:
+                    ddelta_t = ddelta_t * jax.nn.sigmoid(given)
+                ddelta_t = ddelta_t if real is None else jnp.where(real, ddelta_t, 0)
+                du_ref[at] = (delta_t * dinflow + D * dy_t).astype(du_ref.dtype)
+                ddelta_ref[at] = ddelta_t.astype(ddelta_ref.dtype)
+                dB_ref[at] = row((d * (delta_t * u_t)).sum(1, keepdims=True))
+                dC_ref[at] = row((h * dy_t).sum(1, keepdims=True))
+                dA, dD, dbias = dA + dexponent * delta_t, dD + dy_t * u_t, dbias + ddelta_t
+            return dh, dA, dD, dbias
+
+        refs = dstate_ref, dA_ref, dD_ref, dbias_ref
+        starts = dlast_ref[...], *(jnp.zeros(ref.shape, ref.dtype) for ref in refs[1:])
+        running = tuple(jax.lax.select(first, start, ref[...]) for start, ref in zip(starts, refs, strict=True))
+        running = jax.lax.fori_loop(0, chunks, chunk, running)
+        for ref, value in zip(refs, running, strict=True):
+            ref[...] = value
+
+    wide, gate = dlast.dtype, [] if z is None else [("steps", z)]
+    inputs = [("steps", u), ("steps", delta), ("channels", A), ("few", B), ("few", C), ("channels", D)]
+    inputs += [("channels", bias), ("saved", saved), ("steps", dy), ("state", dlast), *gate]
+    outputs = [*(("steps", a.dtype) for _, a in gate), ("steps", u.dtype), ("steps", delta.dtype), ("parts", wide)]
+    outputs += [("parts", wide), ("state", wide), ("row", wide), ("row", wide), ("state", wide)]
+    *dz, du, ddelta, dB, dC, dA, dD, dbias, dstate = _pallas_call(
+        body, inputs, outputs, backward=True, platform=platform
+    )
+    dB, dC = dB.sum(2).astype(B.dtype), dC.sum(2).astype(C.dtype)
+    return du, ddelta, dA.sum(1), dB, dC, dD.sum(1), dz[0] if dz else None, dbias.sum(1), dstate
+
+
+_pallas.defvjp(_pallas_forward, _pallas_backward)
+
+
+def _size(x, softplus, real):
+    """The step's size after its softplus; 0, which leaves the state as it is, at what is no step."""
+    x = _softplus(x) if softplus else x
+    return x if real is None else jnp.where(real, x, 0)
+
+
+def _pallas_call(body, inputs, outputs, backward, platform):
+    """body(is this a program's first block, its chunks, steps_of, column, row, *refs) over the grid.
+
+    steps_of(chunk) yields (where a step's row is in a block, whether it is a step at all: None for always), in that
+    direction's order of time; column and row turn (1, N) into (N, 1) and back. Inputs are (kind, array), outputs (kind,
+    type); a kind says how an array is cut into blocks. The first input has the kind "steps", the third is A.
+    """
+    platform = platform or jax.default_backend()
+    A = inputs[2][1]
+    (directions, batch, length, channels), states = inputs[0][1].shape, A.shape[1]
+    if platform == "gpu":
+        if not _fits_gpu(channels, states):
+            raise ValueError(
+                f"A has shape {(channels, states)}; pallas on a GPU needs channels by the 16 and a power of two of "
+                "states: use xla"
+            )
+        tile, block = 16, length
+    else:
+        tile, block = next((t for t in _TILES if channels % t == 0), channels), min(_BLOCK, length)
+    tiles, blocks, slots = channels // tile, pl.cdiv(length, block), pl.cdiv(block, _SAVED)
+
+    def place(g, j):
+        return jnp.where((g == 1) != backward, blocks - 1 - j, j)
+
+    def spec(kind, rows):
+        """The shape of a whole array of this kind, and its blocks."""
+        shape, cut, where = {
+            "steps": ((batch, length, channels), (None, block, tile), lambda b, d, p: (b, p, d)),
+            "few": ((batch, length, states), (None, block, states), lambda b, d, p: (b, p, 0)),
+            "parts": ((batch, tiles, length, states), (None, None, block, states), lambda b, d, p: (b, d, p, 0)),
+            "saved": ((batch, blocks * slots, states, channels), (None, slots, states, tile),
+                      lambda b, d, p: (b, p, 0, d)),
+            "state": ((batch, states, channels), (None, states, tile), lambda b, d, p: (b, 0, d)),
+            "row": ((batch, 1, channels), (None, 1, tile), lambda b, d, p: (b, 0, d)),
+            "channels": ((rows, channels), (rows, tile), lambda b, d, p: (0, d)),
+        }[kind]  # fmt: skip
+        return (directions, *shape), pl.BlockSpec((None, *cut), lambda g, b, d, j: (g, *where(b, d, place(g, j))))
+
+    def kernel(*refs):
+        g, j = pl.program_id(0), pl.program_id(3)
+        count, chunks = block, slots
+        if rest := length % block:
+            short = place(g, j) == blocks - 1
+            count, chunks = (jnp.where(short, *pair) for pair in ((rest, block), (pl.cdiv(rest, _SAVED), slots)))
+
+        def steps_of(chunk):
+            for i in range(_SAVED):
+                t, real = chunk * _SAVED + i, None
+                if length % block or block % _SAVED:
+                    # Past the end the last step comes again, with a size of 0, and writes what is there already.
+                    real = t < count
+                    t = jnp.minimum(t, count - 1)
+                yield pl.ds(jnp.where(g == 1, count - 1 - t, t), 1), real
+
+        # A TPU has no such transpose of a few numbers, but has a sum over a diagonal.
+        square = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (states, states))
+        diagonal = square(0) == square(1)
+        turned = lambda x, axis: jnp.where(diagonal, x, 0).sum(axis, keepdims=True)
+        column: Any = (lambda x: turned(x, 1)) if platform == "tpu" else lambda x: x.reshape(states, 1)
+        row: Any = (lambda x: turned(x, 0)) if platform == "tpu" else lambda x: x.reshape(1, states)
+        body(j == 0, chunks, steps_of, column, row, *refs)
+
+    parameters: Any = None
+    arrays, types = [a for _, a in inputs], [dtype for _, dtype in outputs]
+    if platform == "tpu":
+        from jax.experimental.pallas import tpu
+
+        parameters = tpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",))
+        # A row of a block of bfloat16 cannot be had by itself.
+        arrays, types = [a.astype(A.dtype) for a in arrays], [A.dtype] * len(types)
+    elif platform == "gpu":
+        from jax.experimental.pallas import triton
+
+        parameters = triton.CompilerParams(num_warps=1)
+    outs = pl.pallas_call(
+        kernel,
+        grid=(directions, batch, tiles, blocks),
+        in_specs=[spec(kind, a.shape[1])[1] for kind, a in inputs],
+        out_specs=[spec(kind, 0)[1] for kind, _ in outputs],
+        out_shape=[
+            jax.ShapeDtypeStruct(spec(kind, 0)[0], dtype) for (kind, _), dtype in zip(outputs, types, strict=True)
+        ],
+        interpret=platform == "cpu",
+        compiler_params=parameters,
+    )(*arrays)
+    return [out.astype(dtype) for out, (_, dtype) in zip(outs, outputs, strict=True)]
+
+
+def _fits_gpu(channels, states):
+    return channels % 16 == 0 and states & (states - 1) == 0

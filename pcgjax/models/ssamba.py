@@ -1,0 +1,592 @@
+"""SSAMBA: Mamba in both directions over patches of a spectrogram (Shams et al. 2024, "SSAMBA: Self-Supervised Audio
+Representation Learning with Mamba State Space Model"), equal to the public PyTorch code and its checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import pickle
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pcgjax.kernels.selective_scan import bidirectional_scan, selective_scan
+
+SIZES = {"tiny": 192, "small": 384, "base": 768}  # width, all at depth 24
+POOLINGS = ("avgtok", "cls")
+PATCH = 16  # frames and mel bins
+MEL_BINS = 128
+RECONSTRUCTION_WEIGHT = 10  # pre-training minimises infonce + 10 mse (SSAST's lambda)
+
+
+class MixerState(NamedTuple):
+    """What a causal mixer carries from one piece of a sequence to the next."""
+
+    tail: jax.Array  # (B, d_conv - 1, E) the convolution's last inputs
+    scan: jax.Array  # (B, N, E)
+
+
+class Mixer(nnx.Module):
+    """Mamba's mixer (Gu and Dao 2023, section 3.4), initialised as published; E = expand * width channels inside.
+
+    `bidirectional` is Vision Mamba's "v2": each direction has its own convolution and scan, the gate and the
+    projections in and out are shared, and the two are averaged. Parameters of the directions lie along a leading axis,
+    [0] for the one from the first step to the last. Otherwise causal, and a sequence may come in pieces.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        *,
+        bidirectional: bool = True,
+        implementation: str = "auto",
+        rngs: nnx.Rngs,
+    ):
+        if min(width, d_state, d_conv, expand) < 1:
+            raise ValueError(f"width={width}, d_state={d_state}, d_conv={d_conv}, expand={expand}: at least 1 each")
+        rank = math.ceil(width / 16) if dt_rank is None else dt_rank
+        inner, ways = expand * width, 1 + bidirectional
+        # (shape, inputs): uniform within 1 / sqrt(inputs), as torch.nn.Linear and Conv1d start.
+        shapes = (
+            ((width, 2 * inner), width), ((ways, d_conv, inner), d_conv), ((ways, inner), d_conv),
+            ((ways, inner, rank + 2 * d_state), inner), ((ways, rank, inner), rank), ((inner, width), inner),
+            ((ways, inner), 1),
+        )  # fmt: skip
+        # Drawn at once: for each shape of its own, JAX would compile for half a second.
+        ends = np.cumsum([math.prod(shape) for shape, _ in shapes])
+        flat = jnp.split(jax.random.uniform(rngs.params(), (ends[-1],), minval=-1, maxval=1), ends[:-1])
+        drawn = [a.reshape(shape) * inputs**-0.5 for a, (shape, inputs) in zip(flat, shapes, strict=True)]
+        self.in_proj, self.conv_kernel, self.conv_bias = map(nnx.Param, drawn[:3])
+        self.x_proj, self.dt_proj, self.out_proj = map(nnx.Param, drawn[3:6])
+        # The steps start out log-uniform in [0.001, 0.1]; the bias is what softplus makes them of.
+        dt = jnp.exp(drawn[6] * math.log(10) + math.log(1e-2))
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
+        rates = np.log(np.arange(1, d_state + 1, dtype=np.float32))
+        self.A_log = nnx.Param(jnp.asarray(np.tile(rates, (ways, inner, 1))))
+        self.D = nnx.Param(jnp.ones((ways, inner)))
+        self.bidirectional, self.implementation = bidirectional, implementation
+
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        """(B, L, D) -> (B, L, D), computed in the input's type, the state in float32 at least."""
+        if not self.bidirectional:
+            return self.stream(x_BxLxD, self.initial_state(len(x_BxLxD)))[0]
+        u, gate = self._enter(x_BxLxD)
+        kernel, reach, length = self.conv_kernel[...].astype(u.dtype), self.conv_kernel.shape[1] - 1, u.shape[1]
+        # Shifted sums: XLA's depthwise convolution is some fifty times slower on CPU.
+        padded = jnp.pad(u, ((0, 0), (reach, reach), (0, 0)))
+        ahead = sum(kernel[0, i] * padded[:, i : i + length] for i in range(reach + 1))
+        back = sum(kernel[1, reach - i] * padded[:, reach + i : reach + i + length] for i in range(reach + 1))
+        y = bidirectional_scan(**self._scanned(jnp.stack([ahead, back])))
+        return self._leave((y[0] + y[1]) / 2, gate)
+
+    def initial_state(self, batch: int) -> MixerState:
+        """The state before the first step of `batch` sequences."""
+        _, inner, states = self.A_log.shape
+        return MixerState(jnp.zeros((batch, self.conv_kernel.shape[1] - 1, inner)), jnp.zeros((batch, states, inner)))
+
+    def stream(self, x_BxLxD: jax.Array, state: MixerState) -> tuple[jax.Array, MixerState]:
+        """The next piece of a sequence, (B, L, D) -> (B, L, D) and the state after it: pieces equal the whole.
+
+        Raises:
+          ValueError: the mixer is bidirectional, so that its first output waits for the last input.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional mixer needs the whole sequence; make it with bidirectional=False")
+        u, gate = self._enter(x_BxLxD)
+        kernel, reach, length = self.conv_kernel[0].astype(u.dtype), self.conv_kernel.shape[1] - 1, u.shape[1]
+        padded = jnp.concatenate([state.tail.astype(u.dtype), u], axis=1)
+        scanned = self._scanned(sum((kernel[i] * padded[:, i : i + length] for i in range(reach + 1)), 0 * u)[None])
+        scanned = {name: value[0] if isinstance(value, jax.Array) else value for name, value in scanned.items()}
+        y, last = selective_scan(**scanned, initial=state.scan, return_last_state=True)
+        return self._leave(y, gate), MixerState(padded[:, length:], last)
+
+    def _enter(self, x):
+        return jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, axis=-1)
+
+    def _scanned(self, convolved_RxBxLxE) -> dict[str, Any]:
+        """What the scan takes, for R directions."""
+        u = jax.nn.silu(convolved_RxBxLxE + self.conv_bias[...][:, None, None].astype(convolved_RxBxLxE.dtype))
+        rank, states = self.dt_proj.shape[1], self.A_log.shape[2]
+        dt, B, C = jnp.split(self._project(u, self.x_proj), (rank, rank + states), axis=-1)
+        return {
+            "u": u, "delta": self._project(dt, self.dt_proj), "A": -jnp.exp(self.A_log[...]), "B": B, "C": C,
+            "D": self.D[...], "delta_bias": self.dt_bias[...], "delta_softplus": True,
+            "implementation": self.implementation,
+        }  # fmt: skip
+
+    def _project(self, x_RxBxLxI, kernel_RxIxO):
+        return jnp.einsum("rbli,rio->rblo", x_RxBxLxI, kernel_RxIxO[...].astype(x_RxBxLxI.dtype))
+
+    def _leave(self, y, gate):
+        return (y * jax.nn.silu(gate)) @ self.out_proj[...].astype(y.dtype)
+
+
+class Layer(nnx.Module):
+    def __init__(self, width: int, depth: int, rngs: nnx.Rngs, **mixer: Any):
+        self.norm = _layer_norm(width, rngs)
+        self.mixer = Mixer(width, rngs=rngs, **mixer)
+        self.mixer.out_proj[...] /= math.sqrt(depth)  # so that the sum of all layers starts out as large as one
+
+    def __call__(self, x, dtype):
+        return self.mixer(self.norm(x).astype(dtype))
+
+
+class Pair(nnx.Module):
+    """Two layers over the same input, the second of which sees it reversed in the public code: there its "forward"
+    direction runs from the last step to the first, and that is how it is stored here, so that nothing is reversed."""
+
+    def __init__(self, width: int, depth: int, rngs: nnx.Rngs, **mixer: Any):
+        self.first, self.second = Layer(width, depth, rngs, **mixer), Layer(width, depth, rngs, **mixer)
+
+    def __call__(self, hidden_BxLxD: jax.Array, residual_BxLxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = residual_BxLxD + hidden_BxLxD
+        hidden = self.first(x, hidden_BxLxD.dtype) + self.second(x, hidden_BxLxD.dtype)
+        return hidden, 2 * x  # each layer returns a residual, and the public code adds both
+
+
+class Predictor(nnx.Module):
+    """Token (..., D) -> patch (..., 256)."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.hidden, self.out = nnx.Linear(width, width, rngs=rngs), nnx.Linear(width, PATCH * PATCH, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(jax.nn.relu(self.hidden(x)))
+
+
+class Unused(nnx.Variable):
+    """What a checkpoint holds and no output depends on; kept for writing it again."""
+
+
+class SSAMBA(nnx.Module):
+    """Patch embedding, class token, position embedding, pairs of layers, and a head for classes or for pre-training.
+
+    Args:
+      width: D; `SIZES` has the published ones.
+      frames: T of the input; stride: mel bins and frames from patch to patch, one number or (mel bins, frames).
+      classes: K of the linear head after `pooling` ("avgtok": the mean over patches; "cls": the class token).
+      pretraining: with the mask token and the two predictors of `pretrain_losses`.
+      remat: compute each pair again in the backward pass instead of keeping its insides.
+    Raises:
+      ValueError: a size that cannot be; the message names it.
+    """
+
+    def __init__(
+        self,
+        width: int = 192,
+        depth: int = 24,
+        frames: int = 1024,
+        stride: int | tuple[int, int] = PATCH,
+        *,
+        classes: int | None = None,
+        pretraining: bool = False,
+        pooling: str = "avgtok",
+        remat: bool = False,
+        rngs: nnx.Rngs,
+        **mixer: Any,
+    ):
+        if width < 1 or depth < 2 or depth % 2:
+            raise ValueError(f"width={width}, depth={depth}: layers come in pairs, so depth is even, and at least 2")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(POOLINGS)}")
+        self.frames, self.stride = frames, (stride, stride) if isinstance(stride, int) else tuple(stride)
+        self.grid = _grid(frames, self.stride)
+        self.pooling, self.remat = pooling, remat
+        bound = 1 / PATCH
+        draw = lambda *shape: jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        self.patch_kernel, self.patch_bias = nnx.Param(draw(PATCH * PATCH, width)), nnx.Param(draw(width))
+        small = nnx.initializers.truncated_normal(0.02)
+        self.class_token = nnx.Param(small(rngs.params(), (1, 1, width)))
+        self.position = nnx.Param(small(rngs.params(), (1, 1 + math.prod(self.grid), width)))
+        # All pairs in one, each parameter with a leading axis of depth / 2: one of them is compiled.
+        pairs = [nnx.split(Pair(width, depth, rngs, **mixer)) for _ in range(depth // 2)]
+        self.pairs = nnx.merge(pairs[0][0], jax.tree.map(lambda *x: jnp.stack(x), *[state for _, state in pairs]))
+        self.norm = _layer_norm(width, rngs)
+        self.unused_head: nnx.Dict[Unused] = nnx.Dict()
+        if classes is not None:
+            self.head_norm, self.head = _head(width, classes, rngs)
+        if pretraining:
+            self.mask_token = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width)) * width**-0.5)
+            self.contrast, self.reconstruction = Predictor(width, rngs=rngs), Predictor(width, rngs=rngs)
+
+    def __call__(self, fbank_BxTxF: jax.Array) -> jax.Array:
+        """Normalised filter bank (B, frames, 128) -> logits (B, K).
+
+        Raises:
+          ValueError: the model has no head for classes, or the input is not of that shape.
+        """
+        if not hasattr(self, "head"):
+            raise ValueError("this model has no head for classes; make it with classes=K")
+        tokens = self.encode(fbank_BxTxF)
+        pooled = tokens[:, 1:].mean(1) if self.pooling == "avgtok" else tokens[:, 0]
+        return self.head(self.head_norm(pooled))
+
+    def encode(self, fbank_BxTxF: jax.Array, masked_BxP: jax.Array | None = None) -> jax.Array:
+        """Normalised filter bank (B, frames, 128) -> tokens (B, 1 + F'T', D): the class token, then patch f T' + t.
+
+        The mixers compute in the input's type, the residual and the norms in float32 at least. `grid` is (F', T').
+
+        Args:
+          masked_BxP: True where a patch gives way to the mask token.
+        Raises:
+          ValueError: the input is not of that shape.
+        """
+        x = self.patches(fbank_BxTxF) @ self.patch_kernel[...].astype(fbank_BxTxF.dtype) + self.patch_bias[...]
+        if masked_BxP is not None:
+            x = jnp.where(masked_BxP[..., None], self.mask_token[...], x)
+        class_token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([class_token.astype(x.dtype), x], axis=1) + self.position[...]
+        graphdef, pairs = nnx.split(self.pairs)
+
+        def pair(carry, params):
+            hidden, residual = nnx.merge(graphdef, params)(*carry)
+            return (hidden, residual), None
+
+        carry = jnp.zeros_like(x, fbank_BxTxF.dtype), x
+        (hidden, residual), _ = jax.lax.scan(jax.checkpoint(pair) if self.remat else pair, carry, pairs)
+        return self.norm(self.norm(residual + hidden))  # twice, as the public code does
+
+    def patches(self, fbank_BxTxF: jax.Array) -> jax.Array:
+        """(B, frames, 128) -> (B, F'T', 256): patch f T' + t, mel bin by mel bin.
+
+        Raises:
+          ValueError: the input is not of that shape.
+        """
+        if fbank_BxTxF.ndim != 3 or fbank_BxTxF.shape[1:] != (self.frames, MEL_BINS):
+            raise ValueError(f"fbank has shape {fbank_BxTxF.shape}; needs (B, {self.frames}, {MEL_BINS})")
+        rows, columns = (
+            np.arange(count)[:, None] * step + np.arange(PATCH)
+            for count, step in zip(self.grid, self.stride, strict=True)
+        )
+        cut = jnp.asarray(fbank_BxTxF).swapaxes(1, 2)[:, rows][..., columns]  # (B, F', 16, T', 16)
+        return cut.swapaxes(2, 3).reshape(len(cut), math.prod(self.grid), PATCH * PATCH)
+
+
+def _grid(frames: int, stride: tuple[int, ...]) -> tuple[int, int]:
+    if len(stride) != 2 or not all(1 <= step <= PATCH for step in stride):
+        raise ValueError(f"stride={stride}: 1 to {PATCH}, one number or (mel bins, frames)")
+    if frames < PATCH:
+        raise ValueError(f"frames={frames}: a patch has {PATCH}")
+    return (MEL_BINS - PATCH) // stride[0] + 1, (frames - PATCH) // stride[1] + 1
+
+
+def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance loses digits where the mean is large, and the residual doubles with every pair.
+    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+
+def _head(width: int, classes: int, rngs: nnx.Rngs) -> tuple[nnx.LayerNorm, nnx.Linear]:
+    if classes < 1:
+        raise ValueError(f"classes={classes}: at least 1")
+    return _layer_norm(width, rngs), nnx.Linear(width, classes, rngs=rngs)
+
+
+# --------------------------------------------------------------------------------------------------- pre-training
+
+
+class PretrainLosses(NamedTuple):
+    infonce: jax.Array
+    mse: jax.Array
+    accuracy: jax.Array  # of telling a clip's masked patches apart
+
+
+def masked_patches(key: jax.Array, batch: int, grid: tuple[int, int], count: int) -> jax.Array:
+    """Which patches to mask in each clip: (B, count) numbers, in rising order, none twice.
+
+    Squares of C x C patches at random places, C of 3, 4 or 5 drawn for each clip (SSAST, section 2.2), until there are
+    enough; the last square is cut. As in the public code, squares that cross the last frame go on in the next row, and
+    patch 0 stays.
+
+    Raises:
+      ValueError: as many patches as there are, or none.
+    """
+    patches = math.prod(grid)
+    if not 0 < count < patches:
+        raise ValueError(f"mask_patches={count}: at least 1 and below the {patches} patches of a clip")
+
+    def clip(key):
+        side_key, key = jax.random.split(key)
+        side = jax.random.randint(side_key, (), 3, 6)
+
+        def more(carry):
+            drawn, since = carry
+            start = jax.random.randint(jax.random.fold_in(key, drawn), (), 0, patches)
+            row, column = (jnp.arange(patches) - start) // grid[1], (jnp.arange(patches) - start) % grid[1]
+            inside = (row >= 0) & (row < side) & (column < side) & (jnp.arange(patches) > 0)
+            return drawn + 1, jnp.where(inside, jnp.minimum(since, drawn), since)
+
+        late = jnp.iinfo(jnp.int32).max
+        enough = lambda carry: (carry[1] < late).sum() < count
+        _, since = jax.lax.while_loop(enough, more, (0, jnp.full(patches, late)))
+        return jnp.sort(jnp.argsort(since, stable=True)[:count])
+
+    return jax.vmap(clip)(jax.random.split(key, batch))
+
+
+def pretrain_losses(model: SSAMBA, fbank_BxTxF: jax.Array, key: jax.Array, mask_patches: int = 400) -> PretrainLosses:
+    """Both objectives over `mask_patches` masked patches of each clip; the loss is infonce + 10 mse.
+
+    One pass and one mask serve both, as in SSAST's algorithm 1; the public code draws a mask and runs for each.
+
+    Raises:
+      ValueError: as `masked_losses` and `masked_patches`.
+    """
+    masked = masked_patches(key, len(fbank_BxTxF), model.grid, mask_patches)
+    return masked_losses(model, fbank_BxTxF, masked)
+
+
+def masked_losses(model: SSAMBA, fbank_BxTxF: jax.Array, masked_BxM: jax.Array) -> PretrainLosses:
+    """The losses for the patches that `masked_BxM` numbers.
+
+    InfoNCE compares a clip's masked patches with its predictions by their inner products and, as the public code does
+    and SSAST's equation 1 does not, sums over predictions.
+
+    Raises:
+      ValueError: a model without the predictors.
+    """
+    if not hasattr(model, "mask_token"):
+        raise ValueError("this model has no predictors; make it with pretraining=True")
+    patches = model.patches(fbank_BxTxF)
+    target = jnp.take_along_axis(patches, masked_BxM[..., None], axis=1)
+    masked = jnp.zeros(patches.shape[:2], bool).at[jnp.arange(len(patches))[:, None], masked_BxM].set(True)
+    tokens = jnp.take_along_axis(model.encode(fbank_BxTxF, masked), 1 + masked_BxM[..., None], axis=1)
+    log_p = jax.nn.log_softmax(jnp.einsum("bik,bjk->bij", target, model.contrast(tokens)), axis=-1)
+    return PretrainLosses(
+        infonce=-jnp.diagonal(log_p, axis1=1, axis2=2).mean(),
+        mse=jnp.square(model.reconstruction(tokens) - target).mean(),
+        accuracy=(log_p.argmax(1) == jnp.arange(masked_BxM.shape[1])).mean(),
+    )
+
+
+# --------------------------------------------------------------------------------------- checkpoints of the public code
+
+_PREFIX = "module."  # of torch.nn.DataParallel, which the public code wants to see
+_PRETRAIN_SIZES = ("p_input_fdim", "p_input_tdim")
+# (ours to PyTorch's, PyTorch's to ours)
+_SAME = (lambda a: a, lambda a: a)
+_TRANSPOSED = (lambda a: a.T, lambda a: a.T)
+_TAPS = (lambda a: a.T[:, None], lambda a: a[:, 0].T)
+_KERNEL = (lambda a: a.T.reshape(-1, 1, PATCH, PATCH), lambda a: a.reshape(len(a), -1).T)
+
+
+class _Entry(NamedTuple):
+    name: str  # in the checkpoint
+    variable: Any
+    part: tuple[int, ...]  # of the variable
+    layout: tuple[Callable, Callable]
+
+
+def _entries(model: SSAMBA) -> Iterator[_Entry]:
+    """Every array of the public code's model and where it is in ours."""
+    yield _Entry("v.cls_token", model.class_token, (), _SAME)
+    yield _Entry("v.pos_embed", model.position, (), _SAME)
+    yield _Entry("v.patch_embed.proj.weight", model.patch_kernel, (), _KERNEL)
+    yield _Entry("v.patch_embed.proj.bias", model.patch_bias, (), _SAME)
+    if model.unused_head:
+        yield _Entry("v.head.weight", model.unused_head["weight"], (), _SAME)
+        yield _Entry("v.head.bias", model.unused_head["bias"], (), _SAME)
+    for number in range(2 * len(model.pairs.first.mixer.in_proj)):
+        pair, second = divmod(number, 2)
+        layer, name = (model.pairs.second if second else model.pairs.first), f"v.layers.{number}."
+        mixer = layer.mixer
+        yield _Entry(name + "mixer.in_proj.weight", mixer.in_proj, (pair,), _TRANSPOSED)
+        for direction, b in enumerate(("_b", "") if second else ("", "_b")):
+            for key, variable, layout in (
+                (f"A{b}_log", mixer.A_log, _SAME), (f"D{b}", mixer.D, _SAME),
+                (f"conv1d{b}.weight", mixer.conv_kernel, _TAPS), (f"conv1d{b}.bias", mixer.conv_bias, _SAME),
+                (f"x_proj{b}.weight", mixer.x_proj, _TRANSPOSED), (f"dt_proj{b}.weight", mixer.dt_proj, _TRANSPOSED),
+                (f"dt_proj{b}.bias", mixer.dt_bias, _SAME),
+            ):  # fmt: skip
+                yield _Entry(f"{name}mixer.{key}", variable, (pair, direction), layout)
+        yield _Entry(name + "mixer.out_proj.weight", mixer.out_proj, (pair,), _TRANSPOSED)
+        yield from _norm_entries(name + "norm", layer.norm, (pair,))
+    yield from _norm_entries("v.norm_f", model.norm)
+    if hasattr(model, "head"):
+        yield from _norm_entries("mlp_head.0", model.head_norm)
+        yield from _linear_entries("mlp_head.1", model.head)
+    if hasattr(model, "mask_token"):
+        yield _Entry("mask_embed", model.mask_token, (), _SAME)
+        for name, predictor in (("cpredlayer", model.contrast), ("gpredlayer", model.reconstruction)):
+            yield from _linear_entries(f"{name}.0", predictor.hidden)
+            yield from _linear_entries(f"{name}.2", predictor.out)
+
+
+def _norm_entries(name: str, norm: nnx.LayerNorm, part: tuple[int, ...] = ()) -> Iterator[_Entry]:
+    yield _Entry(f"{name}.weight", norm.scale, part, _SAME)
+    yield _Entry(f"{name}.bias", norm.bias, part, _SAME)
+
+
+def _linear_entries(name: str, linear: nnx.Linear) -> Iterator[_Entry]:
+    yield _Entry(f"{name}.weight", linear.kernel, (), _TRANSPOSED)
+    yield _Entry(f"{name}.bias", linear.bias, (), _SAME)
+
+
+def load_torch_checkpoint(
+    path: str | pathlib.Path,
+    frames: int = 1024,
+    stride: int | tuple[int, int] = PATCH,
+    *,
+    classes: int | None = None,
+    pooling: str = "avgtok",
+    remat: bool = False,
+    implementation: str = "auto",
+) -> SSAMBA:
+    """The model of a checkpoint that the public code wrote, pre-trained or fine-tuned; sizes come from the file.
+
+    For another length or stride than the file's, the position embedding is cut around the middle of its time where it
+    is longer and interpolated where it is shorter, as the public code does. Needs torch.
+
+    Args:
+      path: a state dict, with or without the prefix "module."; read without running code that may be in it.
+      frames, stride: of the model, as in `SSAMBA`.
+      classes: a new linear head where the file has none.
+    Raises:
+      ValueError: not such a file, keys that are missing, unknown or of another shape, or a size that cannot be; the
+        message names the file and the keys.
+    """
+    tensors = _read_tensors(path)
+
+    def common(ending: str) -> tuple[int, ...]:
+        """The shape of most keys of that ending, so that a damaged one is found and named below."""
+        shapes = [array.shape for name, array in tensors.items() if name.endswith(ending) and array.ndim]
+        if not shapes:
+            raise ValueError(f"{path}: no key ends in {ending}; this is not a checkpoint of SSAMBA")
+        return statistics.mode(shapes)
+
+    layers = sum(name.endswith("mixer.in_proj.weight") for name in tensors)
+    depth = layers + layers % 2  # an odd one lacks its other half, which is named below
+    (width,), (inner, states) = common(".norm.weight")[-1:], ((1,) + common("mixer.A_log"))[-2:]
+    pretraining = any(name.startswith(("mask_embed", *_PRETRAIN_SIZES, "cpredlayer", "gpredlayer")) for name in tensors)
+    has_head = any(name.startswith("mlp_head") for name in tensors)
+    if has_head and classes is not None:
+        raise ValueError(f"{path}: has a head already; leave out classes")
+    make = functools.partial(
+        SSAMBA, width, depth, frames, stride,
+        classes=common("mlp_head.1.weight")[0] if has_head else None, pretraining=pretraining, pooling=pooling,
+        remat=remat, d_state=states, d_conv=common("mixer.conv1d.weight")[-1], expand=inner // width,
+        dt_rank=common("mixer.dt_proj.weight")[-1], implementation=implementation,
+    )  # fmt: skip
+    try:
+        model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))  # shapes alone: all values come from the file
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    head = [
+        tensors[name].shape[0] for name in ("v.head.weight", "v.head.bias") if name in tensors and tensors[name].ndim
+    ]
+    if head:
+        model.unused_head = nnx.Dict(weight=Unused(jnp.zeros((head[0], width))), bias=Unused(jnp.zeros(head[0])))
+    entries = list(_entries(model))
+    wanted = {entry.name: entry.layout[0](np.empty(entry.variable.shape)[entry.part]).shape for entry in entries}
+    wanted |= dict.fromkeys(_PRETRAIN_SIZES if pretraining else (), ())
+    if "v.pos_embed" in tensors and tensors["v.pos_embed"].ndim == 3:
+        wanted["v.pos_embed"] = (1, tensors["v.pos_embed"].shape[1], width)
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} has shape {tensors[name].shape}, needs {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{path}: {'; '.join(problems[:8])}{more}")
+    tensors["v.pos_embed"] = _adapted(path, tensors, model.grid)
+    filled = {id(entry.variable): np.empty(entry.variable.shape, np.float32) for entry in entries}
+    for entry in entries:
+        filled[id(entry.variable)][entry.part] = entry.layout[1](tensors[entry.name])
+    for entry in entries:
+        entry.variable.set_value(jnp.asarray(filled[id(entry.variable)]))
+    if classes is not None:
+        model.head_norm, model.head = _head(width, classes, nnx.Rngs(0))
+    return model
+
+
+def save_torch_checkpoint(model: SSAMBA, path: str | pathlib.Path) -> None:
+    """Writes a model as the public code would, under the same keys, with the prefix "module."; needs torch.
+
+    Raises:
+      ValueError: a model for pre-training with another stride than the patches' size, which the public code lacks.
+    """
+    import torch
+
+    tensors = {}
+    if hasattr(model, "mask_token"):
+        if model.stride != (PATCH, PATCH):
+            raise ValueError(f"{path}: stride={model.stride}; a checkpoint for pre-training has {PATCH}")
+        tensors = {_PREFIX + n: torch.tensor(v) for n, v in zip(_PRETRAIN_SIZES, (MEL_BINS, model.frames), strict=True)}
+    arrays = {id(entry.variable): np.asarray(entry.variable[...]) for entry in _entries(model)}
+    for entry in _entries(model):
+        array = entry.layout[0](arrays[id(entry.variable)][entry.part])
+        tensors[_PREFIX + entry.name] = torch.from_numpy(np.array(array, np.float32, order="C"))
+    torch.save(tensors, path)
+
+
+def _read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"{path}: reading a PyTorch checkpoint needs torch: pip install torch") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path}: not a PyTorch checkpoint of arrays alone, and nothing else in it was run ({reason}); "
+            "give a state dict written by torch.save"
+        ) from None
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path}: holds a {type(state).__name__}, needs a state dict")
+    wrong = [name for name, value in state.items() if not (isinstance(name, str) and torch.is_tensor(value))]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]!r} is not an array; give a state dict")
+    prefixed = all(name.startswith(_PREFIX) for name in state)
+    return {
+        name.removeprefix(_PREFIX) if prefixed else name: (
+            value.float() if value.is_floating_point() else value
+        ).numpy()
+        for name, value in state.items()
+    }
+
+
+def _adapted(path: str | pathlib.Path, tensors: dict[str, np.ndarray], grid: tuple[int, int]) -> np.ndarray:
+    """The position embedding (1, 1 + F'T', D) of the file for another grid, as the public code changes it."""
+    table = tensors["v.pos_embed"]
+    patches, width = table.shape[1] - 1, table.shape[2]
+    if _PRETRAIN_SIZES[1] in tensors:
+        bins, frames = (int(tensors[name]) for name in _PRETRAIN_SIZES)
+        own = bins // PATCH, frames // PATCH
+        if math.prod(own) != patches:
+            raise ValueError(f"{path}: v.pos_embed has {patches} patches, p_input_fdim and p_input_tdim give {own}")
+    elif patches == math.prod(grid):
+        own = grid
+    else:  # a fine-tuned model does not tell its stride: one of the two published
+        rows = [_grid(PATCH, (step, step))[0] for step in (16, 10)]
+        fitting = [count for count in rows if patches % count == 0]
+        if len(fitting) != 1:
+            raise ValueError(
+                f"{path}: v.pos_embed has {patches} patches, frames and stride give {grid}, and a fine-tuned "
+                "checkpoint does not say its own; give those of its training"
+            )
+        own = fitting[0], patches // fitting[0]
+    if own == grid:
+        return table
+    image = table[0, 1:].reshape(*own, width)
+    for axis in (1, 0):  # time, then frequency
+        size, count = image.shape[axis], grid[axis]
+        if count < size:
+            begin = size // 2 - count // 2
+            image = image.take(range(begin, begin + count), axis)
+        else:
+            shape = tuple(count if i == axis else n for i, n in enumerate(image.shape))
+            image = np.asarray(jax.image.resize(image, shape, "linear", antialias=False))
+    return np.concatenate([table[:, :1], image.reshape(1, -1, width)], axis=1)
