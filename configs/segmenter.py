@@ -42,6 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.features.step_s = 0.02
     config.features.noise_snr_db = float("inf")  # white noise added first; inf: none
     config.features.masked_bands = 0  # in training: up to so many neighbouring mel bands are hidden
+    config.features.stretch = 0.0  # windows made slower or faster in training: not of SSAMBA
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "ssamba"

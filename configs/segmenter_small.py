@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.split = ml_collections.ConfigDict()
     config.split.kind = "person"  # person, person_kfold, leave_database_out
-    config.split.fractions = (0.7, 0.1, 0.2)  # of people: train, validation, test
+    config.split.fractions = (0.8, 0.05, 0.15)  # of people: train, validation, test
     config.split.fold = 0  # person_kfold: the test fold
     config.split.folds = 5
     config.split.database = ""  # leave_database_out: the one left out
@@ -46,7 +46,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.features.low_hz = 20.0
     config.features.high_hz = 1000.0
     config.features.noise_snr_db = float("inf")  # white noise added first; inf: none
-    config.features.masked_bands = 0  # in training: up to so many neighbouring mel bands are hidden
+    config.features.masked_bands = 6  # in training: up to so many neighbouring mel bands are hidden
+    config.features.stretch = 0.15  # in training: windows are made slower or faster by up to that share
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "frames"
@@ -69,7 +70,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.frozen = ()
 
     config.train = ml_collections.ConfigDict()
-    config.train.epochs = 12
+    config.train.epochs = 8
     config.train.batch_recordings = 8
     config.train.balance = "none"
     config.train.checkpoint_steps = 500

@@ -27,7 +27,7 @@ from absl import app, flags
 from flax import nnx
 
 import pcgjax
-from pcgjax import files, input_pipeline, optimizer, peers, sharding, tasks, train
+from pcgjax import bench_scan, bench_ssamba, files, input_pipeline, optimizer, peers, sharding, tasks, train
 from pcgjax.input_pipeline import Corpus
 
 SAMPLE_RATE_HZ = 1000
@@ -499,7 +499,12 @@ def _hinf_summary(result: dict) -> str:
 
 
 # suite -> (what measures it, the main figures for a terminal)
-SUITES = {"cnn": (cnn, _cnn_summary), "hinf_lstm": (hinf_lstm, _hinf_summary)}
+SUITES: dict[str, tuple[Callable[[str, int], dict], Callable[[dict], str]]] = {
+    "cnn": (cnn, _cnn_summary),
+    "hinf_lstm": (hinf_lstm, _hinf_summary),
+    "selective_scan": (lambda *_: bench_scan.selective_scan_suite(), bench_scan.selective_scan_summary),
+    "ssamba": (lambda *_: bench_ssamba.ssamba_suite(), bench_ssamba.ssamba_summary),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -527,5 +532,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("suite", "cnn", sorted(SUITES), "What to measure.")
     flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
     flags.DEFINE_string("prepared", "", "A folder that pcgjax.prepare wrote; default: a simulated corpus.")
-    flags.DEFINE_integer("recordings", 160, "How many recordings to use.", 16)
+    flags.DEFINE_integer("recordings", 160, "How many recordings to use, in cnn and hinf_lstm.", 16)
     files.run(main)

@@ -152,8 +152,11 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     config = ml_collections.ConfigDict(meta["config"])
     config.evaluation.threshold = meta["best"]["threshold"]
     task = tasks.make(config, meta["sample_rate_hz"])
-    graphdef, params, rest = tasks.split(task.init(nnx.Rngs(config.seed)))
-    _, model, _ = checkpoint.require(folder, {"params": params, "rest": rest})
+    # Shapes alone: to draw parameters first would take longer than all the rest.
+    graphdef, params, rest = tasks.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(config.seed))))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (params, rest))
+    _, model, _ = checkpoint.require(folder, {"params": like[0], "rest": like[1]})
     return config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"]
 
 

@@ -831,7 +831,7 @@ def _segmented_databases(segmentation: Mapping[str, Any], trivial: Mapping[str, 
         return page.absent("The run did not judge its databases one by one.")
     beside = next(name for name in trivial if name in segmentation)
     shown = [m for m in ("onset_f1_60ms", "frame_accuracy", "f1") if m in segmentation["test"]]
-    head = ["Database", "Recordings", "People", *(h for m in shown for h in (_word(m).capitalize(), trivial[beside]))]
+    head = ["Database", "Recordings", "People", *(h for m in shown for h in (_word(m), trivial[beside]))]
     body = [
         [page.escape(name), str(of["recordings"]), str(of["people"])]
         + [page.score(of[answer].get(m)) for m in shown for answer in ("test", beside)]

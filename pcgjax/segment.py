@@ -20,7 +20,7 @@ from flax import nnx
 from pcgjax import metrics, segmentation, sharding, tasks
 from pcgjax.input_pipeline import Corpus
 
-MARGIN_S = 1.0  # at either end of a window, where a neighbour knows better
+MARGIN_S = 0.5  # at either end of a window, where a neighbour knows better
 _WINDOWS = 8  # through the model at a time
 
 Pieces = Iterable[np.ndarray]  # a recording's samples, in order
@@ -222,21 +222,23 @@ def judge(model: Model, corpus: Corpus, indices: np.ndarray, split: str) -> tupl
         facts = {"split": split, "seconds": round(float(corpus.lengths[i]) / corpus.sample_rate_hz, 3)}
         rows.append({name: row.get(name, facts.get(name)) for name in FIELDS} | told)
 
+    databases = [corpus.rows[i]["database"] for i in indices]
+    e = config.evaluation
+
     def summed(of: list[int]) -> dict:
-        people = [corpus.rows[indices[j]]["person"] for j in of]
+        people, own = [corpus.rows[indices[j]]["person"] for j in of], [databases[j] for j in of]
         return {
             "recordings": len(of),
             "people": len(set(people)),
             **{
-                name: segmentation.summarise([found[j] for j in of], people, config.evaluation.resamples, config.seed)
+                name: segmentation.summarise([found[j] for j in of], people, e.resamples, config.seed, own)
                 for name, found in (("test", ours), ("metronome" if of_states else "always", trivial))
             },
         }
 
-    databases = [corpus.rows[i]["database"] for i in indices]
     results = summed(list(range(len(indices))))
     results["intervals"] = {
-        "level": metrics.LEVEL, "resamples": config.evaluation.resamples, "seed": config.seed, "unit": "people"
+        "level": metrics.LEVEL, "resamples": config.evaluation.resamples, "seed": config.seed, "unit": "people, stratified by database"
     }  # fmt: skip
     results["per_database"] = {
         name: summed([j for j, own in enumerate(databases) if own == name]) for name in sorted(set(databases))

@@ -30,7 +30,6 @@ _SMOOTHING_S = 0.02  # of counted durations; the reference labels lie on a grid 
 _RHYTHM_WIDTH = 0.06  # of a rhythm, as a share of its cycle
 _SHARED = 0.02  # of a rhythm's durations are those of all recordings
 _LOG_CHANGE = math.log(0.01)  # of another rhythm from one cycle to the next
-DURATION_WEIGHT = 2.0  # chosen on the validation people (BUILD_NOTES): neighbouring frames' scores are not independent
 _FLOOR = 1e-3  # probability spread over all durations: a heart may beat as none in training did
 _NEVER = -1e30  # a logarithm of 0 that can be added to and subtracted from
 _PAD_FRAMES = (4096, 32768)  # one compilation each; longer recordings are padded to multiples of the last
@@ -191,7 +190,8 @@ def durations(
     kernel /= kernel.sum(1, keepdims=True)
     known = np.isfinite(cycles_s)
     log_cycle = np.log(np.array(cycles_s)[known])
-    centres = np.log(np.linspace(*np.exp(np.quantile(log_cycle, (0.005, 0.995))), rhythms)) if known.any() else [0.0]
+    shortest, longest_cycle = np.exp(np.quantile(log_cycle, (0.005, 0.995))) if known.any() else (1.0, 1.0)
+    centres = np.log(np.linspace(shortest, longest_cycle, rhythms))
     found = []
     for centre in centres:
         near = np.exp(-0.5 * ((log_cycle - centre) / _RHYTHM_WIDTH) ** 2)
@@ -202,9 +202,7 @@ def durations(
     return np.log(found).astype(np.float32)
 
 
-def viterbi(
-    log_p_TxS: ArrayLike, log_duration_KxSxD: ArrayLike, duration_weight: float = DURATION_WEIGHT
-) -> np.ndarray:
+def viterbi(log_p_TxS: ArrayLike, log_duration_KxSxD: ArrayLike, duration_weight: float = 1.0) -> np.ndarray:
     """The likeliest states (T,) int8 in the order S1, systole, S2, diastole, S1, ... with explicit durations.
 
     Maximises the sum over frames of log_p and over states of duration_weight times the log-probability of their
@@ -397,21 +395,25 @@ def rates(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarise(
-    scores: Sequence[Mapping[str, float]], persons: Sequence[str], resamples: int = 1000, seed: int = 0
+    scores: Sequence[Mapping[str, float]],
+    persons: Sequence[str],
+    resamples: int = 1000,
+    seed: int = 0,
+    databases: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The scores of many recordings with 95 % intervals over people, {metric: {"value", "low", "high"}}, None for NaN.
 
     Metrics as in `rates`, of all recordings' counts together; `<metric>_by_recording` is the mean over recordings
     of their own frame accuracy and onset F1. Intervals as in `metrics.judge`.
 
-    Args: scores: of `score`, one a recording; persons: who was recorded.
+    Args: scores: of `score`, one a recording; persons: who was recorded; databases: within which people are drawn.
     Raises:
       ValueError: no recordings, or lengths that differ.
     """
     if not scores:
         raise ValueError("scores: no recordings to judge")
     metrics.same_length(scores=scores, persons=persons)
-    weights = metrics.draw_people(persons, ["" for _ in persons], resamples, seed)
+    weights = metrics.draw_people(persons, databases or ["" for _ in persons], resamples, seed)
     if len(set(persons)) < 2:
         weights = weights[:0]
     weights = np.concatenate([np.ones((1, len(scores))), weights])

@@ -209,6 +209,8 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     f, target = config.features, config.task.frames
     if target not in segmentation.TARGETS:
         raise ValueError(f"task.frames={target!r}: choose one of {', '.join(segmentation.TARGETS)}")
+    if not 0 <= f.stretch < 1 or (f.stretch and config.model.name == "ssamba"):
+        raise ValueError(f"features.stretch={f.stretch}: at least 0 and below 1, and 0 with model.name=ssamba")
     hop, halo = frame_hop(config, sample_rate_hz)
     window = round(f.window_s * sample_rate_hz) // hop * hop
     if window < hop:
@@ -217,7 +219,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     wanted_of = segmentation.target_frames(np.arange(5), target).astype(np.int32)  # of each state
 
     def logits_of(model: Segmenter, batch: dict, capacity: int, key: jax.Array, train: bool):
-        noise_key, shift_key, augment_key, drop_key = jax.random.split(key, 4)
+        noise_key, shift_key, augment_key, drop_key, stretch_key = jax.random.split(key, 5)
         where = filters.packing(batch["lengths"], batch["samples"].shape[0], halo, halo)
         x = _noisy(batch, where, f.noise_snr_db, noise_key)
         shift = None
@@ -230,12 +232,14 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         features, _ = frame_features(config, cut.samples, real, sample_rate_hz)
         if train:
             features = masked_bands(augment_key, features, f.masked_bands)
+            if f.stretch:
+                features, real, source = stretched(stretch_key, features, real, f.stretch)
+                at = at[source]
         logits = model(features, drop_key if train else None)
         # An event is 8 * its sample + its state: the last one that is not after the frame's middle.
         events = batch["labels"][cut.recording]
-        last = (
-            jax.vmap(lambda e, t: jnp.searchsorted(e, t, side="right"))(events, 8 * (cut.begin[:, None] + at) + 7) - 1
-        )
+        middle = 8 * (cut.begin[:, None] + at) + 7
+        last = jax.vmap(lambda e, t: jnp.searchsorted(e, t, side="right"))(events, middle) - 1
         states = jnp.where(last >= 0, jnp.take_along_axis(events, jnp.maximum(last, 0), 1) & 7, UNANNOTATED)
         return logits, jnp.where(real, jnp.asarray(wanted_of)[states], -1), cut.recording
 
@@ -434,6 +438,22 @@ def ssamba_pretrain(config: ml_collections.ConfigDict, sample_rate_hz: int) -> T
 
     nothing = lambda corpus: np.zeros(len(corpus.rows), np.float32)
     return Task(geometry, init, forward, loss, nothing, classifies=False, shapes=3)
+
+
+def stretched(
+    key: jax.Array, x_BxTxF: jax.Array, real_BxT: jax.Array, share: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each item made slower or faster by up to `share`, about its middle: another heart rate, the same sounds.
+
+    Returns: (frames, which of them are real, the frame (B, T) that each was).
+    """
+    frames = x_BxTxF.shape[1]
+    middle = (frames - 1) / 2
+    rate = jax.random.uniform(key, (len(x_BxTxF), 1), minval=1 - share, maxval=1 + share)
+    source = jnp.round(middle + (jnp.arange(frames) - middle) * rate).astype(jnp.int32)
+    inside, source = (source >= 0) & (source < frames), source.clip(0, frames - 1)
+    real = inside & jnp.take_along_axis(real_BxT, source, 1)
+    return jnp.where(real[..., None], jnp.take_along_axis(x_BxTxF, source[..., None], 1), 0), real, source
 
 
 def masked_bands(key: jax.Array, x_BxTxF: jax.Array, most: int) -> jax.Array:

@@ -88,6 +88,8 @@ SMALL_HINF_LSTM = {
 
 SMALL_SEGMENTER = {
     "data.pipeline": "resident",
+    "features.masked_bands": 0,
+    "features.stretch": 0.0,
     "split.fractions": (0.65, 0.15, 0.2),  # 21 recordings to train: whole batches only, so one shape
     "features.window_s": 1.0,
     "features.n_fft": 64,
@@ -106,7 +108,27 @@ SMALL_SEGMENTER = {
     "evaluation.resamples": 20,
 }
 
-SMALL_ONES = {"cnn": SMALL, "hinf_lstm": SMALL_HINF_LSTM, "segmenter_small": SMALL_SEGMENTER}
+SMALL_SSAMBA = {
+    "data.pipeline": "resident",
+    "split.fractions": (0.65, 0.15, 0.2),
+    "features.window_s": 0.5,
+    "model.width": 16,
+    "model.depth": 2,
+    "model.implementation": "reference",
+    "optimizer.learning_rate": 0.003,
+    "optimizer.warmup_steps": 2,
+    "train.epochs": 3,
+    "train.batch_recordings": 7,
+    "evaluation.resamples": 20,
+}
+
+SMALL_ONES = {
+    "cnn": SMALL,
+    "hinf_lstm": SMALL_HINF_LSTM,
+    "segmenter_small": SMALL_SEGMENTER,
+    "segmenter": SMALL_SSAMBA,
+    "ssamba_pretrain": {**SMALL_SSAMBA, "model.mask_patches": 8},
+}
 
 
 @pytest.fixture(scope="session")

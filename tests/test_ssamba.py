@@ -408,9 +408,13 @@ def test_bench_measures_equal_work(model):
     before = peer.logits(bank()).detach()
     peer.step(bank(), np.array([0, 2]))
     assert 0 < (peer.logits(bank()) - before).abs().max() < 0.1
-    result = ssamba_suite(pairs=2, width=16, depth=2, frames=16, d_state=4)
-    assert result["tokens"] == 9
+
+
+@pytest.mark.slow
+def test_bench_runs():
+    result = ssamba_suite(pairs=1, width=16, depth=2, frames=16, d_state=4)
+    assert (result["tokens"], result["encoder"]["pairs"], result["train"]["pairs"]) == (9, 5, 1)
+    assert result["encoder"]["floor_s"] > 0
     for part in ("encoder", "train"):
-        assert result[part]["pairs"] == 2
         assert result[part]["ours_s"] > 0
         assert f"{result[part]['ratio']:.2f}x" in ssamba_summary(result)

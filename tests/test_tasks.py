@@ -201,6 +201,44 @@ def test_masked_bands_are_neighbours():
     assert tasks.masked_bands(jax.random.key(0), x, 0) is x
 
 
+def test_stretched_frames_are_the_recordings_own():
+    x = jnp.arange(1.0, 101)[None, :, None].repeat(64, 0)
+    real = jnp.arange(100)[None].repeat(64, 0) < 90
+    y, still_real, source = map(np.asarray, tasks.stretched(jax.random.key(0), x, real, 0.2))
+    np.testing.assert_array_equal(y[..., 0], np.where(still_real, source + 1, 0))
+    assert (source[still_real] < 90).all()
+    steps = np.diff(source, axis=1)
+    assert steps.min() >= 0
+    assert steps.max() == 2
+    rates = (source[:, 60] - source[:, 40]) / 20
+    assert rates.min() < 0.9
+    assert rates.max() > 1.1
+    np.testing.assert_allclose(source[:, 50], 50, atol=1)  # about the middle
+    beyond = ~still_real & (np.arange(100) < 90)
+    assert beyond[:, 0].any()  # where a faster item has ended
+    assert not beyond[:, 40:60].any()
+
+
+def test_stretching_moves_the_labels_along(make_config):
+    config = make_config({**STEADY, "features.stretch": 0.2, "features.window_s": 1.0}, "segmenter_small")
+    task = tasks.make(config, RATE_HZ)
+    half = input_pipeline.in_memory(
+        [{"id": "a", "annotations": [(0.0, 0.5, 1), (0.5, 1.0, 3)]}], [np.full(1000, 1000, np.int16)], RATE_HZ
+    )
+    batch, capacity = batch_of(task, half, [0])
+    seen = []
+
+    class Told:
+        def __call__(self, features, key=None):
+            seen.append(features)
+            return jnp.zeros((*features.shape[:2], 4)).at[..., 0].set(1.0)
+
+    counts = [task.loss(Told(), batch, capacity, jax.random.key(i), 0.5, lambda x: x)[1] for i in range(12)]
+    share = np.array([float(c.correct / c.samples) for c in counts])
+    np.testing.assert_allclose(share, 0.5, atol=0.03)  # still half of the window is S1
+    assert len({int(c.samples) for c in counts}) > 3
+
+
 def test_training_masks_anew_each_time(make_config):
     config = make_config({**STEADY, "features.masked_bands": 5}, "segmenter_small")
     task = tasks.make(config, RATE_HZ)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.signal
 
 ALIGN = 64
 BLOCK = 32 * ALIGN  # samples that one transform of a convolution filters; buffers of a multiple need no padding
@@ -35,11 +34,15 @@ def butterworth(order: int, cutoff_hz: float | tuple[float, float], sample_rate_
             f"cut-off {cutoff_hz} Hz does not fit a rate of {sample_rate_hz} Hz: edges must rise and lie between 0 and "
             f"{sample_rate_hz / 2} Hz; prepare the data at a higher rate or lower the cut-off"
         )
+    import scipy.signal  # takes as long to import as JAX
+
     return scipy.signal.butter(order, cutoff_hz, kind, fs=sample_rate_hz, output="sos")
 
 
 def settling_samples(sos: np.ndarray, tolerance: float = 1e-8) -> int:
     """Samples after which what is left of the impulse response sums to less than `tolerance`."""
+    import scipy.signal
+
     length = 1024
     while True:
         response = scipy.signal.sosfilt(sos, np.eye(1, length)[0])
@@ -90,6 +93,8 @@ def packing(lengths: jax.Array, rows: int, lead: int, gap: int) -> Packing:
 
 def _convolve(sos: np.ndarray, x_MxA: jax.Array, backward: bool = False) -> jax.Array:
     """The zero-state filter over the flattened buffer, from its beginning or from its end, by overlap-save."""
+    import scipy.signal
+
     taps = settling_samples(sos)
     overlap = max(ALIGN, 1 << (taps - 1).bit_length())
     block = max(BLOCK, overlap)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "associative", "pallas")
-_CHUNK = 16  # steps between the states that the gradients of "xla" and "pallas" start again from
+_CHUNK = 16  # steps between the states that the gradient of "xla" starts again from
+_PIECE = 1 << 14  # numbers in the states of those sequences that "xla" works on at a time on a CPU
 
 
 def selective_scan(
@@ -119,10 +120,9 @@ def _run(implementation, delta_softplus, u, delta, A, B, C, D, z, delta_bias, in
     row = lambda x: jnp.zeros((directions, 1, channels), wide) if x is None else wider(x)[:, None]
     if implementation == "pallas":
         return _pallas(delta_softplus, u, delta, A, B, C, row(D), z, row(delta_bias), state)
-    u, delta, B, C, z = (None if x is None else _turn(x) for x in (u, delta, B, C, z))
     if implementation == "xla":
-        y, last = _xla(delta_softplus, u, delta, A, B, C, row(D), z, row(delta_bias), state)
-        return _turn(y), last
+        return _xla(delta_softplus, u, delta, A, B, C, row(D), z, row(delta_bias), state)
+    u, delta, B, C, z = (None if x is None else _turn(x) for x in (u, delta, B, C, z))
     u_, steps = wider(u), wider(delta) + row(delta_bias)[:, None]
     steps = jax.nn.softplus(steps) if delta_softplus else steps
     scan = {"reference": _reference, "associative": _associative}[implementation]
@@ -152,7 +152,7 @@ def _turn(x):
 
 def _reference(u, delta, A, B, C, state):
     inputs = [jnp.moveaxis(x, 2, 0) for x in (u, delta, B, C)]
-    last, y = jax.lax.scan(lambda h, now: _step(h, now, A), state, inputs)
+    last, y = jax.lax.scan(lambda h, now: _step(h, now, A[:, None]), state, inputs)
     return jnp.moveaxis(y, 0, 2), last
 
 
@@ -163,8 +163,8 @@ def _step(h, now, A):
 
 
 def _decay(delta, A):
-    """(..., G, B, D) -> (..., G, B, N, D)."""
-    return jnp.exp(delta[..., None, :] * A[:, None])
+    """(..., D) and (N, D) -> (..., N, D)."""
+    return jnp.exp(delta[..., None, :] * A)
 
 
 def _over_states(*factors):
@@ -192,9 +192,9 @@ def _softplus(x):
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
-# XLA, a chunk of steps at a time, all in one order of time. Arrays stay (G, B, L, ...): a chunk is cut out and widened
-# when its turn comes, and what is made of it is written into its place. Copies of whole arrays cost as much as the
-# arithmetic on a CPU.
+# XLA, a chunk of steps at a time. Each chunk is cut out of the whole arrays and widened when its turn comes, and what
+# is made of it is written into its place: on a CPU copies of whole arrays cost as much as the arithmetic. So do states
+# that its caches do not hold, so that there a few sequences follow a few others.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -202,113 +202,164 @@ def _xla(softplus, u, delta, A, B, C, D, z, bias, state):
     return _xla_forward(softplus, u, delta, A, B, C, D, z, bias, state)[0]
 
 
-def _chunks(length):
-    """How many chunks, their steps, and the first step of chunk k. The first chunk is the one that may not be full."""
-    even = [size for size in range(_CHUNK // 2, 2 * _CHUNK) if length % size == 0]
-    size = min(even, key=lambda size: abs(size - _CHUNK), default=min(_CHUNK, length))
-    count = -(-length // size)
-    return count, size, lambda k: jnp.maximum(0, length - (count - k) * size)
+class _Chunks:
+    """Where things are: in direction g, the sequences of piece p, the steps of chunk k in that direction's time.
+
+    Chunks have `size` steps, out of which the first one may lend some to the second: those count there only.
+    """
+
+    def __init__(self, u, A):
+        self.directions, batch, self.length, _ = u.shape
+        fits = [b for b in range(1, batch + 1) if batch % b == 0 and b * A[0].size <= _PIECE]
+        self.sequences = max(fits, default=1) if jax.default_backend() == "cpu" else batch
+        self.pieces = batch // self.sequences
+        even = [size for size in range(_CHUNK // 2, 2 * _CHUNK) if self.length % size == 0]
+        self.size = min(even, key=lambda size: abs(size - _CHUNK), default=min(_CHUNK, self.length))
+        self.count = -(-self.length // self.size)
+
+    def start(self, g, p, k):
+        step = jnp.maximum(0, self.length - (self.count - k) * self.size)
+        return g, p * self.sequences, self.length - self.size - step if g else step, 0
+
+    def cut(self, x, g, p, k, dtype):
+        """(G, B, L, ...) -> (steps, sequences, ...)."""
+        sizes = 1, self.sequences, self.size, x.shape[3]
+        return jax.lax.dynamic_slice(x, self.start(g, p, k), sizes)[0].swapaxes(0, 1).astype(dtype)
+
+    def put(self, x, value, g, p, k):
+        """The inverse of `cut`."""
+        return jax.lax.dynamic_update_slice(x, value.swapaxes(0, 1)[None].astype(x.dtype), self.start(g, p, k))
+
+    def own(self, g, k):
+        """Which steps count in this chunk (steps, 1, 1); None for all."""
+        lent = self.count * self.size - self.length
+        place = jnp.arange(self.size)[:, None, None]
+        return None if not lent else (k > 0) | (place >= lent if g else place < self.size - lent)
+
+    def over(self, body, carry, g, last_first=False):
+        """body(t, carry) over a chunk's steps in the order of direction g's time, or against it."""
+        turned = bool(g) != last_first
+        return jax.lax.fori_loop(0, self.size, lambda i, c: body(self.size - 1 - i if turned else i, c), carry)
 
 
-def _cut(x, start, size, dtype):
-    """(G, B, L, ...) -> steps start.. as (size, G, B, ...)."""
-    return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), 2, 0).astype(dtype)
+def _cut_piece(x, g, p, chunks):
+    """(G, B, N, D) -> (sequences, N, D)."""
+    return jax.lax.dynamic_slice(x, (g, p * chunks.sequences, 0, 0), (1, chunks.sequences, *x.shape[2:]))[0]
 
 
-def _put(x, value, start):
-    """The inverse of `_cut`."""
-    return jax.lax.dynamic_update_slice_in_dim(x, jnp.moveaxis(value, 0, 2).astype(x.dtype), start, axis=2)
+def _put_piece(x, value, g, p, chunks):
+    return jax.lax.dynamic_update_slice(x, value[None], (g, p * chunks.sequences, 0, 0))
 
 
-def _sizes(given, softplus, k, length):
-    """The steps' sizes of chunk k (K, G, B, D), 0 at the next chunk's steps; which steps are its own (None: all)."""
-    sizes = _softplus(given) if softplus else given
-    if length % len(given) == 0:
-        return sizes, None
-    own = (k > 0) | (jnp.arange(len(given)) < length % len(given))[:, None, None, None]
-    return jnp.where(own, sizes, 0), own
+def _masked(x, own):
+    return x if own is None else jnp.where(own, x, 0)
+
+
+def _at(x, t):
+    return jax.lax.dynamic_index_in_dim(x, t, keepdims=False)
 
 
 def _xla_forward(softplus, u, delta, A, B, C, D, z, bias, state):
-    count, size, first = _chunks(u.shape[2])
-    cut = lambda x, k: _cut(x, first(k), size, state.dtype)
+    chunks = _Chunks(u, A)
+    starts = jnp.zeros((chunks.directions, chunks.pieces, chunks.count, chunks.sequences, *A.shape[1:]), state.dtype)
 
-    def chunk(carry, k):
-        h, y = carry
-        u_k = cut(u, k)
-        sizes, _ = _sizes(cut(delta, k) + bias, softplus, k, u.shape[2])
-        last, y_k = jax.lax.scan(lambda h, now: _step(h, now, A), h, (u_k, sizes, cut(B, k), cut(C, k)))
-        y_k = y_k + D * u_k
-        y_k = y_k if z is None else y_k * jax.nn.silu(cut(z, k))
-        # Where the first chunk is not full, the next one writes over its last steps.
-        return (last, _put(y, y_k, first(k))), h
+    def piece(g, p, carry):
+        def chunk(k, carry):
+            h, y, starts = carry
+            u_k, delta_k, B_k, C_k = (chunks.cut(x, g, p, k, state.dtype) for x in (u, delta, B, C))
+            sizes = _masked(_softplus(delta_k + bias[g]) if softplus else delta_k + bias[g], chunks.own(g, k))
+            starts = jax.lax.dynamic_update_slice(starts, h[None, None, None], (g, p, k, 0, 0, 0))
+            step = lambda h, now: _step(h, now, A[g])
+            h, y_k = jax.lax.scan(step, h, (u_k, sizes, B_k, C_k), reverse=bool(g))
+            y_k = y_k + D[g] * u_k
+            y_k = y_k if z is None else y_k * jax.nn.silu(chunks.cut(z, g, p, k, state.dtype))
+            return h, chunks.put(y, y_k, g, p, k), starts  # the second chunk writes over steps that the first one lent
 
-    (last, y), starts = jax.lax.scan(chunk, (state, jnp.zeros_like(u)), jnp.arange(count))
+        y, last, starts = carry
+        h = _cut_piece(state, g, p, chunks)
+        h, y, starts = jax.lax.fori_loop(0, chunks.count, chunk, (h, y, starts))
+        return y, _put_piece(last, h, g, p, chunks), starts
+
+    carry = jnp.zeros_like(u), state, starts
+    for g in range(chunks.directions):
+        carry = jax.lax.fori_loop(0, chunks.pieces, functools.partial(piece, g), carry)
+    y, last, starts = carry
     return (y, last), (u, delta, A, B, C, D, z, bias, starts)
 
 
 def _xla_backward(softplus, residuals, towards):
     u, delta, A, B, C, D, z, bias, starts = residuals
     dy, dlast = towards
-    count, size, first = _chunks(u.shape[2])
-    cut = lambda x, k: _cut(x, first(k), size, dlast.dtype)
-    at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-    over_channels = functools.partial(jnp.einsum, "kgbnd,kgbd->kgbn", precision="highest")
+    chunks, dtype = _Chunks(u, A), dlast.dtype
+    over_channels = functools.partial(jnp.einsum, "kbnd,kbd->kbn", precision="highest")
 
-    def chunk(carry, now):
+    def after(f, before, last, x, g):
+        """f(the states after each step, x) from those before it: they are those before the next one."""
+        f_last = f(last[None], x[:1] if g else x[-1:])
+        if g:
+            return jnp.concatenate([f_last, f(before, jnp.roll(x, -1, axis=0))[:-1]])
+        return jnp.concatenate([f(before, jnp.roll(x, 1, axis=0))[1:], f_last])
+
+    def chunk(g, p, i, carry):
         dh, dA, dD, dbias, before, d, out = carry
-        k, start = now
-        u_k, B_k, C_k, dy_k = (cut(x, k) for x in (u, B, C, dy))
-        given = cut(delta, k) + bias
-        sizes, own = _sizes(given, softplus, k, u.shape[2])
+        k = chunks.count - 1 - i
+        u_k, given, B_k, C_k, dy_k = (chunks.cut(x, g, p, k, dtype) for x in (u, delta, B, C, dy))
+        own, given = chunks.own(g, k), given + bias[g]
+        sizes = _masked(_softplus(given) if softplus else given, own)
         # At once for the chunk: large enough for all cores. The barrier keeps the loops from computing it again.
-        decay = jax.lax.optimization_barrier(_decay(sizes, A))
+        decay = jax.lax.optimization_barrier(_decay(sizes, A[g]))
         inflow = sizes * u_k
 
-        def again(t, now):
-            h, before = now
-            new = at(decay, t) * h + at(inflow, t)[..., None, :] * at(B_k, t)[..., None]
+        def again(t, carry):
+            h, before = carry
+            new = _at(decay, t) * h + _at(inflow, t)[:, None] * _at(B_k, t)[..., None]
             return new, jax.lax.dynamic_update_index_in_dim(before, h, t, axis=0)
 
-        last, before = jax.lax.fori_loop(0, size, again, (start, before))
-        # What needs the states after each step takes `before` of the step after it.
-        after = lambda f, x: jnp.concatenate([f(before, jnp.roll(x, 1, axis=0))[1:], f(last[None], x[-1:])])
+        start = jax.lax.dynamic_slice(starts, (g, p, k, 0, 0, 0), (1, 1, 1, *dh.shape))[0, 0, 0]
+        last, before = chunks.over(again, (start, before), g)
         if z is not None:
-            z_k = cut(z, k)
+            z_k = chunks.cut(z, g, p, k, dtype)
             gate = jax.nn.sigmoid(z_k)
-            y_k = after(lambda h, C: _over_states(C[..., None], h), C_k) + D * u_k
+            y_k = after(lambda h, C: _over_states(C[..., None], h), before, last, C_k, g) + D[g] * u_k
             dz_k = dy_k * y_k * gate * (1 + z_k * (1 - gate))
             dy_k = dy_k * z_k * gate
-        dy_k = dy_k if own is None else jnp.where(own, dy_k, 0)
+        dy_k = _masked(dy_k, own)
 
-        def back(k, now):
-            dh, dA, d = now  # dh: by the state after this step, from the steps after it alone
-            t = size - 1 - k
-            d_t = dh + at(dy_k, t)[..., None, :] * at(C_k, t)[..., None]
-            dh = at(decay, t) * d_t
-            dA = dA + dh * at(before, t) * at(sizes, t)[..., None, :]
+        def back(t, carry):
+            dh, dA, d = carry  # dh: by the state after this step, from the steps after it alone
+            d_t = dh + _at(dy_k, t)[:, None] * _at(C_k, t)[..., None]
+            dh = _at(decay, t) * d_t
+            dA = dA + dh * _at(before, t) * _at(sizes, t)[:, None]
             return dh, dA, jax.lax.dynamic_update_index_in_dim(d, d_t, t, axis=0)
 
-        dh, dA, d = jax.lax.fori_loop(0, size, back, (dh, dA, d))
+        dh, dA, d = chunks.over(back, (dh, dA, d), g, last_first=True)
         dinflow = _over_states(B_k[..., None], d)
-        ddelta = u_k * dinflow + _over_states(A[:, None], decay, before, d)
-        ddelta = ddelta * jax.nn.sigmoid(given) if softplus else ddelta
-        ddelta = ddelta if own is None else jnp.where(own, ddelta, 0)
-        parts = [sizes * dinflow + D * dy_k, ddelta, over_channels(d, inflow), after(over_channels, dy_k)]
-        parts += [] if z is None else [dz_k]
-        if own is not None:  # the next chunk has been here before
-            parts = [jnp.where(own, part, cut(x, k)) for part, x in zip(parts, out, strict=True)]
-        out = [_put(x, part, first(k)) for part, x in zip(parts, out, strict=True)]
-        return (dh, dA, dD + _added(dy_k * u_k), dbias + _added(ddelta), before, d, out), None
+        ddelta = u_k * dinflow + _over_states(A[g], decay, before, d)
+        ddelta = _masked(ddelta * jax.nn.sigmoid(given) if softplus else ddelta, own)
+        dC = after(over_channels, before, last, dy_k, g)
+        parts = [sizes * dinflow + D[g] * dy_k, ddelta, over_channels(d, inflow), dC, *([] if z is None else [dz_k])]
+        if own is not None:  # the second chunk has been here before
+            parts = [jnp.where(own, part, chunks.cut(x, g, p, k, dtype)) for part, x in zip(parts, out, strict=True)]
+        out = [chunks.put(x, part, g, p, k) for part, x in zip(parts, out, strict=True)]
+        return dh, dA, dD + _added(dy_k * u_k), dbias + _added(ddelta), before, d, out
+
+    def piece(g, p, carry):
+        *sums, dstate, before, d, out = carry
+        carry = _cut_piece(dlast, g, p, chunks), *sums, before, d, out
+        dh, *sums, before, d, out = jax.lax.fori_loop(0, chunks.count, functools.partial(chunk, g, p), carry)
+        return *sums, _put_piece(dstate, dh, g, p, chunks), before, d, out
 
     # `before` and `d` are the same two buffers in all chunks: fresh ones would be filled with zeros first.
-    buffers = [jnp.zeros((size, *dlast.shape), dlast.dtype)] * 2
-    out = [jnp.zeros_like(x) for x in (u, delta, B, C, *([] if z is None else [z]))]
-    carry = dlast, jnp.zeros_like(dlast), *[jnp.zeros_like(dlast[:, :, 0])] * 2, *buffers, out
-    carry, _ = jax.lax.scan(chunk, carry, (jnp.arange(count), starts), reverse=True)
-    dh, dA, dD, dbias, _, _, (du, ddelta, dB, dC, *dz) = carry
-    dD, dbias = (x.sum(1, keepdims=True) for x in (dD, dbias))
-    return du, ddelta, dA.sum(1), dB, dC, dD, dz[0] if dz else None, dbias, dh
+    zeros = lambda *shape: jnp.zeros((*shape, chunks.sequences, *A.shape[1:]), dtype)
+    before, d, dstate = zeros(chunks.size), zeros(chunks.size), dlast
+    out, shared = [jnp.zeros_like(x) for x in (u, delta, B, C, *([] if z is None else [z]))], []
+    for g in range(chunks.directions):
+        carry = zeros(), zeros()[:, 0], zeros()[:, 0], dstate, before, d, out
+        *sums, dstate, before, d, out = jax.lax.fori_loop(0, chunks.pieces, functools.partial(piece, g), carry)
+        shared.append([x.sum(0) for x in sums])
+    dA, dD, dbias = (jnp.stack(x) for x in zip(*shared, strict=True))
+    du, ddelta, dB, dC, *dz = out
+    return du, ddelta, dA, dB, dC, dD[:, None], dz[0] if dz else None, dbias[:, None], dstate
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
