@@ -238,7 +238,7 @@ def judge(model: Model, corpus: Corpus, indices: np.ndarray, split: str) -> tupl
 
     results = summed(list(range(len(indices))))
     results["intervals"] = {
-        "level": metrics.LEVEL, "resamples": config.evaluation.resamples, "seed": config.seed, "unit": "people, stratified by database"
+        "level": metrics.LEVEL, "resamples": e.resamples, "seed": config.seed, "unit": "people, stratified by database"
     }  # fmt: skip
     results["per_database"] = {
         name: summed([j for j, own in enumerate(databases) if own == name]) for name in sorted(set(databases))

@@ -174,6 +174,10 @@ def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     rows = corpus.rows
     if config.task.name == "segmenter":
         rows = [row for row in rows if any(start < end for start, end, _ in row["annotations"])]
+        if 0 < len(rows) < len(corpus.rows):
+            logging.info(
+                "%d of %d recordings have no annotation: left out", len(corpus.rows) - len(rows), len(corpus.rows)
+            )
         if not rows:
             raise ValueError(
                 f"data.prepared={config.data.prepared}: no recording has annotated states; a segmenter learns from "
