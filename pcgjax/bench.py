@@ -338,7 +338,7 @@ KERNELS = (
     (32, 157, 512), (64, 20, 2048), (128, 157, 512), (8, 157, 512),
     (32, 500, 64), (256, 157, 64), (8, 20, 64), (512, 20, 64), (8, 1000, 64), (32, 1000, 64), (512, 157, 64),
 )  # fmt: skip
-PYTHON_LOOP = (32, 157, 512)  # where the peer is a cell in a Python loop, which takes long
+PYTHON_LOOP = ((32, 157, 512), (8, 1000, 64))  # the model's own size, and many steps of few inputs
 
 
 def hinf_lstm_config(batch_recordings: int) -> ml_collections.ConfigDict:
@@ -372,7 +372,7 @@ def hinf_lstm(prepared: str, recordings: int) -> dict:
     return {
         "corpus": {"recordings": len(corpus.rows), "seconds": float(corpus.lengths.sum() / corpus.sample_rate_hz)},
         "kernel": [_kernel(*size) for size in KERNELS],
-        "python_loop": _kernel(*PYTHON_LOOP, loop=True),
+        "python_loop": [_kernel(*size, loop=True) for size in PYTHON_LOOP],
         "train": _hinf_step(corpus),
         "seeds": _seeds(),
     }
@@ -489,7 +489,7 @@ def _hinf_summary(result: dict) -> str:
     return "\n".join([
         "kernel, forward and all gradients, hidden 128",
         *map(line, result["kernel"]),
-        line(result["python_loop"]),
+        *map(line, result["python_loop"]),
         f"train step, samples to update   {t['ratio']:.2f}x the peer  [{t['ratio_range'][0]:.2f}, "
         f"{t['ratio_range'][1]:.2f}]   ours {t['ours_clips_a_s']:.0f} clips/s",
         f"the same, the peer's network alone   {t['network_alone']['ratio']:.2f}x",
