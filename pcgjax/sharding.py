@@ -26,11 +26,8 @@ def make_mesh(config: ml_collections.ConfigDict, devices: int | None = None) -> 
 
 
 def compiler_options() -> dict[str, str] | None:
-    """XLA's options for large programs: on CPU products and convolutions by Eigen, not YNNPACK, and the rest in vectors
-    as wide as they come, where XLA prefers half of them (BUILD_NOTES)."""
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": "512"}
+    """XLA's options for large programs: on CPU products and convolutions by Eigen, not YNNPACK (BUILD_NOTES)."""
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else None
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
