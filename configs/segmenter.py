@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.prepared = ""  # the folder that pcgjax.prepare wrote, or several, with commas between
     config.data.pipeline = "auto"  # resident, stream, or auto: resident where the corpus fits the device
-    config.data.shuffle_labels = False  # has no meaning here
+    config.data.shuffle_labels = False  # a control for classifiers, refused here
     config.data.train_share = 1.0  # of the people to train on; the SSAMBA paper's segmenter: 1 / 3
 
     config.split = ml_collections.ConfigDict()

@@ -187,6 +187,8 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
         if target:
             raise ValueError(f"--target={target}: a segmenter is judged by annotations; leave --target out")
         return _evaluate_segmenter(workdir, dataset, source, out, recordings, problems, began)
+    if not task.classifies:
+        raise ValueError(f"{workdir}: a model of task {config.task.name!r} has no answers to judge")
     target = target or config.task.target
     labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
     if not labelled:

@@ -20,7 +20,7 @@ from pcgjax.losses import penalty, recording_log_probabilities
 from pcgjax.models.cnn1d import CNN1D
 from pcgjax.models.hinf_lstm import CNNLSTM
 from pcgjax.models.segmenter import PatchSegmenter, Segmenter
-from pcgjax.models.ssamba import PATCH, SSAMBA, pretrain_losses
+from pcgjax.models.ssamba import PATCH, RECONSTRUCTION_WEIGHT, SSAMBA, pretrain_losses
 
 FILTERS = ("none", "zero_phase", "causal")
 
@@ -415,7 +415,7 @@ def ssamba_pretrain(config: ml_collections.ConfigDict, sample_rate_hz: int) -> T
     def counts_of(model: Encoder, batch: dict, capacity: int, key: jax.Array) -> tuple[Counts, Any]:
         """(J,) a window: its patches, and how many of them were told apart."""
         each, cut = losses(model, batch, capacity, key)
-        total = (each.infonce + 10 * each.mse) * m.mask_patches
+        total = (each.infonce + RECONSTRUCTION_WEIGHT * each.mse) * m.mask_patches
         correct = jnp.round(each.accuracy * m.mask_patches).astype(jnp.int32)
         counts = Counts(total, correct, jnp.full(capacity, m.mask_patches, jnp.int32))
         return jax.tree.map(lambda x: jnp.where(cut.real, x, 0), counts), cut.recording

@@ -169,6 +169,8 @@ def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     corpus = input_pipeline.from_prepared(config.data.prepared)
     target = config.task.target
     if config.data.shuffle_labels:
+        if config.task.name in ("segmenter", "ssamba_pretrain"):
+            raise ValueError("data.shuffle_labels=True: a control for classifiers; this task learns from no labels")
         key = jax.random.fold_in(jax.random.key(config.seed), SHUFFLE)
         corpus = input_pipeline.in_rows(corpus, shuffle_labels(corpus.rows, target, key))
     rows = corpus.rows
