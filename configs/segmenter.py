@@ -42,6 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.features.step_s = 0.02
     config.features.noise_snr_db = float("inf")  # white noise added first; inf: none
     config.features.masked_bands = 0  # in training: up to so many neighbouring mel bands are hidden
+    config.features.response_db = 0.0  # in training: deviation of a random frequency response
+    config.features.noise = False  # in training: noise at random levels too
     config.features.stretch = 0.0  # windows made slower or faster in training: not of SSAMBA
 
     config.model = ml_collections.ConfigDict()

@@ -47,6 +47,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.features.high_hz = 1000.0
     config.features.noise_snr_db = float("inf")  # white noise added first; inf: none
     config.features.masked_bands = 6  # in training: up to so many neighbouring mel bands are hidden
+    config.features.response_db = 6.0  # in training: deviation of a random frequency response
+    config.features.noise = True  # in training: noise at random levels too
     config.features.stretch = 0.15  # in training: windows are made slower or faster by up to that share
 
     config.model = ml_collections.ConfigDict()

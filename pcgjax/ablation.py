@@ -43,6 +43,7 @@ from pcgjax import (
     metrics,
     optimizer,
     page,
+    runs,
     sharding,
     splits,
     tasks,
@@ -858,7 +859,7 @@ def _finished(path: pathlib.Path, identity: dict[str, dict]) -> dict:
         saved = result["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it, and the setting is run again") from None
-    train.refuse_changes(saved, identity, path)
+    runs.refuse_changes(saved, identity, path)
     return result
 
 

@@ -27,7 +27,18 @@ from absl import app, flags
 from flax import nnx
 
 import pcgjax
-from pcgjax import bench_scan, bench_ssamba, files, input_pipeline, optimizer, peers, sharding, tasks, train
+from pcgjax import (
+    bench_audio_llm,
+    bench_scan,
+    bench_ssamba,
+    files,
+    input_pipeline,
+    optimizer,
+    peers,
+    sharding,
+    tasks,
+    train,
+)
 from pcgjax.input_pipeline import Corpus
 
 SAMPLE_RATE_HZ = 1000
@@ -504,6 +515,7 @@ SUITES: dict[str, tuple[Callable[[str, int], dict], Callable[[dict], str]]] = {
     "hinf_lstm": (hinf_lstm, _hinf_summary),
     "selective_scan": (lambda *_: bench_scan.selective_scan_suite(), bench_scan.selective_scan_summary),
     "ssamba": (lambda *_: bench_ssamba.ssamba_suite(), bench_ssamba.ssamba_summary),
+    "audio_llm": (lambda *_: bench_audio_llm.audio_llm_suite(), bench_audio_llm.audio_llm_summary),
 }
 
 

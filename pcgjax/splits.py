@@ -24,7 +24,14 @@ Row = dict[str, Any]
 Split = dict[str, Any]
 
 KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301")
-TARGETS = ("abnormal", "murmur", "")  # the last: no label, every recording counts as class 0
+# Each with its classes, the last of which is called positive; "": no label, every recording counts as class 0.
+CLASSES = {
+    "abnormal": ("0", "1"),
+    "murmur": ("0", "1"),
+    "murmur_status": ("Absent", "Unknown", "Present"),
+    "": ("0",),
+}
+TARGETS = tuple(CLASSES)
 PARTS = ("train", "validation", "test")
 # Hashes have 32 bits, so two of a corpus' 10^5 are equal by chance now and then: of the 8 * 10^5 pairs within
 # CinC 2016, CirCor and PASCAL, 6 share one hash and none shares two. Two seconds of common audio share 16 on
@@ -63,7 +70,8 @@ def make(
         others' people train and validate; `paper301` as published for the 1D CNN, 301 recordings drawn without
         regard to people: those that the file `names` lists (first column, such as the challenge's
         validation/REFERENCE.csv), else 150 normal and 151 abnormal ones.
-      target: `abnormal` or `murmur`; "" for recordings whose label does not matter: all of them are dealt out.
+      target: `abnormal`, `murmur` or `murmur_status`; "" for recordings whose label does not matter: all
+        of them are dealt out.
       fractions: of train, validation and test, in recordings. Where the kind sets the test part, the first two
         are taken relative to each other.
     Returns: {kind, target, seed, parameters, content_sha256, train, validation, test, unlabelled, notes, counts};
@@ -77,7 +85,7 @@ def make(
     rows = sorted(rows, key=lambda row: row["id"])
     if len({row["id"] for row in rows}) < len(rows):
         raise SplitError("the rows have an id twice: prepare the data set again")
-    labelled = [row for row in rows if _label(row, target) in ("0", "1")]
+    labelled = [row for row in rows if _label(row, target) in CLASSES[target]]
     if not labelled:
         raise SplitError(f"no recording has the label {target!r}: choose another --target or data set")
     databases = sorted({row["database"] for row in labelled})
@@ -95,10 +103,9 @@ def make(
         if any(row["database"] == name and not row["person_known"] for row in labelled):
             notes.append(f"{name}: people are not known for all recordings, and one person may be in several parts")
     for part, members in parts.items():
-        classes = {_label(row, target) for row in members}
-        if len(classes) < (2 if target else 1):
-            missing = ", ".join({"0", "1"} - classes) or "every class"
-            raise SplitError(f"{part} has no recording with {target} {missing}: choose other fractions, seed or kind")
+        if lacking := set(CLASSES[target]) - {_label(row, target) for row in members}:
+            what = f" with {target} {', '.join(sorted(lacking))}" if target else ""
+            raise SplitError(f"{part} has no recording{what}: choose other fractions, seed or kind")
     return {
         "kind": kind,
         "target": target,
@@ -111,7 +118,7 @@ def make(
         },
         "content_sha256": _content(rows),
         **{part: sorted(row["id"] for row in parts[part]) for part in PARTS},
-        "unlabelled": [row["id"] for row in rows if _label(row, target) not in ("0", "1")],
+        "unlabelled": [row["id"] for row in rows if _label(row, target) not in CLASSES[target]],
         "notes": notes,
         "counts": {part: _counts(parts[part], target) for part in PARTS},
     }
@@ -126,8 +133,8 @@ def _check_arguments(kind: str, target: str, fractions: Sequence[float], fold: i
         raise SplitError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     if target not in TARGETS:
         raise SplitError(f"unknown target {target!r}: choose one of {', '.join(filter(None, TARGETS))}")
-    if not target and kind in ("person_250", "paper301"):
-        raise SplitError(f"kind {kind} draws recordings by class: it needs a target")
+    if len(CLASSES[target]) != 2 and kind in ("person_250", "paper301"):
+        raise SplitError(f"kind {kind} draws recordings of two classes: it needs a target with two")
     if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise SplitError(f"fractions {fractions}: three positive numbers with sum 1 are needed")
     if kind == "person_kfold" and folds < 3:
@@ -200,23 +207,24 @@ def _groups(rows: list[Row]) -> tuple[list[list[Row]], list[str]]:
 def _deal(groups: list[list[Row]], target: str, fractions: Sequence[Any], rng: np.random.Generator) -> list[list[Row]]:
     """Deals whole groups into parts, database by database: each to the part that lacks most of its classes.
 
-    Both classes are counted in recordings, for a person may have recordings of both. A part's fraction is one number,
-    or one for each class.
+    All classes are counted in recordings, for a person may have recordings of several. A part's fraction is one
+    number, or one for each class.
     """
-    wanted = np.array([np.broadcast_to(fraction, 2) for fraction in fractions])
+    classes = CLASSES[target]
+    wanted = np.array([np.broadcast_to(fraction, len(classes)) for fraction in fractions])
     strata = collections.defaultdict(list)
     for group in groups:
-        positives = sum(_label(row, target) == "1" for row in group)
-        strata[group[0]["database"]].append((group, np.array([len(group) - positives, positives])))
-    for label in (0, 1) if target else (0,):
-        people = sum(counts[label] > 0 for stratum in strata.values() for _, counts in stratum)
+        counts = np.array([sum(_label(row, target) == label for row in group) for label in classes])
+        strata[group[0]["database"]].append((group, counts))
+    for column, label in enumerate(classes):
+        people = sum(counts[column] > 0 for stratum in strata.values() for _, counts in stratum)
         if people < len(fractions):
             raise SplitError(
                 f"{people} people with {target} {label}, too few for {len(fractions)} parts: "
                 "use fewer folds, another kind, or more data"
             )
     parts: list[list[Row]] = [[] for _ in fractions]
-    lacking = np.zeros((len(fractions), 2))
+    lacking = np.zeros((len(fractions), len(classes)))
     for _, stratum in sorted(strata.items()):
         total = np.maximum(sum(counts for _, counts in stratum), 1)
         # What the databases before could not even out is made up here, but by one person at most,
@@ -278,7 +286,7 @@ def _content(rows: Iterable[Row]) -> str:
 
 def _counts(rows: list[Row], target: str) -> dict[str, dict[str, int]]:
     def of(rows: list[Row]) -> dict[str, int]:
-        positives = sum(_label(row, target) == "1" for row in rows)
+        positives = sum(_label(row, target) == CLASSES[target][-1] for row in rows if target)
         return {"recordings": len(rows), "people": len({row["person"] for row in rows}), "positives": positives}
 
     databases = sorted({row["database"] for row in rows})

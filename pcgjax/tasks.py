@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -219,7 +220,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     wanted_of = segmentation.target_frames(np.arange(5), target).astype(np.int32)  # of each state
 
     def logits_of(model: Segmenter, batch: dict, capacity: int, key: jax.Array, train: bool):
-        noise_key, shift_key, augment_key, drop_key, stretch_key = jax.random.split(key, 5)
+        noise_key, shift_key, augment_key, drop_key, stretch_key, colour_key = jax.random.split(key, 6)
         where = filters.packing(batch["lengths"], batch["samples"].shape[0], halo, halo)
         x = _noisy(batch, where, f.noise_snr_db, noise_key)
         shift = None
@@ -231,6 +232,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         real = (at < cut.own[:, None]) & cut.real[:, None]
         features, _ = frame_features(config, cut.samples, real, sample_rate_hz)
         if train:
+            features = recoloured(colour_key, features, real, f.response_db, f.noise)
             features = masked_bands(augment_key, features, f.masked_bands)
             if f.stretch:
                 features, real, source = stretched(stretch_key, features, real, f.stretch)
@@ -333,6 +335,7 @@ def frame_hop(config: ml_collections.ConfigDict, sample_rate_hz: int) -> tuple[i
 
 _LEVEL_FRAMES = 100  # time constant of the running level
 _SILENCE = 1e-20  # mel power
+_FEATURE_DB = 20 / math.log(10)  # of one unit of `frame_features`: 2 nats of power
 
 
 def frame_features(
@@ -466,6 +469,30 @@ def masked_bands(key: jax.Array, x_BxTxF: jax.Array, most: int) -> jax.Array:
     first = (jax.random.uniform(two, (batch, 1)) * (bands - size + 1)).astype(jnp.int32)
     band = jnp.arange(bands)
     return jnp.where(((band >= first) & (band < first + size))[:, None], 0, x_BxTxF)
+
+
+def recoloured(key: jax.Array, x_BxTxF: jax.Array, real_BxT: jax.Array, response_db: float, noise: bool) -> jax.Array:
+    """Log-mel frames as another stethoscope in another room would have given them, each item anew.
+
+    A frequency response that varies slowly over the bands, `response_db` dB its standard deviation at the edges;
+    with `noise`, stationary noise of another such colour, from inaudible to as loud as the mean frame.
+    """
+    if not response_db:
+        return x_BxTxF
+    batch, _, bands = x_BxTxF.shape
+    response_key, colour_key, level_key, power_key = jax.random.split(key, 4)
+    order = jnp.arange(1, 4)
+    shape = jnp.cos(jnp.pi * order[:, None] * (jnp.arange(bands) + 0.5) / bands) / order[:, None]
+    scale = response_db / _FEATURE_DB / 1.17  # sqrt(1 + 1/4 + 1/9)
+    curve = lambda key: scale * (jax.random.normal(key, (batch, len(order))) @ shape)[:, None]
+    x = x_BxTxF + curve(response_key)
+    if noise:
+        level = jax.random.uniform(level_key, (batch, 1, 1), minval=-5.0, maxval=0.0) + curve(colour_key)
+        power = jnp.log(jax.random.exponential(power_key, x.shape) + 1e-6)
+        x = jnp.logaddexp(2 * x, 2 * level + power) / 2
+    real = real_BxT[..., None]
+    mean = jnp.where(real, x, 0).sum((1, 2), keepdims=True) / (jnp.maximum(real.sum(1, keepdims=True), 1) * bands)
+    return jnp.where(real, x - mean, 0)
 
 
 # ------------------------------------------------------------------------------------------- shared by the tasks

@@ -9,11 +9,9 @@ end metrics.json, predictions.csv, examples.npz and report.html. A second start 
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib.metadata
 import json
-import logging as std_logging
 import pathlib
 import platform
 import shlex
@@ -42,15 +40,13 @@ from pcgjax import (
     metrics,
     optimizer,
     report,
+    runs,
     segment,
     sharding,
-    splits,
     tasks,
     thresholds,
 )
-
-# Streams of randomness, each folded into the seed's key first.
-ORDER, STEP, EVALUATION, SHUFFLE = range(4)
+from pcgjax.runs import EVALUATION, ORDER, STEP
 
 
 class Totals(NamedTuple):
@@ -142,86 +138,6 @@ def make_run(
     return run
 
 
-def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
-    """The rows with `target` dealt out anew among the people of each database: a control that nothing can learn."""
-    people: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if row["labels"].get(target) in ("0", "1"):
-            people.setdefault((row["database"], row["person"]), []).append(row)
-    dealt = {row["id"]: row for row in rows}
-    for number, database in enumerate(sorted({name for name, _ in people})):
-        own = sorted(person for person in people if person[0] == database)
-        labels = [max(row["labels"][target] for row in people[person]) for person in own]
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), len(own)))
-        for person, source in zip(own, order, strict=True):
-            for row in people[person]:
-                dealt[row["id"]] = row | {"labels": row["labels"] | {target: labels[source]}}
-    return [dealt[row["id"]] for row in rows]
-
-
-def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
-    """(corpus, {part: indices}, split), the split made or reused, and checked for leaks.
-
-    A segmenter splits the recordings that have annotations, and leaves the others out.
-    """
-    if not config.data.prepared:
-        raise ValueError("data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote")
-    corpus = input_pipeline.from_prepared(config.data.prepared)
-    target = config.task.target
-    if config.data.shuffle_labels:
-        if config.task.name in ("segmenter", "ssamba_pretrain"):
-            raise ValueError("data.shuffle_labels=True: a control for classifiers; this task learns from no labels")
-        key = jax.random.fold_in(jax.random.key(config.seed), SHUFFLE)
-        corpus = input_pipeline.in_rows(corpus, shuffle_labels(corpus.rows, target, key))
-    rows = corpus.rows
-    if config.task.name == "segmenter":
-        rows = [row for row in rows if any(start < end for start, end, _ in row["annotations"])]
-        if 0 < len(rows) < len(corpus.rows):
-            logging.info(
-                "%d of %d recordings have no annotation: left out", len(corpus.rows) - len(rows), len(corpus.rows)
-            )
-        if not rows:
-            raise ValueError(
-                f"data.prepared={config.data.prepared}: no recording has annotated states; a segmenter learns from "
-                "CirCor's .tsv, CinC 2016's StateAns.mat or synthetic recordings"
-            )
-    path = pathlib.Path(config.split.file or workdir / "split.json")
-    if path.exists():
-        split = splits.load(path, rows)
-    else:
-        s = config.split
-        split = splits.make(
-            rows, s.kind, target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
-            s.names or None,
-        )  # fmt: skip
-        splits.save(split, path)
-    leaks = splits.check(split, rows, allow=config.split.allow_leaks)
-    for leak in leaks:
-        logging.warning("leak: %s", leak)
-    split["people_apart"] = not leaks and split["kind"] != "paper301"
-    split["leaks"] = leaks
-    place = {row["id"]: i for i, row in enumerate(corpus.rows)}
-    parts = {part: np.array([place[id] for id in split[part]], np.int32) for part in splits.PARTS}
-    share = kept_share(corpus.rows, split["train"], config.data.get("train_share", 1.0), config.seed)
-    parts["train"] = np.array([place[id] for id in share], np.int32)
-    return corpus, parts, split
-
-
-def kept_share(rows: list[dict], ids: list[str], share: float, seed: int) -> list[str]:
-    """The recordings among `ids` of a share of their people in each database (SSAMBA paper: a third)."""
-    if not 0 < share <= 1:
-        raise ValueError(f"data.train_share={share}: must be above 0 and at most 1")
-    wanted, databases = set(ids), collections.defaultdict(set)
-    for row in rows:
-        if row["id"] in wanted:
-            databases[row["database"]].add(row["person"])
-    rng, kept = np.random.default_rng(seed), set()
-    for _, people in sorted(databases.items()):
-        kept |= set(rng.permutation(sorted(people))[: max(round(share * len(people)), 1)])
-    person = {row["id"]: row["person"] for row in rows}
-    return [id for id in ids if person[id] in kept]
-
-
 def choose_pipeline(name: str, corpus_bytes: int) -> str:
     """resident or stream. auto: resident where the corpus takes at most a third of the device's free memory."""
     if name in ("resident", "stream"):
@@ -272,7 +188,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     mesh = sharding.make_mesh(config.parallel)
     groups = mesh.size
     key = jax.random.key(config.seed)
-    corpus, parts, split = load_data(config, workdir)
+    corpus, parts, split = runs.load_data(config, workdir)
     task = tasks.make(config, corpus.sample_rate_hz)
     labels = task.labels(corpus)
     selectable = ("loss", *(metrics.METRICS if task.classifies else ("accuracy",)))
@@ -398,7 +314,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
 
     # ------------------------------------------------------------------------------------------ start or resume
     log = workdir / "metrics.jsonl"
-    plain = _plain(config)
+    plain = runs.plain_config(config)
     meta = {"config": plain, "order_sha256": digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
     if config.task.name == "segmenter":
         meta["log_duration"] = segment.log_durations(corpus, parts["train"], config.features.step_s).tolist()
@@ -406,7 +322,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     found = checkpoint.restore(workdir / "checkpoints" / "last")
     if found:
         saved = found[2]
-        refuse_changes(saved["config"], plain, workdir)
+        runs.refuse_changes(saved["config"], plain, workdir)
         if saved["order_sha256"] != digest:
             raise checkpoint.CheckpointError(
                 f"{workdir}: its checkpoint was trained in another order of data (data, split or device count "
@@ -416,7 +332,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         state, totals = held["state"], held["totals"]
         meta["best"] = saved["best"]
         logging.info("resuming at step %d", at)
-        kept = [line for line in _history(log) if line["step"] <= at and line["split"] != "test"]
+        kept = [line for line in runs.history(log) if line["step"] <= at and line["split"] != "test"]
         files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
     elif log.exists():
         log.unlink()
@@ -455,7 +371,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             if until == steps_an_epoch:
                 n = max(int(counted.samples), 1)
                 values = {"loss": float(counted.loss) / n, "accuracy": float(counted.correct) / n}
-                _log(log, at, "train", values | {"epoch": epoch + 1, "seconds": seconds["train"]})
+                runs.log_line(log, at, "train", values | {"epoch": epoch + 1, "seconds": seconds["train"]})
                 totals = spread(jax.device_put(zero_totals(), sharding.replicated(mesh)))
                 clock = time.monotonic()
                 held = gathered(state)
@@ -467,7 +383,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                     sapt = update_threshold(held.sapt, np.exp(answers[:, 0]).clip(0, 1), y)
                     state = state._replace(sapt=spread(jax.device_put(sapt, sharding.replicated(mesh))))
                 seconds["validate"] += time.monotonic() - clock
-                _log(log, at, "validation", scores | {"epoch": epoch + 1})
+                runs.log_line(log, at, "validation", scores | {"epoch": epoch + 1})
                 bar.set_postfix(loss=f"{values['loss']:.3f}", **{f"val_{t.select}": f"{scores[t.select]:.3f}"})
                 clock = time.monotonic()
                 better = -scores[t.select] if t.select in ("loss", "brier") else scores[t.select]
@@ -510,7 +426,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         if not task.classifies:
             results[part] = evaluate.validation_scores(task, log_p, y, 0.5)
             if part == "test":
-                _log(log, at, "test", results[part])
+                runs.log_line(log, at, "test", results[part])
             if config.task.name == "segmenter":
                 judged, told, examples = segment.judge(segmenter, corpus, parts[part], part)
                 rows += told
@@ -524,7 +440,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         rows += evaluate.table(corpus, parts[part], y, log_p, config.evaluation.threshold, part)
         if part == "test":
             overall = {name: score["value"] for name, score in results[part]["overall"].items()}
-            _log(log, at, "test", overall | {"loss": evaluate.cross_entropy(log_p, y)})
+            runs.log_line(log, at, "test", overall | {"loss": evaluate.cross_entropy(log_p, y)})
     control = workdir / "control" / "metrics.json"
     if control.exists():
         results["control"] = json.loads(control.read_text())["test"]
@@ -556,50 +472,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     except ImportError as error:
         logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
     return results
-
-
-def _plain(config: ml_collections.ConfigDict) -> dict:
-    """As JSON gives it back."""
-    return json.loads(config.to_json_best_effort())
-
-
-def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
-    """A resumed run may train longer and log or stream otherwise, but must be the same experiment."""
-    free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
-            ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from")}  # fmt: skip
-    if now["optimizer"].get("schedule", "constant") != "constant":
-        free.discard(("train", "epochs"))  # the schedule ends with them
-    for part in now:
-        old, new = saved.get(part), now[part]
-        pairs = (
-            [((part, k), (old or {}).get(k), v) for k, v in new.items()]
-            if isinstance(new, dict)
-            else [((part,), old, new)]
-        )
-        for name, before, after in pairs:
-            if before != after and name not in free:
-                raise checkpoint.CheckpointError(
-                    f"{workdir}: trained with {'.'.join(name)}={before}, now {after}; give another --workdir"
-                )
-
-
-def _history(path: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last one that was cut, as a full disk leaves it, is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    values = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number}: {error}; remove that line") from None
-    return values
-
-
-def _log(path: pathlib.Path, step: int, split: str, values: dict) -> None:
-    finite = {k: (v if v is None or np.isfinite(v) else None) for k, v in values.items()}
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, "split": split} | finite) + "\n")
 
 
 def _save_examples(workdir: pathlib.Path, corpus, rows: list[dict]) -> None:
@@ -691,7 +563,7 @@ def stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
         one.train.start_from = start_from
         done = folder / "metrics.json"
         if done.exists() and json.loads(done.read_text())["epochs"] >= one.train.epochs:
-            refuse_changes(json.loads((folder / "config.json").read_text()), _plain(one), folder)
+            runs.refuse_changes(json.loads((folder / "config.json").read_text()), runs.plain_config(one), folder)
         else:
             logging.info("stage %s", name)
             train(one, folder)
@@ -702,7 +574,7 @@ def stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
 
 def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> list[dict]:
     """Runs each of `config.sweep`'s named overrides in a folder of its own and sets them side by side."""
-    runs = []
+    rows = []
     for name, overrides in config.sweep.items():
         one = one_of(config, overrides, str(workdir / "split.json"))  # one split for all
         logging.info("sweep: %s", name)
@@ -710,23 +582,15 @@ def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: boo
         train(one, workdir / name, dry_run)
         if dry_run:
             continue
-        runs.append(report.compare_row(workdir / name, name.replace("_", " ").capitalize()))
+        rows.append(report.compare_row(workdir / name, name.replace("_", " ").capitalize()))
     if dry_run:
-        return runs
-    report.compare(runs, workdir / "report.html", "Four configurations", report.CNN_PAPER)
+        return rows
+    report.compare(rows, workdir / "report.html", "Four configurations", report.CNN_PAPER)
     files.write_text(
         workdir / "table.json",
-        json.dumps([{k: r[k] for k in ("name", "metrics", "trivial")} for r in runs], indent=1),
+        json.dumps([{k: r[k] for k in ("name", "metrics", "trivial")} for r in rows], indent=1),
     )
-    return runs
-
-
-def _log_to(workdir: pathlib.Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    handler = std_logging.FileHandler(workdir / "train.log")
-    handler.setFormatter(logging.PythonFormatter())
-    handler.addFilter(files.own_or_warning)
-    logging.get_absl_logger().addHandler(handler)
+    return rows
 
 
 def main(argv: list[str]) -> None:
@@ -734,7 +598,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     workdir = pathlib.Path(FLAGS.workdir)
-    _log_to(workdir)
+    runs.log_to(workdir)
     if len(CONFIG.value.sweep):
         sweep(CONFIG.value, workdir, FLAGS.dry_run)
         if not FLAGS.dry_run:

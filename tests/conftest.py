@@ -37,6 +37,27 @@ def prepared(corpus_folder) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory) -> pathlib.Path:
+    """A tiny random Qwen2-Audio."""
+    from pcgjax.audio_llm.make_tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def prepared_16k(tmp_path_factory) -> pathlib.Path:
+    """30 simulated people in CirCor's layout, prepared at 16 kHz."""
+    from pcgjax import prepare
+    from pcgjax.datasets import synthetic
+
+    folder = tmp_path_factory.mktemp("circor_16k")
+    synthetic.write(folder / "source", people=30, recordings_per_person=1, duration_s=(3.0, 3.4), rate_hz=4000,
+                    layout="circor", murmur_fraction=0.6)  # fmt: skip
+    prepare.prepare("circor", folder / "source", folder / "prepared", 16000, workers=1)
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
 def make_config(prepared):
     """make_config({"train.epochs": 2}, "cnn"): configs/cnn.py made small, on the small corpus."""
 
@@ -46,7 +67,7 @@ def make_config(prepared):
         spec.loader.exec_module(module)
         config = module.get_config()
         with config.ignore_type():
-            config.update_from_flattened_dict({**SMALL_ONES[name], "data.prepared": str(prepared), **(changes or {})})
+            config.update_from_flattened_dict({"data.prepared": str(prepared), **SMALL_ONES[name], **(changes or {})})
         return config
 
     return make
@@ -90,6 +111,7 @@ SMALL_SEGMENTER = {
     "data.pipeline": "resident",
     "features.masked_bands": 0,
     "features.stretch": 0.0,
+    "features.response_db": 0.0,
     "split.fractions": (0.65, 0.15, 0.2),  # 21 recordings to train: whole batches only, so one shape
     "features.window_s": 1.0,
     "features.n_fft": 64,
@@ -122,7 +144,22 @@ SMALL_SSAMBA = {
     "evaluation.resamples": 20,
 }
 
+SMALL_LLM = {
+    "split.fractions": (0.5, 0.25, 0.25),
+    "data.clip_s": 1.5,
+    "model.dtype": "float32",
+    "lora.rank": 4,
+    "lora.dropout": 0.1,
+    "optimizer.learning_rate": 0.02,
+    "optimizer.warmup_steps": 2,
+    "train.epochs": 2,
+    "train.batch_recordings": 4,
+    "train.checkpoint_steps": 2,
+    "evaluation.resamples": 20,
+}
+
 SMALL_ONES = {
+    "audio_llm": SMALL_LLM,
     "cnn": SMALL,
     "hinf_lstm": SMALL_HINF_LSTM,
     "segmenter_small": SMALL_SEGMENTER,

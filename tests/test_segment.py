@@ -24,6 +24,7 @@ from pcgjax import (
     input_pipeline,
     predict,
     prepare,
+    runs,
     segment,
     segmentation,
     splits,
@@ -364,12 +365,12 @@ def without_annotations(tmp_path_factory):
 def test_no_recording_is_annotated(make_config, without_annotations, tmp_path):
     config = make_config({"data.prepared": str(without_annotations)}, "segmenter_small")
     with pytest.raises(ValueError, match=r"data\.prepared=.*: no recording has annotated states"):
-        train.load_data(config, tmp_path)
+        runs.load_data(config, tmp_path)
 
 
 def test_recordings_without_annotations_are_set_aside(make_config, prepared, without_annotations, tmp_path):
     config = make_config({"data.prepared": f"{prepared},{without_annotations}"}, "segmenter_small")
-    corpus, parts, split = train.load_data(config, tmp_path)
+    corpus, parts, split = runs.load_data(config, tmp_path)
     assert len(corpus.rows) == 32 + 3
     used = {corpus.rows[i]["id"] for indices in parts.values() for i in indices}
     assert used == {row["id"] for row in corpus.rows if row["annotations"]}
@@ -403,14 +404,14 @@ def test_a_share_of_the_people_trains(prepared):
     _, rows = prepare.read_rows(prepared)
     ids = [row["id"] for row in rows][:40]
     person = {row["id"]: (row["database"], row["person"]) for row in rows}
-    kept = train.kept_share(rows, ids, 1 / 3, seed=0)
+    kept = runs.kept_share(rows, ids, 1 / 3, seed=0)
     people, chosen = {person[id] for id in ids}, {person[id] for id in kept}
     assert kept == [id for id in ids if person[id] in chosen]  # all of a person's recordings, in order
     for database in {name for name, _ in people}:
         count = sum(name == database for name, _ in people)
         assert sum(name == database for name, _ in chosen) == max(round(count / 3), 1)
-    assert train.kept_share(rows, ids, 1.0, seed=0) == ids
-    assert train.kept_share(rows, ids, 1 / 3, seed=0) == kept
+    assert runs.kept_share(rows, ids, 1.0, seed=0) == ids
+    assert runs.kept_share(rows, ids, 1 / 3, seed=0) == kept
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate

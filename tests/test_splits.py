@@ -127,7 +127,7 @@ def test_without_a_target_all_recordings_are_dealt_out(kind: str) -> None:
 
 def test_without_a_target_what_needs_classes_is_refused() -> None:
     for kind in ("person_250", "paper301"):
-        with pytest.raises(splits.SplitError, match=f"kind {kind} draws recordings by class: it needs a target"):
+        with pytest.raises(splits.SplitError, match=f"kind {kind} draws recordings of two classes"):
             splits.make(people(30), kind, "", 0)
     with pytest.raises(splits.SplitError, match=r"2 people with .*, too few for 3 parts"):
         splits.make(people(2, records=9), "person", "", 0)

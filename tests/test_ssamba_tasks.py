@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pcgjax import evaluate, prepare, segment, tasks, train
+from pcgjax import evaluate, prepare, runs, segment, tasks, train
 from pcgjax.features import spectrogram
 from pcgjax.models import ssamba
 from pcgjax.models.segmenter import PatchSegmenter
@@ -59,7 +59,7 @@ def test_pretraining_has_no_predictions_but_a_report(pretrained, corpus_folder, 
 
 def test_there_are_no_labels_to_shuffle(make_config, tmp_path):
     with pytest.raises(ValueError, match="shuffle_labels=True: a control for classifiers"):
-        train.load_data(make_config({"data.shuffle_labels": True}, "ssamba_pretrain"), tmp_path)
+        runs.load_data(make_config({"data.shuffle_labels": True}, "ssamba_pretrain"), tmp_path)
 
 
 def test_a_segmenter_starts_from_it(make_config, prepared_16k, pretrained, tmp_path):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from pcgjax import input_pipeline, metrics, prepare, report, splits, train
+from pcgjax import input_pipeline, metrics, prepare, report, runs, splits, train
 from pcgjax.checkpoint import CheckpointError
 
 
@@ -225,7 +225,7 @@ def test_loss_that_is_not_finite(make_config, prepared, tmp_path):
     assert "optimizer.learning_rate=1e+30" in text
     step = int(text.split("at step ")[1].split(",")[0])
     # The recordings that it names are those of that step.
-    _, parts, _ = train.load_data(config, tmp_path)
+    _, parts, _ = runs.load_data(config, tmp_path)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), train.ORDER), 0)
     ids = input_pipeline.epoch_order(parts["train"], None, key, 3)[step].reshape(-1)
     _, rows = prepare.read_rows(prepared)
@@ -262,7 +262,7 @@ def test_nothing_is_compiled_after_the_first_epoch(pipeline, make_config, tmp_pa
 
 def test_shuffled_labels_keep_people_and_counts(prepared):
     _, rows = prepare.read_rows(prepared)
-    dealt = train.shuffle_labels(rows, "abnormal", jax.random.key(0))
+    dealt = runs.shuffle_labels(rows, "abnormal", jax.random.key(0))
     assert [row["id"] for row in dealt] == [row["id"] for row in rows]
     label = {row["id"]: row["labels"]["abnormal"] for row in dealt}
     assert label != {row["id"]: row["labels"]["abnormal"] for row in rows}
@@ -275,15 +275,15 @@ def test_shuffled_labels_keep_people_and_counts(prepared):
         assert all(len({label[row["id"]] for row in members}) == 1 for members in own)
         before = sorted(members[0]["labels"]["abnormal"] for members in own)
         assert sorted(label[members[0]["id"]] for members in own) == before
-    again = train.shuffle_labels(rows, "abnormal", jax.random.key(0))
+    again = runs.shuffle_labels(rows, "abnormal", jax.random.key(0))
     assert again == dealt
-    assert train.shuffle_labels(rows, "abnormal", jax.random.key(1)) != dealt
+    assert runs.shuffle_labels(rows, "abnormal", jax.random.key(1)) != dealt
 
 
 def test_shuffled_labels_leave_unlabelled_rows_alone():
     rows = [{"id": str(i), "person": str(i), "database": "d", "labels": {"abnormal": str(i % 2)}} for i in range(8)]
     rows.append({"id": "8", "person": "8", "database": "d", "labels": {"murmur": "1"}})
-    assert train.shuffle_labels(rows, "abnormal", jax.random.key(0))[8] == rows[8]
+    assert runs.shuffle_labels(rows, "abnormal", jax.random.key(0))[8] == rows[8]
 
 
 def test_balance_groups(make_config, prepared):
@@ -372,7 +372,7 @@ def test_split_that_leaks(make_config, prepared, trained, tmp_path):
     with pytest.raises(splits.LeakError, match=f"recording {split['train'][0]} is in train and in test"):
         train.train(config, tmp_path / "run")
     config.split.allow_leaks = True
-    *_, checked = train.load_data(config, tmp_path / "run")
+    *_, checked = runs.load_data(config, tmp_path / "run")
     assert checked["people_apart"] is False
     assert checked["leaks"]
 

@@ -1,0 +1,82 @@
+"""An adapter worked into its base weights: a plain checkpoint that transformers loads without PEFT and without us.
+
+python -m pcgjax.audio_llm.merge --model=DIR --adapter=RUN/checkpoints/best-STEP/adapter --out=DIR
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import tempfile
+
+from absl import app, flags
+
+from pcgjax import files
+from pcgjax.audio_llm import make_tiny
+from pcgjax.audio_llm import model as llm
+
+# Of the base: its weights, replaced here or pickled, and the word of `make_tiny` that the folder may be overwritten.
+_LEFT_OUT = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", make_tiny.MARKER)
+
+
+def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pathlib.Path) -> pathlib.Path:
+    """Writes the folder `out`, whole or not at all, and returns it.
+
+    W + alpha / rank B A for every adapted W, in the type that `model` is stored in and under the names it has there;
+    all files of `model` but its weights are copied as they are.
+
+    Raises:
+      ValueError: `out` is a file, or a folder with something in it.
+      ModelError: as `model.load` and `model.with_adapter`.
+    """
+    from safetensors import safe_open
+
+    folder, out = pathlib.Path(model), pathlib.Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: is there already; give --out a new or an empty folder")
+    # Adapter and base are looked at before 17 GB are read.
+    for path, needed in ((folder, "config.json"), (pathlib.Path(adapter), "adapter_config.json")):
+        if not (path / needed).is_file():
+            raise llm.ModelError(
+                f"{path}: no {needed} there; --model takes a checkpoint, --adapter what training wrote"
+            )
+    base, _ = llm.load(folder, _stored_type(folder), "sdpa")
+    merged = llm.with_adapter(base, adapter).merge_and_unload()
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
+        older = not any(name.startswith("model.") for name in file.keys())  # noqa: SIM118
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as parent:
+        new = pathlib.Path(parent) / "new"
+        merged.save_pretrained(new, save_original_format=older)
+        for path in folder.iterdir():
+            if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_OUT):
+                shutil.copyfile(path, new / path.name)
+        new.rename(out)
+    return out
+
+
+def _stored_type(folder: pathlib.Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        config = {}  # `model.load` says what is wrong with it
+    found = config.get("dtype") or config.get("torch_dtype")
+    return found if found in ("float32", "bfloat16") else "float32"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    out = merge(FLAGS.model, FLAGS.adapter, FLAGS.out)
+    print(f"wrote {out}: transformers.Qwen2AudioForConditionalGeneration.from_pretrained loads it")
+
+
+FLAGS = flags.FLAGS
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "model", None, "The local folder with the Qwen2-Audio checkpoint it was trained on.", required=True
+    )
+    flags.DEFINE_string("adapter", None, "The adapter's folder, checkpoints/best-STEP/adapter of a run.", required=True)
+    flags.DEFINE_string("out", None, "The folder to write, new or empty.", required=True)
+    files.run(main)

@@ -1,0 +1,997 @@
+"""What an audio LLM's answers are worth, beside what needs no hearing, in tables like the paper's.
+
+    python -m pcgjax.audio_llm.score --workdir=RUN[,RUN2] --model=DIR --out=DIR [--part=test]
+        [--zero_shot=cinc2016:DIR,pascal:DIR] [--segments=cinc2016:DIR,pascal:DIR]
+    python -m pcgjax.audio_llm.score --model=DIR --prepared=DIR --out=DIR
+
+The first scores the best adapter of each run on its own front end, the second a checkpoint as it is. The answer to a
+question is the most probable of the six letters, read from one forward pass. Three things stand beside it: the class of
+most people in training (the majority), the same questions on the audio of somebody else (shuffled audio), and the
+figures of the paper, "Exploring Finetuned Audio-LLM on Heart Murmur Features", Tables 1 to 3.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import csv
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+import torch
+from absl import app, flags, logging
+
+from pcgjax import datasets, evaluate, files, input_pipeline, metrics, page, runs, splits
+from pcgjax.audio_llm import batches
+from pcgjax.audio_llm import model as llm
+from pcgjax.audio_llm import questions as mc
+
+# The paper's figures: without segmentation (N.S), with it (W.S), and those it quotes of others.
+PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
+    "systolic_timing": (1.0, 1.0, 0.966), "systolic_shape": (0.997, 1.0, 0.963),
+    "systolic_grading": (0.334, 0.334, 0.966), "systolic_pitch": (0.997, 1.0, 0.966),
+    "systolic_quality": (0.992, 1.0, 0.965),
+    "diastolic_timing": (1.0, 1.0, None), "diastolic_shape": (0.999, 1.0, None),
+    "diastolic_grading": (0.395, 0.427, None), "diastolic_pitch": (1.0, 1.0, None),
+    "diastolic_quality": (1.0, 1.0, None),
+    "weighted_accuracy": (0.637, 0.756, 0.832),
+    "cinc2016/accuracy": (0.1963, 0.6633, None),
+    "pascal-a/precision_normal": (0.487, 0.483, None), "pascal-a/precision_abnormal": (0.0, 1.0, None),
+    "pascal-b/precision_normal": (0.737, 0.753, None), "pascal-b/precision_abnormal": (0.40, 0.625, None),
+}  # fmt: skip
+STATUS = mc.TASKS["murmur"].classes  # Present, Unknown, Absent: the order of the official formula
+ZERO_SHOT = ("cinc2016", "pascal")
+ZERO_SHOT_SCORES = ("accuracy", "precision_normal", "precision_abnormal", "mean_accuracy", "auc")
+PREDICTION_FIELDS = (
+    "run", "part", "id", "recording", "person", "task", "right", "answered",
+    *(f"log_p_{letter}" for letter in mc.LETTERS), "share_on_letters", "windows",
+)  # fmt: skip
+_GENERATED = 64  # questions that are put to `generate` too
+_TINY = 1e9  # parameters: Qwen2-Audio has 8.4e9
+
+
+class Patient(NamedTuple):
+    """Of whom a recording is. A person whom CirCor's `Additional ID` links is two patients, often with two states."""
+
+    id: str
+    person: str
+    database: str
+    murmur: str  # Present, Unknown or Absent
+    abnormal: bool | None  # the outcome; None where the data set does not say
+
+
+def patients_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Patient]:
+    """The patient of each recording that has murmur_status, by the recording's id, which in CirCor begins with his."""
+    return {
+        row["id"]: Patient(
+            row["id"].split("_")[0], row["person"], row["database"], row["labels"]["murmur_status"],
+            {"1": True, "0": False}.get(row["labels"].get("abnormal", "")),
+        )
+        for row in rows if "murmur_status" in row["labels"]
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- the judgement
+
+
+def judge(
+    answers: Sequence[batches.Answer],
+    trivial: Mapping[str, Mapping[str, Any]],
+    patients: Mapping[str, Patient],
+    resamples: int,
+    seed: int,
+    elsewhere: Sequence[batches.Answer] = (),
+) -> dict[str, Any]:
+    """Accuracies and the official scores with 95 % intervals over people (`metrics.draw_people`).
+
+    Args:
+      trivial: of `questions.trivial`; where its majority is None the test questions' own commonest class stands in.
+      patients: of `patients_of`, for every recording asked about.
+      elsewhere: answers to the murmur question at sites where `answers` does not ask it. They count for patients only:
+        as in the Challenge a patient is judged by all recordings, for which to hear would else depend on the label.
+
+    Returns a JSON-ready dict, undefined numbers None, S = {"value", "low", "high"}:
+      tasks      {task: {"accuracy": S, "excess": S, over the majority's accuracy on the same questions, "majority",
+                 "majority_from" train or test, "majority_accuracy", "test_majority_accuracy", "once_only_accuracy",
+                 "questions", "recordings", "people", "classes", "informative"}}
+      mean       the plain mean over the tasks with more than one class: {"accuracy": S, "excess": S,
+                 "majority_accuracy", "tasks"}
+      letters    {"share": mean probability on the six letters together, "answered": {letter: questions}, "right"}
+      patients   `patient_scores`, or None where the murmur is not asked for
+      questions, recordings, people, intervals
+
+    Raises:
+      ValueError: no answers.
+    """
+    if not answers:
+        raise ValueError("no question to judge: none of the recordings has an answer to config.questions.tasks")
+    asked = [answer.question for answer in answers]
+    log_p = np.array([answer.log_p for answer in answers])
+    chosen = log_p.argmax(1)
+    right = chosen == [one.answer for one in asked]
+    truth = np.array([one.options[one.answer] for one in asked])
+    task_of = np.array([one.task for one in asked])
+    persons = np.array([one.person for one in asked])
+    recordings = np.array([one.recording for one in asked])
+    weights = metrics.draw_people(persons, [patients[name].database for name in recordings], resamples, seed)
+
+    tasks: dict[str, Any] = {}
+    draws: dict[str, np.ndarray] = {}  # (2, resamples) of accuracy and excess
+    for task in (name for name in mc.TASKS if name in task_of):
+        own = task_of == task
+        told = trivial[task]
+        majority = told["majority"] or collections.Counter(truth[own].tolist()).most_common(1)[0][0]
+        values = np.stack([right[own], right[own] * 1.0 - (truth[own] == majority)])
+        people = len(set(persons[own]))
+        drawn = metrics.ratio(values @ weights[:, own].T, weights[:, own].sum(1))
+        # One person drawn again and again would give an interval of no width: no interval then.
+        draws[task] = drawn if people > 1 else np.full_like(drawn, np.nan)
+        tasks[task] = {
+            "accuracy": metrics.with_interval(values[0].mean(), draws[task][0]),
+            "excess": metrics.with_interval(values[1].mean(), draws[task][1]),
+            "majority": majority,
+            "majority_from": "train" if told["majority"] else "test",
+            "majority_accuracy": float((truth[own] == majority).mean()),
+            **{name: told[name] for name in ("test_majority_accuracy", "once_only_accuracy", "classes", "informative")},
+            "questions": int(own.sum()),
+            "recordings": len(set(recordings[own])),
+            "people": people,
+        }
+    informative = [task for task, scores in tasks.items() if scores["informative"]]
+    mean: dict[str, Any] = {"tasks": informative, "accuracy": None, "excess": None, "majority_accuracy": None}
+    if informative:
+        drawn = np.mean([draws[task] for task in informative], 0)
+        for i, name in enumerate(("accuracy", "excess")):
+            mean[name] = metrics.with_interval(np.mean([tasks[t][name]["value"] for t in informative]), drawn[i])
+        mean["majority_accuracy"] = float(np.mean([tasks[task]["majority_accuracy"] for task in informative]))
+
+    def letters(indices: Sequence[int]) -> dict[str, int]:
+        return {letter: int(np.sum(np.array(indices) == i)) for i, letter in enumerate(mc.LETTERS)}
+
+    murmur = [answer for answer in (*answers, *elsewhere) if answer.question.task == "murmur"]
+    return metrics.json_ready(
+        {
+            "tasks": tasks,
+            "mean": mean,
+            "letters": {
+                "share": float(np.exp(log_p).sum(1).mean()),
+                "answered": letters(chosen.tolist()),
+                "right": letters([one.answer for one in asked]),
+            },
+            "patients": patient_scores(murmur, patients, resamples, seed) if murmur else None,
+            "questions": len(answers),
+            "recordings": len(set(recordings)),
+            "people": len(set(persons)),
+            "intervals": {"level": metrics.LEVEL, "resamples": resamples, "seed": seed,
+                          "unit": "people, stratified by database"},
+        }
+    )  # fmt: skip
+
+
+def class_log_p(answer: batches.Answer) -> np.ndarray:
+    """(classes,) log-probability of each of the task's classes, summed over the letters that offer it."""
+    options, log_p = np.array(answer.question.options), np.array(answer.log_p)
+    return np.array([np.logaddexp.reduce(log_p[options == word]) for word in mc.TASKS[answer.question.task].classes])
+
+
+def patient_scores(
+    answers: Sequence[batches.Answer], patients: Mapping[str, Patient], resamples: int, seed: int
+) -> dict[str, Any]:
+    """The Challenge's two scores of 2022, from answers to the murmur question.
+
+    A patient's murmur is the class with the largest mean log-probability over the questions on that patient's
+    recordings. The model is not asked for the outcome: Absent counts as Normal, Present and Unknown as Abnormal.
+
+    Returns: {"patients", "weighted_accuracy": S, "trivial_weighted_accuracy": {"always Present", "always Absent"},
+      "cost": S, of the "cost_patients" whose outcome is known, else None; "trivial_cost": of the same two answers;
+      "called": {murmur: {murmur called: patients}}}. Intervals are over people, stratified by database.
+    """
+    heard = collections.defaultdict(list)
+    for answer in answers:
+        heard[patients[answer.question.recording]].append(class_log_p(answer))
+    who = list(heard)
+    called = np.eye(3, dtype=int)[[np.mean(heard[one], 0).argmax() for one in who]]
+    truth = np.eye(3, dtype=int)[[STATUS.index(one.murmur) for one in who]]
+    present, absent = (
+        np.tile(np.eye(3, dtype=int)[STATUS.index(word)], (len(who), 1)) for word in ("Present", "Absent")
+    )
+    people = len({(one.database, one.person) for one in who})
+    times = metrics.draw_people(
+        [one.person for one in who], [one.database for one in who], resamples if people > 1 else 0, seed
+    )
+    drawn = [np.repeat(np.arange(len(who)), row.astype(int)) for row in times]
+
+    def costs(answers: np.ndarray, of: np.ndarray) -> float:
+        of = of[np.array([who[i].abnormal is not None for i in of], bool)]
+        abnormal = np.array([who[i].abnormal for i in of], bool)
+        referred = answers[of, STATUS.index("Absent")] == 0
+        return metrics.challenge_cost(*(np.stack([x, ~x], 1).reshape(-1, 2) for x in (abnormal, referred)))
+
+    accuracy, everyone = metrics.weighted_murmur_accuracy, np.arange(len(who))
+    outcomes = sum(one.abnormal is not None for one in who)
+    return {
+        "patients": len(who),
+        "weighted_accuracy": metrics.with_interval(
+            accuracy(truth, called), [accuracy(truth[of], called[of]) for of in drawn]
+        ),
+        "trivial_weighted_accuracy": {
+            "always Present": accuracy(truth, present),
+            "always Absent": accuracy(truth, absent),
+        },
+        "cost_patients": outcomes,
+        "cost": metrics.with_interval(costs(called, everyone), [costs(called, of) for of in drawn])
+        if outcomes
+        else None,
+        "trivial_cost": {
+            "always Present": costs(present, everyone),
+            "always Absent": costs(absent, everyone),
+        },
+        "called": {
+            word: dict(zip(STATUS, called[truth[:, i] == 1].sum(0).tolist(), strict=True))
+            for i, word in enumerate(STATUS)
+        },
+    }
+
+
+def swapped(rows: Sequence[Mapping[str, Any]], indices: Sequence[int], seed: int) -> dict[int, int]:
+    """Whose audio is heard in place of each of the recordings `indices`: always another person's, among the same
+    recordings; each is heard once unless one person has more than half of them.
+
+    Raises:
+      ValueError: recordings of one person only.
+    """
+    rng = np.random.default_rng(seed)
+    who = {int(i): (rows[i]["database"], rows[i]["person"]) for i in indices}
+    people = sorted(set(who.values()))
+    if len(people) < 2:
+        raise ValueError("shuffled audio needs recordings of two people at least")
+    place = dict(zip(people, rng.permutation(len(people)), strict=True))
+    order = sorted(rng.permutation(sorted(who)).tolist(), key=lambda i: place[who[i]])
+    most = max(collections.Counter(who.values()).values())
+    found = {}
+    for n, i in enumerate(order):
+        # People stand in blocks: as many places further as the longest block has, another one begins.
+        other = order[(n + most) % len(order)]
+        if who[other] == who[i]:
+            other = rng.choice([j for j in order if who[j] != who[i]])
+        found[i] = int(other)
+    return found
+
+
+@torch.no_grad()
+def agreement(
+    model: Any,
+    processor: Any,
+    source: batches.Source,
+    asked: Sequence[batches.Asked],
+    answers: Sequence[batches.Answer],
+    limit: int,
+) -> dict[str, Any]:
+    """How often `generate` says the letter that was read from one forward pass.
+
+    Asked along the documented path, with max_new_tokens=1 and do_sample=False: at most `limit` questions on recordings
+    of one clip, evenly over `answers`.
+
+    Returns: {"questions", "same": share where generate gave the most probable letter, "a_letter": share where it gave
+      any of the six}; both None without such questions.
+    """
+    base, letters = llm.base_of(model), llm.letter_ids(processor)
+    clip_of = {question.id: one for one in asked for question in one.questions}
+    single = [answer for answer in answers if answer.windows == 1]
+    chosen = [single[i] for i in np.unique(np.linspace(0, len(single) - 1, min(limit, len(single))).astype(int))]
+    said = []
+    for answer in chosen:
+        one = clip_of[answer.question.id]
+        clip = source.read(one.recording)[one.begin : one.end]
+        inputs = processor(
+            text=[llm.conversation(processor, answer.question.text)], audio=[clip], sampling_rate=llm.RATE_HZ,
+            padding=True, return_tensors="pt",
+        )  # fmt: skip
+        said.append(int(base.generate(**inputs.to(base.device), max_new_tokens=1, do_sample=False)[0, -1]))
+    same = [token == letters[int(np.argmax(answer.log_p))] for token, answer in zip(said, chosen, strict=True)]
+    return {
+        "questions": len(chosen),
+        "same": float(np.mean(same)) if chosen else None,
+        "a_letter": float(np.mean([token in letters for token in said])) if chosen else None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- scoring a run
+
+
+class Run(NamedTuple):
+    """What was scored, and how."""
+
+    name: str
+    answerer: llm.Answerer
+    processor: Any
+    config: ml_collections.ConfigDict
+    device: torch.device
+
+
+def judge_run(
+    answerer: llm.Answerer,
+    processor: Any,
+    source: batches.Source,
+    lengths: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    config: ml_collections.ConfigDict,
+    device: torch.device,
+    workdir: str | pathlib.Path,
+) -> dict[str, Any]:
+    """Judges a training run on its test part, in all its processes at once, of which the first writes metrics.json,
+    predictions.csv and report.html to the workdir. Returns what metrics.json says."""
+    workdir = pathlib.Path(workdir)
+    run = Run(workdir.resolve().name, answerer, processor, config, device)
+    result, rows = score_part(run, source, lengths, parts, "test")
+    result["split"] = _about(runs.load_data(config, workdir)[2])
+    if batches.process()[0] > 0:
+        return {"runs": {run.name: metrics.json_ready(result)}}
+    return write(workdir, [result], rows)
+
+
+def score_part(
+    run: Run, source: batches.Source, lengths: np.ndarray, parts: Mapping[str, np.ndarray], part: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(a run's result, rows of predictions.csv) on one part of its recordings.
+
+    The result: "name", "front_end" (N.S or W.S), "base", "part"; "test", as of `judge`; "control", the same with
+    shuffled audio, None where it needs more people; "agreement"; "windows": how many recordings are longer than 30 s.
+    """
+    config, seed = run.config, run.config.seed
+    corpus, resamples = source.corpus, config.evaluation.resamples
+    asked = batches.evaluation_clips(config, source, lengths, parts[part], llm.CLIP_S)
+    heard = {one.recording for one in asked}
+    rest = []
+    if "murmur" in batches.tasks_of(config.questions.tasks):
+        everywhere = murmur_alone(config)
+        rest = [
+            one for one in batches.evaluation_clips(everywhere, source, lengths, parts[part], llm.CLIP_S)
+            if one.recording not in heard
+        ]  # fmt: skip
+    every = asked + rest
+    if not every:
+        raise ValueError(
+            f"data.prepared={config.data.get('prepared')}: no recording of the {part} part has murmur_status and "
+            "what config.questions.tasks asks for, as circor's have"
+        )
+    patients = patients_of([corpus.rows[i] for i in sorted({one.recording for one in every})])
+    words = batches.key_words(seed, batches.EVALUATION)
+    q = config.questions
+    tasks = batches.tasks_of(q.tasks)
+    train = mc.questions([corpus.rows[i] for i in parts.get("train", ())], words, tasks, q.sites, q.padding)
+    trivial = mc.trivial(train, list({question.id: question for one in asked for question in one.questions}.values()))
+    own = {question.id for one in asked for question in one.questions}
+
+    def judged(name: str, swap: Mapping[int, int] | None) -> tuple[dict, list[dict], list[batches.Answer]]:
+        with _precision(run):
+            answers = batches.ask_all(
+                run.answerer, source, every, batches.Tokenizer(run.processor), config, run.device, swap, name
+            )
+        at = [answer for answer in answers if answer.question.id in own]
+        elsewhere = [answer for answer in answers if answer.question.id not in own]
+        rows = [_prediction(run.name, name, answer) for answer in at]
+        rows += [_prediction(run.name, f"{name}, murmur not heard at this site", answer) for answer in elsewhere]
+        return judge(at, trivial, patients, resamples, seed, elsewhere), rows, at
+
+    test, rows, answers = judged(part, None)
+    control = None
+    if len({patient.person for patient in patients.values()}) > 1:
+        control, more, _ = judged(
+            "shuffled audio", swapped(corpus.rows, sorted({one.recording for one in every}), seed)
+        )
+        rows += more
+    found = None
+    if config.get("parallel") is None or config.parallel.fsdp == 1:  # `generate` needs the weights in one piece
+        with _precision(run):
+            found = agreement(run.answerer.model, run.processor, source, asked, answers, _GENERATED)
+    result = {
+        "name": run.name,
+        "front_end": "N.S" if source.kind == "none" else f"W.S ({source.kind})",
+        "base": _base(run.answerer.model),
+        "part": part,
+        "test": test,
+        "control": control,
+        "agreement": found,
+        "windows": _windows(every),
+        "zero_shot": {},
+    }
+    return result, rows
+
+
+def _precision(run: Run) -> Any:
+    """As in training."""
+    half = run.config.model.dtype == "bfloat16"
+    return torch.autocast(run.device.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+
+def _base(model: Any) -> dict[str, Any]:
+    base = llm.base_of(model)
+    return {
+        "folder": base.name_or_path,
+        "parameters": sum(p.numel() for name, p in base.named_parameters() if ".lora_" not in name),
+        "adapter_parameters": sum(p.numel() for name, p in base.named_parameters() if ".lora_" in name),
+    }
+
+
+def _windows(asked: Sequence[batches.Asked]) -> dict[str, int]:
+    clips = collections.Counter(one.recording for one in asked)
+    return {"recordings": len(clips), "longer": sum(n > 1 for n in clips.values()), "clips": len(asked)}
+
+
+def murmur_alone(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with which every recording is asked for its murmur and nothing else."""
+    changed = config.copy_and_resolve_references()
+    with changed.ignore_type():
+        changed.questions.tasks, changed.questions.sites = ("murmur",), "all"
+    return changed
+
+
+def _prediction(run: str, part: str, answer: batches.Answer) -> dict[str, Any]:
+    question, log_p = answer.question, np.array(answer.log_p)
+    return {
+        "run": run, "part": part, "id": question.id, "recording": question.recording, "person": question.person,
+        "task": question.task, "right": question.options[question.answer],
+        "answered": question.options[int(log_p.argmax())],
+        **{f"log_p_{letter}": f"{value:.6g}" for letter, value in zip(mc.LETTERS, log_p, strict=True)},
+        "share_on_letters": f"{np.exp(log_p).sum():.6g}", "windows": answer.windows,
+    }  # fmt: skip
+
+
+def _about(split: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report says of a run's split."""
+    return {
+        "kind": split["kind"],
+        "people_apart": split["people_apart"],
+        "notes": [*split.get("notes", ()), *split["leaks"]],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- zero-shot
+
+
+class Unheard(NamedTuple):
+    """A data set that was not trained on."""
+
+    corpus: input_pipeline.Corpus
+    left_out: int  # recordings without a label, or that cannot be decoded
+
+
+def load_unheard(dataset: str, folder: str | pathlib.Path) -> Unheard:
+    """The recordings of `folder` that have the label `abnormal`, in memory at 16 kHz.
+
+    PASCAL's artifacts have none; its murmurs, extra sounds and extrasystoles are abnormal.
+
+    Raises:
+      DatasetError: as `datasets.load`, or nothing labelled can be decoded.
+    """
+    recordings, problems = datasets.load(dataset, folder)
+    labelled = [recording for recording in recordings if recording.labels.get("abnormal") in ("0", "1")]
+    corpus, undecoded = evaluate.decode(labelled, llm.RATE_HZ)
+    if not corpus.rows:
+        raise datasets.DatasetError(f"{folder}: none of {len(recordings)} recordings has a label and can be decoded")
+    for problem in [*problems, *undecoded]:
+        logging.warning("left out: %s: %s", problem.path, problem.reason)
+    return Unheard(corpus, len(recordings) - len(corpus.rows))
+
+
+def unheard_source(
+    unheard: Unheard, front_end: ml_collections.ConfigDict, segments: str | pathlib.Path | None
+) -> batches.Source:
+    """Its audio behind a run's front end; `segments` holds a .tsv named after each audio file.
+
+    Raises:
+      ValueError: as `batches.make_source`.
+    """
+    changed = front_end.copy_and_resolve_references()
+    changed.segments = str(segments or "")
+    corpus, rows = unheard.corpus, unheard.corpus.rows
+    if changed.kind != "none":  # PASCAL's ids are not its files' names
+        rows = [{**row, "id": pathlib.Path(row["path"]).stem} for row in rows]
+    return batches.make_source(input_pipeline.in_rows(corpus, rows), changed)
+
+
+def zero_shot(run: Run, source: batches.Source, left_out: int, dataset: str) -> tuple[dict[str, Any], list[dict]]:
+    """({database, or the data set for all of them: scores}, rows of predictions.csv) of normal against abnormal.
+
+    The model is asked the murmur question; Present or Unknown as the likeliest of its three classes means abnormal.
+    Scores: {each of ZERO_SHOT_SCORES: S, the precisions those of the answers normal and abnormal, mean_accuracy the
+    mean of sensitivity and specificity; "majority_accuracy": of the commoner class; "recordings", "people",
+    "positives"}; that of the whole also "left_out" and "windows". Intervals are over people.
+    """
+    config, rows = run.config, source.corpus.rows
+    labels = np.array([row["labels"]["abnormal"] == "1" for row in rows])
+    stand_in = [
+        {**row, "labels": {"murmur_status": "Present" if label else "Absent"}}
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    asked_of = input_pipeline.in_rows(source.corpus, stand_in)
+    asked = batches.evaluation_clips(
+        murmur_alone(config), batches.Source(asked_of, source.kind, source.segments, source.attenuation_db),
+        batches.lengths_heard(source), np.arange(len(rows)), llm.CLIP_S,
+    )  # fmt: skip
+    with _precision(run):
+        answers = batches.ask_all(
+            run.answerer, source, asked, batches.Tokenizer(run.processor), config, run.device, None, dataset
+        )
+    log_p = np.array([class_log_p(answer) for answer in answers])
+    murmur, none = log_p[:, :2].max(1), log_p[:, STATUS.index("Absent")]
+    abnormal = 1 / (1 + np.exp(none - murmur))  # 0.5 where the two are equally likely
+    persons, names = ([row[name] for row in rows] for name in ("person", "database"))
+
+    def judge_as(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
+        resamples = config.evaluation.resamples
+        return metrics.judge(labels, probabilities, persons, names, names, threshold, resamples, config.seed)
+
+    judged = judge_as(labels, abnormal, 0.5)
+    # The other way round, so that no recording is called both where they are equal.
+    mirrored = judge_as(~labels, 1 - abnormal, float(np.nextafter(0.5, 1)))
+
+    def scores(one: dict, other: dict, counts: dict) -> dict[str, Any]:
+        share = counts["positives"] / counts["recordings"]
+        return {
+            "accuracy": one["accuracy"],
+            "precision_normal": other["precision"],
+            "precision_abnormal": one["precision"],
+            "mean_accuracy": one["mean_accuracy"],
+            "auc": one["auc"],
+            "majority_accuracy": max(share, 1 - share),
+            **counts,
+        }
+
+    counts = {"recordings": len(rows), "people": judged["people"], "positives": int(labels.sum())}
+    found = {dataset: scores(judged["overall"], mirrored["overall"], counts)}
+    found[dataset] |= {"left_out": left_out, "windows": _windows(asked)}
+    for database, one in judged["per_database"].items():
+        counts = {name: one[name] for name in ("recordings", "people", "positives")}
+        found[database] = scores(one, mirrored["per_database"][database], counts)
+    table = []
+    for answer, label, called in zip(answers, labels, abnormal >= 0.5, strict=True):
+        words = {name: "abnormal" if is_so else "normal" for name, is_so in (("right", label), ("answered", called))}
+        table.append(_prediction(run.name, dataset, answer) | words)
+    return found, table
+
+
+# -------------------------------------------------------------------------------------------- tables, page, files
+
+
+class Table(NamedTuple):
+    """A cell is a text, a number, S = {"value", "low", "high"}, or None for what was not judged."""
+
+    title: str
+    head: tuple[str, ...]
+    body: list[list[Any]]
+    note: str
+
+
+def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The paper's Tables 1 to 3 with these runs side by side, and the Challenge's scores.
+
+    Args: results: of `score_part`, one a run, with what `zero_shot` found in "zero_shot".
+    """
+    names = [f"{one['name']}, {one['front_end']}" for one in results]
+    columns = [name for run in names for name in (run, "shuffled audio", "majority")]
+    found = []
+    for number, phase, quoted in ((1, "systolic", "Deep CardioSound"), (2, "diastolic", "M2D + AST")):
+        tasks = [task for task in mc.TASKS if task.startswith(phase)]
+        body = [_task_row(task, task.split("_")[1].capitalize(), results) for task in tasks]
+        title, note = f"Table {number}: {phase} murmurs", "Majority: always the class of most people in training."
+        if any("one class" in row[0] for row in body):
+            note += " Where one class alone occurs among these people, 100 % means nothing."
+        if number == 2:
+            title += ", and the murmur itself"
+            note += " W.acc: patients, Present counting 5, Unknown 3, Absent 1; its majority is always Present."
+            cells: list[Any] = []
+            for one in results:
+                cells += [_patients(one, part).get("weighted_accuracy") for part in ("test", "control")]
+                cells.append(_patients(one, "test").get("trivial_weighted_accuracy", {}).get("always Present"))
+            body += [_task_row("murmur", "Murmur", results), ["W.acc", *cells, *PAPER["weighted_accuracy"]]]
+        found.append(Table(title, ("", *columns, "paper N.S", "paper W.S", quoted), body, note))
+    if any(one["test"]["patients"] for one in results):
+        found.append(_patients_table(results, names))
+    if any(one["zero_shot"] for one in results):
+        found += _zero_shot_tables(results, names)
+    return found
+
+
+def _task_row(task: str, name: str, results: Sequence[Mapping[str, Any]]) -> list[Any]:
+    cells: list[Any] = []
+    for one in results:
+        test, control = ((one[part] or {"tasks": {}})["tasks"].get(task, {}) for part in ("test", "control"))
+        cells += [test.get("accuracy"), control.get("accuracy"), test.get("majority_accuracy")]
+        if test.get("informative") is False and "one class" not in name:
+            name += " (one class)"
+    return [name, *cells, *PAPER.get(task, (None, None, None))]
+
+
+def _patients(result: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    return (result[part] or {}).get("patients") or {}
+
+
+def _patients_table(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    body: list[list[Any]] = []
+    for one, name in zip(results, names, strict=True):
+        for part, who in (("test", name), ("control", f"{name}: shuffled audio")):
+            if scores := _patients(one, part):
+                cost = scores["cost"] or {}
+                between = [f"{cost[end]:,.0f}" for end in ("low", "high") if cost.get(end) is not None]
+                money = f"{cost['value']:,.0f}" + f" ({' to '.join(between)})" * bool(between) if cost else None
+                body.append([who, scores["weighted_accuracy"], money, scores["patients"]])
+        scores = _patients(one, "test")
+        for answer, value in scores.get("trivial_weighted_accuracy", {}).items():
+            cost = scores["trivial_cost"][answer]
+            body.append([f"{name}: {answer}", value, None if cost is None else f"{cost:,.0f}", scores["patients"]])
+    note = (
+        "The Challenge's formulas of 2022; of the cost less is better. A patient's murmur is the likeliest on the mean "
+        "over all recordings of that patient, audible there or not. No outcome is asked for: Absent counts as Normal."
+    )
+    return Table("Patients, by the official formulas", ("", "W.acc", "Cost a patient", "Patients"), body, note)
+
+
+def _zero_shot_tables(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Table]:
+    head = ("", *(name for run in names for name in (run, "majority")), "paper N.S", "paper W.S")
+    databases = list(dict.fromkeys(name for one in results for name in one["zero_shot"]))
+    first = [name for name in ("cinc2016", "pascal-a", "pascal-b") if name in databases]
+
+    def body(shown: Sequence[str]) -> list[list[Any]]:
+        rows = []
+        for database in shown:
+            known = [one["zero_shot"].get(database, {}) for one in results]
+            count = next(scores["recordings"] for scores in known if scores)
+            for score in ZERO_SHOT_SCORES:
+                cells: list[Any] = []
+                for one in known:
+                    cells += [one.get(score), one.get("majority_accuracy") if score == "accuracy" else None]
+                paper = PAPER.get(f"{database}/{score}", (None, None, None))[:2]
+                rows.append([f"{database} ({count:,}): {score.replace('_', ' ')}", *cells, *paper])
+        return rows
+
+    note = (
+        "Normal against abnormal by the murmur question alone; nobody here was trained on. Present or Unknown as the "
+        "likeliest class means abnormal. Precision: how many of those called so are so. Majority: the commoner class "
+        "of the same recordings; what does not listen has a mean accuracy and an AUC of 0.5."
+    )
+    found = [Table("Table 3: normal or abnormal, zero-shot", head, body(first), note)]
+    # PASCAL's two sets are the paper's; of both together it says nothing.
+    if rest := [name for name in databases if name not in (*first, "pascal")]:
+        found.append(Table("Zero-shot, the other databases one by one", head, body(rest), ""))
+    return found
+
+
+def as_text(table: Table) -> str:
+    """A table for a terminal."""
+
+    def text(cell: Any) -> str:
+        return (cell or "-") if cell is None or isinstance(cell, str) else _spoken(cell)
+
+    lines = [list(table.head), *([text(cell) for cell in row] for row in table.body)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+    rows = ("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join([table.title, *rows, *([table.note] if table.note else [])])
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """What metrics.json says, for a terminal."""
+    judged = list(results["runs"].values())
+    said = [as_text(table) for table in tables(judged)]
+    for one in judged:
+        said.append(f"{one['name']}: " + " ".join(_remarks(one)))
+    return "\n\n".join(said)
+
+
+def _remarks(result: Mapping[str, Any]) -> list[str]:
+    """What else must be said of a run, as sentences."""
+    test, mean, control = result["test"], result["test"]["mean"], result["control"]
+    said = []
+    if result["base"]["parameters"] < _TINY:
+        said.append(
+            f"The base model has {result['base']['parameters']:,} parameters, not the 8.4e9 of Qwen2-Audio: its "
+            "weights are random, and accuracies say little."
+        )
+    said.append(
+        f"{page.count(test['questions'], 'question')} about {page.count(test['recordings'], 'recording')} of "
+        f"{page.count(test['people'], 'person', 'people')} ({result['part']})."
+    )
+    if mean["accuracy"]:
+        shuffled = f", with shuffled audio {page.number(control['mean']['accuracy'])}" if control else ""
+        said.append(
+            f"Mean over the {len(mean['tasks'])} tasks with more than one class: {_spoken(mean['accuracy'])}, majority "
+            f"{page.number(mean['majority_accuracy'])}{shuffled}; over the majority {_spoken(mean['excess'])}."
+        )
+    else:
+        said.append("No task has more than one class here: no accuracy means anything.")
+    if control is None:
+        said.append("No control with shuffled audio: it needs recordings of two people.")
+    if any(scores["majority_from"] == "test" for scores in test["tasks"].values()):
+        said.append("Without training questions the majority is that of the test questions themselves.")
+    said.append(f"Probability on the six letters together: {page.number(test['letters']['share'])}.")
+    if (found := result["agreement"]) and found["questions"]:
+        said.append(
+            f"generate gave the same letter to {found['same']:.0%} of {found['questions']} questions, and any letter "
+            f"to {found['a_letter']:.0%}."
+        )
+    heard = {result["part"]: result, **result["zero_shot"]}
+    for name, windows in ((name, one["windows"]) for name, one in heard.items() if "windows" in one):
+        if windows["longer"]:
+            said.append(
+                f"{name}: {windows['longer']:,} of {windows['recordings']:,} recordings are longer than "
+                f"{llm.CLIP_S:g} s; each was divided into clips, of whose probabilities the mean counts."
+            )
+    for name, scores in result["zero_shot"].items():
+        if scores.get("left_out"):
+            said.append(
+                f"{name}: {page.count(scores['left_out'], 'recording')} without a label or unreadable, left out."
+            )
+    if split := result.get("split"):
+        apart = split["people_apart"] and result["part"] != "train"
+        said.append("Nobody judged was heard in training." if apart else "People judged were heard in training, too.")
+        if result["part"] == "validation":
+            said.append("The adapter was chosen by its accuracy on these very people.")
+        said += split["notes"]
+    return said
+
+
+def _spoken(score: Any) -> str:
+    low, high = page.finite(score, "low"), page.finite(score, "high")
+    return page.number(score) + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def write(
+    out: str | pathlib.Path, results: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Writes metrics.json, predictions.csv (PREDICTION_FIELDS, one row a question) and report.html to the folder `out`,
+    each whole or not at all; returns what metrics.json says: {"runs": {name: result}}."""
+    out = pathlib.Path(out)
+    said = {"runs": {one["name"]: metrics.json_ready(one) for one in results}}
+    files.write_text(out / "metrics.json", json.dumps(said, indent=1) + "\n")
+    with files.replacing(out / "predictions.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, PREDICTION_FIELDS)
+        writer.writeheader()
+        writer.writerows(predictions)
+    judged = list(said["runs"].values())
+    shown = "".join(_html(table) for table in tables(judged))
+    sections = [
+        ("scores", "Scores", "".join(map(_headline, judged))),
+        ("tasks", "Task by task", _task_by_task(judged)),
+        ("tables", "Beside the paper's figures", shown),
+        ("letters", "Letters", _letters(judged)),
+        ("setup", "Setup", _setup(judged)),
+    ]
+    counted = page.count(len(judged), "run") + " · " + page.count(judged[0]["test"]["people"], "person", "people")
+    files.write_text(out / "report.html", page.document("Audio LLM: eleven features of a murmur", counted, sections))
+    return said
+
+
+def _html(table: Table) -> str:
+    def cell(value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return page.escape(value or "–")
+        return page.number(value) if isinstance(value, int) else page.score(value)
+
+    note = f'<p class="small">{page.escape(table.note)}</p>' if table.note else ""
+    return (
+        f"<h3>{page.escape(table.title)}</h3>{page.table(table.head, [[*map(cell, row)] for row in table.body])}{note}"
+    )
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    test, control = result["test"], result["control"]
+    patients = _patients(result, "test")
+    always = (patients.get("trivial_weighted_accuracy") or {}).get("always Present")
+    cards = [
+        ("Mean accuracy over tasks", test["mean"]["accuracy"], test["mean"]["majority_accuracy"], "majority",
+         (control or {"mean": {}})["mean"].get("accuracy")),
+        ("Weighted murmur accuracy", patients.get("weighted_accuracy"), always, "always Present",
+         _patients(result, "control").get("weighted_accuracy")),
+    ]  # fmt: skip
+    drawn = ""
+    for title, score, trivial, name, shuffled in cards:
+        value, low, high = (page.finite(score, key) for key in ("value", "low", "high"))
+        if value is None:
+            continue
+        above = low is not None and trivial is not None and low > trivial
+        verdict = f'<span class="{"good" if above else "warn"}">{"clearly" if above else "not clearly"} above</span>'
+        drawn += (
+            f'<div class="card score"><h3>{title}</h3><p class="big">{page.number(value)}</p>'
+            f'{page.gauge(value, low, high, trivial)}<p class="small">95 % interval {page.interval(low, high) or "n/a"}'
+            f'</p><p class="small">{verdict} {name} ({page.number(trivial)})</p>'
+            f'<p class="small">with shuffled audio {page.number(shuffled)}</p></div>'
+        )
+    remarks = "".join(f"<li>{page.escape(said)}</li>" for said in _remarks(result))
+    return (
+        f"<h3>{page.escape(result['name'])}, {page.escape(result['front_end'])}</h3>"
+        f'<div class="cards">{drawn}</div><div class="card prose"><ul>{remarks}</ul></div>'
+    )
+
+
+def _task_by_task(results: Sequence[Mapping[str, Any]]) -> str:
+    """Each task's accuracy as a gauge, whose tick is the majority."""
+    body = []
+    for task in mc.TASKS:
+        for one in results:
+            scores = one["test"]["tasks"].get(task)
+            if scores is None:
+                continue
+            control = ((one["control"] or {"tasks": {}})["tasks"].get(task) or {}).get("accuracy")
+            value, low, high = (page.finite(scores["accuracy"], key) for key in ("value", "low", "high"))
+            above = (page.finite(scores["excess"], "low") or 0) > 0
+            excess = f'<span class="{"good" if above else "warn"}">{page.score(scores["excess"])}</span>'
+            body.append([
+                f"{task.replace('_', ' ')}<small>{page.escape(one['name'])}, {page.escape(one['front_end'])}</small>",
+                page.score(scores["accuracy"]) + page.gauge(value, low, high, scores["majority_accuracy"]),
+                f"{page.number(scores['majority_accuracy'])}<small>{page.escape(scores['majority'])}</small>",
+                page.score(control),
+                excess if scores["informative"] else "one class",
+                f"{scores['questions']:,}<small>{page.count(scores['people'], 'person', 'people')}</small>",
+            ])  # fmt: skip
+    head = ("Task", "Accuracy", "Majority", "Shuffled audio", "Over the majority", "Questions")
+    note = (
+        "Intervals hold 95 % of the scores when people are drawn anew. The orange tick is the majority, the class of "
+        "most people in training; what an answer is worth is what it has over the majority. Where one class alone "
+        "occurs among these people, no accuracy means anything."
+    )
+    return page.table(head, body) + f'<p class="small">{note}</p>'
+
+
+def _letters(results: Sequence[Mapping[str, Any]]) -> str:
+    body = []
+    for one in results:
+        counts = one["test"]["letters"]
+        for kind, name in (("answered", "answered"), ("right", "right")):
+            body.append([page.escape(f"{one['name']}: {name}"), *(f"{counts[kind][x]:,}" for x in mc.LETTERS)])
+    note = (
+        '<p class="small">How often each letter was answered, and how often it was right: options stand shuffled.</p>'
+    )
+    return page.table(["", *mc.LETTERS], body) + note
+
+
+def _setup(results: Sequence[Mapping[str, Any]]) -> str:
+    cards = ""
+    for one in results:
+        facts = {"model": one["base"], "part": one["part"], "split": one.get("split"), "windows": one["windows"],
+                 "intervals": one["test"]["intervals"]}  # fmt: skip
+        cards += f'<div class="card"><h3>{page.escape(one["name"])}</h3>{page.facts(facts)}</div>'
+    return f'<div class="grid two">{cards}</div>'
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def plain_config() -> ml_collections.ConfigDict:
+    """How a checkpoint that nobody trained is asked: as configs/audio_llm.py has it."""
+    config = ml_collections.ConfigDict({"seed": 0, "data": {}, "front_end": {"kind": "none", "segments": ""}})
+    config.questions = {"tasks": ("all",), "sites": "audible", "padding": "other"}
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    config.model = {"dtype": dtype, "attention": "sdpa", "share_prefix": True}
+    config.evaluation = {"batch_recordings": 8, "resamples": 1000}
+    return config
+
+
+def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
+    """The config of a run of pcgjax.audio_llm.train.
+
+    Raises:
+      ValueError: none there, or of another model.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        config = ml_collections.ConfigDict(json.loads(path.read_text()))
+        name = config.task.name
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a run's config ({error}); --workdir takes what audio_llm.train wrote") from None
+    if name != "audio_llm":
+        raise ValueError(f"{path}: a run of task {name!r}; --workdir takes what pcgjax.audio_llm.train wrote")
+    return config
+
+
+def score(
+    model: str,
+    workdirs: Sequence[str],
+    out: str | pathlib.Path,
+    part: str = "test",
+    prepared: str = "",
+    zero_shots: Mapping[str, str] | None = None,
+    segments: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Scores runs, or without one the checkpoint itself on a prepared folder; writes `out`; returns metrics.json's.
+
+    Args: zero_shots, segments: {data set of ZERO_SHOT: its folder in the official layout; the folder of its .tsv}.
+    Raises:
+      ValueError: what does not fit, by name.
+    """
+    from pcgjax.audio_llm import train  # which imports this module
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    segments = segments or {}
+    # All that can be wrong is looked at before the first model is loaded.
+    found: list[tuple[str, ml_collections.ConfigDict, pathlib.Path | None]] = []
+    for workdir in workdirs:
+        names = [pathlib.Path(one).resolve().name for one in workdirs]
+        name = names[workdirs.index(workdir)] if len(set(names)) == len(names) else workdir.rstrip("/")
+        found.append((name, read_config(workdir), train.best_adapter(workdir)))
+    if not workdirs:
+        found = [(pathlib.Path(model).resolve().name, plain_config(), None)]
+    if len({name for name, _, _ in found}) < len(found):
+        raise ValueError(f"--workdir={','.join(workdirs)}: names a run twice")
+    for dataset in zero_shots or {}:
+        for name, config, _ in found:
+            if config.front_end.kind != "none" and dataset not in segments:
+                raise ValueError(
+                    f"--zero_shot={dataset}: {name} hears through front_end.kind={config.front_end.kind}; give "
+                    f"--segments={dataset}:DIR, a folder that python -m pcgjax.predict wrote .tsv files to"
+                )
+    sources, parts, splits_ = [], [], []
+    for i, (_, config, _) in enumerate(found):
+        if workdirs:
+            corpus, own, split = runs.load_data(config, pathlib.Path(workdirs[i]))
+        else:
+            corpus, split = input_pipeline.from_prepared(prepared), None
+            own = {part: np.arange(len(corpus.rows))}
+        sources.append(batches.make_source(corpus, config.front_end))
+        parts.append(own)
+        splits_.append(split)
+    unheard = {dataset: load_unheard(dataset, folder) for dataset, folder in (zero_shots or {}).items()}
+    more = [
+        {name: unheard_source(one, config.front_end, segments.get(name)) for name, one in unheard.items()}
+        for _, config, _ in found
+    ]
+    results, predictions = [], []
+    for i, (name, config, adapter) in enumerate(found):
+        base, processor = llm.load(model, config.model.dtype, config.model.attention)
+        adapted = llm.with_adapter(base, adapter) if adapter else base
+        run = Run(name, llm.Answerer(adapted.to(device)), processor, config, device)
+        result, rows = score_part(run, sources[i], batches.lengths_heard(sources[i]), parts[i], part)
+        result["split"] = _about(splits_[i]) if splits_[i] else None
+        for dataset, source in more[i].items():
+            scores, asked = zero_shot(run, source, unheard[dataset].left_out, dataset)
+            result["zero_shot"] |= scores
+            rows += asked
+        results.append(result)
+        predictions += rows
+    return write(out, results, predictions)
+
+
+def _folders(flag: str, words: Sequence[str]) -> dict[str, str]:
+    """{data set: folder} from words such as cinc2016:DIR."""
+    found = {}
+    for word in words:
+        dataset, colon, folder = word.partition(":")
+        if not colon or not folder or dataset not in ZERO_SHOT:
+            raise ValueError(f"--{flag}={word}: need DATASET:DIR with one of {', '.join(ZERO_SHOT)}")
+        found[dataset] = folder
+    return found
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
+    if bool(FLAGS.workdir) == bool(FLAGS.prepared):
+        raise app.UsageError("give --workdir=RUN to score a run, or --prepared=DIR to score the checkpoint itself")
+    results = score(
+        FLAGS.model, FLAGS.workdir, FLAGS.out, FLAGS.part, FLAGS.prepared, _folders("zero_shot", FLAGS.zero_shot),
+        _folders("segments", FLAGS.segments),
+    )  # fmt: skip
+    print(summary(results))
+    print(f"wrote {FLAGS.out}: metrics.json, predictions.csv, report.html")
+
+
+FLAGS = flags.FLAGS
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "A local folder with the Qwen2-Audio checkpoint.", required=True)
+    flags.DEFINE_list("workdir", [], "Folders that pcgjax.audio_llm.train wrote; the best adapter of each is scored.")
+    flags.DEFINE_string(
+        "prepared", "", "Without --workdir: a folder that pcgjax.prepare wrote; all of it is asked about."
+    )
+    flags.DEFINE_string("out", None, "The folder for metrics.json, predictions.csv and report.html.", required=True)
+    flags.DEFINE_enum("part", "test", splits.PARTS, "The part of each run's split to score.")
+    flags.DEFINE_list(
+        "zero_shot", [], "cinc2016:DIR, pascal:DIR, official layouts: normal or abnormal, never trained on."
+    )
+    flags.DEFINE_list(
+        "segments", [], "cinc2016:DIR, pascal:DIR: their .tsv files, for runs with another front end than none."
+    )
+    files.run(main)

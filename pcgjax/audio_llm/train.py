@@ -1,0 +1,398 @@
+"""Trains LoRA adapters of Qwen2-Audio on questions about prepared recordings.
+
+    torchrun --nproc_per_node=N -m pcgjax.audio_llm.train --config=configs/audio_llm.py --model=DIR --workdir=runs/llm \
+        --config.data.prepared=DIR [--config.a.b=v]
+
+One process a GPU; without torchrun one process, on a CPU where there is no GPU. WORKDIR receives config.json,
+split.json, metrics.jsonl, train.log, tensorboard/ and checkpoints/{last,best}-STEP on the way, and at the end
+metrics.json, predictions.csv and report.html. A second start resumes where the first one was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+from typing import Any
+
+import ml_collections
+import numpy as np
+import torch
+import torch.distributed as dist
+import tqdm
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from pcgjax import checkpoint, files, runs
+from pcgjax.audio_llm import batches, questions, score
+from pcgjax.audio_llm import model as llm
+
+_PAD_MULTIPLE = 64  # tokens, where layers are compiled or run on a GPU
+_PATIENCE = datetime.timedelta(minutes=10)  # with a process that no longer answers
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Of this step, counted from 0: linear warm-up, then half a cosine that ends at 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def newest(workdir: str | pathlib.Path, kind: str) -> pathlib.Path | None:
+    """The newest folder checkpoints/KIND-STEP of a run, kind last or best; each is there whole or not at all."""
+    found = pathlib.Path(workdir).glob(f"checkpoints/{kind}-*")
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def best_adapter(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder with a run's best adapter by validation accuracy.
+
+    Raises:
+      checkpoint.CheckpointError: there is none.
+    """
+    found = newest(workdir, "best")
+    if found is None:
+        raise checkpoint.CheckpointError(f"{workdir}: no trained adapter there (checkpoints/best-*); train one first")
+    return found / "adapter"
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter whole, on the CPU, where this process holds a part of it."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().cpu().contiguous()
+
+
+def save(workdir: pathlib.Path, kind: str, step: int, model: Any, weights: dict, optimizer: Any, meta: dict) -> None:
+    """Writes checkpoints/KIND-STEP: adapter/, optimizer.safetensors, meta.json; then removes the one before.
+
+    Every process calls it, for parameters that are divided between them; one writes, the others wait for it.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: full(p) for name, p in weights.items()}
+    moments = {}
+    if optimizer is not None:
+        for name, p in weights.items():
+            for key, value in optimizer.state.get(p, {}).items():
+                moments[f"{name}|{key}"] = full(torch.as_tensor(value))
+    rank, world = batches.process()
+    if rank == 0:
+        target = workdir / "checkpoints" / f"{kind}-{step:08d}"
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            llm.save_adapter(model, temporary / "adapter", tensors)
+            if optimizer is not None:
+                save_file(moments, temporary / "optimizer.safetensors")
+            (temporary / "meta.json").write_text(json.dumps(meta | {"step": step}) + "\n")
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for other in target.parent.glob(f"{kind}-*"):
+            if other != target:
+                shutil.rmtree(other)
+    if world > 1:
+        dist.barrier()
+
+
+def put(weights: dict[str, Any], folder: pathlib.Path, optimizer: Any = None) -> dict:
+    """Sets adapter weights, and the optimizer's moments, to those of a checkpoint; returns its meta.json."""
+    from safetensors.torch import load_file
+
+    def like(p: Any, value: torch.Tensor) -> torch.Tensor:
+        if hasattr(p, "full_tensor") and value.shape == p.shape:
+            from torch.distributed.tensor import distribute_tensor
+
+            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+        return value.to(p.device) if value.ndim else value
+
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    names = {name.replace(".default.", "."): name for name in weights}
+    if saved.keys() != names.keys():
+        odd = sorted(saved.keys() ^ names.keys())[0]
+        raise checkpoint.CheckpointError(f"{folder}: its adapter is not this configuration's: {odd}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            weights[names[name]].copy_(like(weights[names[name]], value))
+    if optimizer is not None:
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            name, kind = key.rsplit("|", 1)
+            optimizer.state[weights[name]][kind] = like(weights[name], value)
+    return json.loads((folder / "meta.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | pathlib.Path) -> dict:
+    """Trains, judges the best adapter on people not heard, writes the workdir; returns what metrics.json says.
+
+    Raises:
+      ValueError (also ModelError, SplitError, CheckpointError): what does not fit, by name.
+      FloatingPointError: a loss or gradient that is not finite, naming the step and its recordings.
+    """
+    began, workdir = time.monotonic(), pathlib.Path(workdir)
+    t, (rank, world) = config.train, batches.process()
+    for field in ("epochs", "batch_recordings", "accumulate", "checkpoint_steps"):
+        if t[field] < 1:
+            raise ValueError(f"train.{field}={t[field]}: must be at least 1")
+    if t.batch_recordings % (portions := world * t.accumulate):
+        raise ValueError(
+            f"train.batch_recordings={t.batch_recordings}: must be a multiple of {world} processes times "
+            f"train.accumulate={t.accumulate}"
+        )
+    if not 0.04 < config.data.clip_s <= llm.CLIP_S:
+        raise ValueError(f"data.clip_s={config.data.clip_s}: above 0.04 and at most {llm.CLIP_S:g} s")
+    if config.data.shuffle_labels:
+        raise ValueError("data.shuffle_labels: pcgjax.audio_llm.score has a control of its own, shuffled audio")
+    if not 1 <= config.parallel.fsdp <= world or world % config.parallel.fsdp:
+        raise ValueError(f"parallel.fsdp={config.parallel.fsdp}: must divide the {world} processes")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0)
+    device = device if torch.cuda.is_available() else torch.device("cpu")
+
+    # ------------------------------------------------------------------------------------------------------ data
+    workdir.mkdir(parents=True, exist_ok=True)
+    with first_process():  # it makes the split, the others read it
+        corpus, parts, split = runs.load_data(config, workdir)
+    source = batches.make_source(corpus, config.front_end)
+    lengths = batches.lengths_heard(source)
+    q = config.questions
+    asked_of = lambda i: len(questions.questions([corpus.rows[i]], [0], batches.tasks_of(q.tasks), q.sites, q.padding))
+    held = np.array([asked_of(i) for i in range(len(corpus.rows))])
+    counts = np.minimum(held, q.a_clip)
+    train_ids = np.array([i for i in parts["train"] if counts[i]], np.int32)
+    if not len(train_ids):
+        raise ValueError(f"data.prepared={config.data.prepared}: no recording of the training part has an answer")
+    steps_an_epoch = -(-len(train_ids) // t.batch_recordings)
+    last_step = steps_an_epoch * t.epochs
+
+    # ----------------------------------------------------------------------------------------------------- model
+    base, processor = llm.load(model_folder, config.model.dtype, config.model.attention)
+    torch.manual_seed(config.seed)  # LoRA's first matrices: the same on every process
+    model = llm.add_lora(base, config.lora)
+    if config.model.checkpointing:
+        llm.checkpoint_activations(model)
+    answerer = llm.Answerer(model.to(device), config.model.compile)
+    if config.parallel.fsdp > 1:
+        shard(answerer, config.parallel.fsdp, world)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(weights.values(), lr=o.learning_rate, weight_decay=o.weight_decay)
+    wrapped: Any = answerer
+    if world > 1 and config.parallel.fsdp == 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(answerer)
+    tokenize = batches.Tokenizer(processor)
+    multiple = _PAD_MULTIPLE if config.model.compile or device.type == "cuda" else 1
+    precision = (
+        torch.autocast(device.type, torch.bfloat16) if config.model.dtype == "bfloat16" else contextlib.nullcontext()
+    )
+
+    # -------------------------------------------------------------------------------------------------- the start
+    plain = runs.plain_config(config)
+    state: dict[str, Any] = {"best": None, "sums": [0.0, 0.0, 0.0]}
+    at = 0
+    if last := newest(workdir, "last"):
+        saved = json.loads((last / "meta.json").read_text())
+        runs.refuse_changes(saved["config"], plain, workdir)
+        if saved["base"] != model.base_fingerprint:
+            raise checkpoint.CheckpointError(f"{workdir}: trained on other base weights than {model_folder} has")
+        if saved["order"] != [len(train_ids), split["content_sha256"]]:
+            raise checkpoint.CheckpointError(f"{workdir}: the prepared recordings changed; give another --workdir")
+        state, at = put(weights, last, optimizer)["state"], saved["step"]
+        logging.info("resuming at step %d", at)
+    elif rank == 0:
+        files.write_text(workdir / "config.json", json.dumps(plain, indent=1) + "\n")
+    log = workdir / "metrics.jsonl"
+    if rank == 0:
+        kept = [line for line in runs.history(log) if line["step"] <= at]
+        files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+        logging.info("%s", json.dumps({
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in weights.values()),
+            "train_recordings": len(train_ids), "steps_an_epoch": steps_an_epoch, "processes": world,
+        }))  # fmt: skip
+    board: Any = None
+    if rank == 0:
+        import tensorboardX
+
+        board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=at)
+
+    def told(step: int, part: str, values: dict) -> None:
+        if rank == 0:
+            runs.log_line(log, step, part, values)
+            for name, value in values.items():
+                board.add_scalar(f"{part}/{name}", value, step)
+
+    def keep(kind: str, step: int) -> None:
+        meta = {"state": state, "config": plain, "base": model.base_fingerprint,
+                "order": [len(train_ids), split["content_sha256"]]}  # fmt: skip
+        save(workdir, kind, step, model, weights, optimizer if kind == "last" else None, meta)
+
+    def made(step: int) -> tuple[list, np.ndarray]:
+        """This process' portions of a step, and all the step's recordings."""
+        epoch, nth = divmod(step, steps_an_epoch)
+        order = batches.order_of_epoch(train_ids, lengths, config.seed, epoch, t.batch_recordings, portions)[nth]
+        tensors = []
+        for ids in order[rank * t.accumulate : (rank + 1) * t.accumulate]:
+            real = ids[ids >= 0]
+            # A process without recordings goes through the motions, its loss counts nothing.
+            clips = batches.training_clips(config, source, lengths, real if len(real) else train_ids[:1], step)
+            batch = batches.batch_of(clips, source, tokenize, config.model.share_prefix, multiple)
+            tensors.append((batch.pinned() if device.type == "cuda" else batch, bool(len(real))))
+        return tensors, order[order >= 0]
+
+    def validate(step: int, epoch: int) -> None:
+        clips = batches.evaluation_clips(config, source, lengths, parts["validation"], config.data.clip_s)
+        with precision:
+            answers = batches.ask_all(answerer, source, clips, tokenize, config, device, describe="validate")
+        right = np.mean([np.argmax(a.log_p) == a.question.answer for a in answers])
+        loss = np.mean([-a.log_p[a.question.answer] for a in answers])
+        told(step, "validation", {"loss": float(loss), "accuracy": float(right), "epoch": epoch})
+        if state["best"] is None or (right, -loss) > (state["best"]["accuracy"], -state["best"]["loss"]):
+            state["best"] = {"accuracy": float(right), "loss": float(loss), "step": step}
+            keep("best", step)
+
+    # --------------------------------------------------------------------------------------------------- the loop
+    stopped: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    bar = tqdm.tqdm(total=last_step, initial=at, desc="train", unit="step", disable=rank > 0, mininterval=1.0)
+    sums = np.array(state["sums"])  # loss, right answers, questions, since the last line
+    halted = False
+    try:
+        answerer.train()
+        for tensors, ids in batches.prefetched(lambda n, first=at: made(first + n), last_step - at):
+            asked = int(counts[ids].sum())
+            words = batches.key_words(config.seed, runs.STEP, at)
+            torch.manual_seed(int(np.random.default_rng([*words, rank]).integers(2**62)))  # of dropout
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(at, last_step, o.learning_rate, o.warmup_steps)
+            mine = torch.zeros(4, dtype=torch.float64)
+            for n, (batch, counts_) in enumerate(tensors):
+                quiet = contextlib.nullcontext()
+                if wrapped is not answerer and n + 1 < len(tensors):
+                    quiet = wrapped.no_sync()
+                with quiet:
+                    batch = batch.to(device)
+                    with precision:
+                        logits = wrapped(batch)
+                    loss = torch.nn.functional.cross_entropy(logits, batch.letters_Q, reduction="sum") * counts_
+                    # Processes average their gradients: the mean over all the step's questions.
+                    (loss * (world / asked)).backward()
+                right = (logits.argmax(-1) == batch.letters_Q).sum() * counts_
+                mine[:2] += torch.stack([loss.detach().double(), right.double()]).cpu()
+            mine[2:] = torch.tensor([sum(len(b.letters_Q) * c for b, c in tensors), len(stopped)])
+            if world > 1:
+                mine = mine.to(device)
+                dist.all_reduce(mine)
+                mine = mine.cpu()
+            norm = full(torch.nn.utils.clip_grad_norm_(list(weights.values()), o.clip_norm))
+            if not (torch.isfinite(mine[0]) and torch.isfinite(norm)):
+                names = ", ".join(corpus.rows[i]["id"] for i in ids)
+                raise FloatingPointError(
+                    f"step {at}: loss {float(mine[0]) / asked:g}, gradient norm {float(norm):g}; its recordings: "
+                    f"{names}; try a smaller --config.optimizer.learning_rate, or model.dtype=float32"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            at += 1
+            sums += mine[:3].numpy()
+            bar.update()
+            epoch, ended = -(-at // steps_an_epoch), at % steps_an_epoch == 0
+            halted = bool(mine[3] > 0)
+            if ended:
+                shown = {"loss": sums[0] / sums[2], "accuracy": sums[1] / sums[2]}
+                told(at, "train", shown | {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"],
+                                           "seconds": time.monotonic() - began})  # fmt: skip
+                sums[:] = 0
+                validate(at, epoch)
+                bar.set_postfix(loss=f"{shown['loss']:.3f}", val_accuracy=f"{state['best']['accuracy']:.3f}")
+            state["sums"] = sums.tolist()
+            if ended or halted or at % t.checkpoint_steps == 0:
+                keep("last", at)
+            if halted:
+                break
+    finally:
+        bar.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if board is not None:
+            board.close()
+    if halted:
+        logging.warning("stopped by a signal at step %d, saved; the same command goes on", at)
+        sys.exit(128 + (stopped[0] if stopped else signal.SIGTERM))
+
+    # ------------------------------------------------------------------------------------------ the best, judged
+    put(weights, best_adapter(workdir).parent)
+    with precision:
+        results = score.judge_run(answerer, processor, source, lengths, parts, config, device, workdir)
+    if rank == 0:
+        logging.info("done in %.0f s", time.monotonic() - began)
+    return results
+
+
+@contextlib.contextmanager
+def first_process():
+    """The first process runs the body alone, then the others."""
+    rank, world = batches.process()
+    if world > 1 and rank > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world > 1 and rank == 0:
+            dist.barrier()
+
+
+def shard(answerer: llm.Answerer, size: int, world: int) -> None:
+    """Divides the parameters, layer by layer, between `size` processes; each such group has a copy."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, names = ((size,), ("fsdp",)) if size == world else ((world // size, size), ("data", "fsdp"))
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    inner = llm.base_of(answerer.model).model
+    for layer in (*inner.audio_tower.layers, *inner.language_model.layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(answerer, mesh=mesh)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected {argv[1:]}")
+    logging.set_verbosity(logging.INFO)
+    if "WORLD_SIZE" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    rank, _ = batches.process()
+    try:
+        if rank == 0:
+            runs.log_to(pathlib.Path(FLAGS.workdir))
+        results = train(FLAGS.config, FLAGS.model, FLAGS.workdir)
+        if rank == 0:
+            print(score.summary(results))
+            print(f"wrote {FLAGS.workdir}: metrics.json, predictions.csv, report.html, checkpoints/")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+FLAGS = flags.FLAGS
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "configs/audio_llm.py; --config.a.b=v overrides its fields.")
+    flags.DEFINE_string("model", None, "A local folder with a Qwen2-Audio checkpoint.", required=True)
+    flags.DEFINE_string("workdir", None, "The run's folder; a run that was stopped there is resumed.", required=True)
+    flags.mark_flag_as_required("config")
+    files.run(main)

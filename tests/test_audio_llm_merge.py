@@ -1,0 +1,102 @@
+"""Merging an adapter: the same answers from a folder that transformers loads alone, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pcgjax.audio_llm import make_tiny
+from pcgjax.audio_llm import model as llm
+from pcgjax.audio_llm.merge import merge
+
+QUESTIONS = ["What is the pitch of the murmur?\nA. Low\nB. High", "Is there a murmur?\nA. Present\nB. Absent"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llm, make_config, tmp_path_factory):
+    """An adapter of the tiny model that changes its answers."""
+    base, _ = llm.load(tiny_llm, "float32", "sdpa")
+    model = llm.add_lora(base, make_config({"lora.projector": True}, "audio_llm").lora)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("adapter")
+    llm.save_adapter(model, folder)
+    return folder
+
+
+def logits(model, processor) -> np.ndarray:
+    clips = [np.random.default_rng(seed).standard_normal(8000).astype(np.float32) * 0.1 for seed in range(2)]
+    with torch.no_grad():
+        return llm.plain_logits(model, processor, clips, QUESTIONS).numpy()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_merged_checkpoint_answers_as_the_adapter_does(legacy, tiny_llm, adapter, tmp_path, monkeypatch):
+    import transformers
+
+    folder = make_tiny.make_tiny(tmp_path / "base", legacy=True) if legacy else tiny_llm
+    base, processor = llm.load(folder, "float32", "sdpa")
+    before = logits(base, processor)
+    wanted = logits(llm.with_adapter(base, adapter), processor)
+    assert np.abs(wanted - before).max() > 0.1
+    out = merge(folder, adapter, tmp_path / "merged")
+
+    # By transformers alone, without PEFT.
+    monkeypatch.setitem(sys.modules, "peft", None)
+    loaded: Any = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
+        out, local_files_only=True, output_loading_info=True
+    )
+    model, told = loaded
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert next(model.parameters()).dtype == torch.float32
+    processor = transformers.AutoProcessor.from_pretrained(out, local_files_only=True)
+    processor.tokenizer.padding_side = "left"
+    np.testing.assert_allclose(logits(model.eval(), processor), wanted, atol=1e-4)
+
+    # In the layout that the base has, with its other files.
+    from safetensors import safe_open
+
+    with safe_open(out / "model.safetensors", "pt") as mine, safe_open(folder / "model.safetensors", "pt") as theirs:
+        assert set(mine.keys()) == set(theirs.keys())
+    others = {path.name for path in folder.iterdir()} - {"model.safetensors", make_tiny.MARKER}
+    assert {path.name for path in out.iterdir()} == {*others, "model.safetensors"}
+    for name in others:
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_left(tiny_llm, adapter, tmp_path):
+    other = make_tiny.make_tiny(tmp_path / "other", seed=1)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(llm.ModelError, match="trained on other base weights"):
+        merge(other, adapter, tmp_path / "out")
+    with pytest.raises(llm.ModelError, match=r"no adapter_config\.json"):
+        merge(tiny_llm, tmp_path, tmp_path / "out")
+    with pytest.raises(llm.ModelError, match=r"no config\.json"):
+        merge(tmp_path, adapter, tmp_path / "out")
+    with pytest.raises(ValueError, match="is there already"):
+        merge(tiny_llm, adapter, other)
+    assert sorted(tmp_path.iterdir()) == before
+    assert json.loads((other / make_tiny.MARKER).read_text())["seed"] == 1
+
+
+def test_an_empty_folder_may_be_written_to(tiny_llm, adapter, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert (merge(tiny_llm, adapter, tmp_path / "out") / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command(tiny_llm, adapter, tmp_path, run_command):
+    done = run_command("audio_llm.merge", f"--model={tiny_llm}", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}")
+    assert done.returncode == 0, done.stderr
+    assert "from_pretrained loads it" in done.stdout
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -1,0 +1,202 @@
+"""Training of the audio LLM: one process or several, stopped and resumed, the same run; and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from pcgjax.checkpoint import CheckpointError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def words(tiny_llm, prepared_16k, make_config):
+    """The command of a small run, without its --workdir."""
+    config = make_config({}, "audio_llm")
+    names = ("split.fractions", "data.clip_s", "model.dtype", "lora.rank", "lora.dropout",
+             "optimizer.learning_rate", "train.epochs", "train.batch_recordings",
+             "train.checkpoint_steps", "evaluation.resamples")  # fmt: skip
+    values = {name: config[name.split(".")[0]][name.split(".")[1]] for name in names}
+    return [
+        "-m", "pcgjax.audio_llm.train", f"--config={ROOT / 'configs' / 'audio_llm.py'}", f"--model={tiny_llm}",
+        f"--config.data.prepared={prepared_16k}", *(f"--config.{name}={value}" for name, value in values.items()),
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run(words: list[str], workdir: pathlib.Path, processes: int = 1, *more: str) -> subprocess.CompletedProcess:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*launch, *words, f"--workdir={workdir}", *more], env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def adapter(workdir: pathlib.Path, kind: str = "last") -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    from pcgjax.audio_llm.train import newest
+
+    return load_file(newest(workdir, kind) / "adapter" / "adapter_model.safetensors")
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+@pytest.fixture(scope="module")
+def trained(words, tmp_path_factory) -> pathlib.Path:
+    """The workdir of the run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("llm") / "run"
+    done = run(words, workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir
+
+
+def test_a_run_leaves_what_others_read(trained):
+    there = {path.name for path in trained.iterdir()}
+    assert there >= {"config.json", "split.json", "metrics.jsonl", "metrics.json", "predictions.csv", "report.html",
+                     "train.log", "tensorboard", "checkpoints"}  # fmt: skip
+    found = lines(trained)
+    assert [line["split"] for line in found] == ["train", "validation"] * 2
+    assert found[2]["loss"] < found[0]["loss"]
+    assert (trained / "predictions.csv").read_text().count("\n") > 5
+    split = json.loads((trained / "split.json").read_text())
+    assert split["target"] == "murmur_status"
+    assert not {p.name for p in (trained / "checkpoints").iterdir() if p.name.startswith(".")}
+    assert sorted(p.name.split("-")[0] for p in (trained / "checkpoints").iterdir()) == ["best", "last"]
+    for weight in adapter(trained).values():
+        assert np.isfinite(weight).all()
+
+
+def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(words, trained, tmp_path):
+    from pcgjax.audio_llm.train import newest
+
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, *words, f"--workdir={workdir}"], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while newest(workdir, "last") is None and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, error[-3000:]
+    assert "the same command goes on" in error
+    assert not (workdir / "metrics.json").exists()
+    done = run(words, workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"resuming at step \d+", done.stderr)
+    assert lines(workdir) == lines(trained)
+    wanted, found = adapter(trained), adapter(workdir)
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name])
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_train_what_one_does(words, fsdp, tmp_path):
+    words = [*words, "--config.lora.dropout=0.0", "--config.train.epochs=1"]
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    done = run(words, alone, 1, "--config.train.accumulate=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(words, two, 2, f"--config.parallel.fsdp={fsdp}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mine, theirs in zip(lines(two), lines(alone), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    wanted, found = adapter(alone), adapter(two)
+    moved = max(np.abs(w).max() for name, w in wanted.items() if "lora_B" in name)
+    assert moved > 1e-3
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], atol=0.05 * moved, err_msg=name)
+    # One process goes on where two had stopped, and has nothing left to do.
+    again = run([*words, "--config.train.accumulate=2"], alone, 1)
+    assert again.returncode == 0, again.stderr[-3000:]
+
+
+def test_when_a_process_dies_the_others_stop(words, tmp_path):
+    from pcgjax.audio_llm.train import newest
+
+    workdir = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    more = [f"--workdir={workdir}", "--config.train.epochs=50"]
+    process = subprocess.Popen([*launch, *words, *more], env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 200
+        while newest(workdir, "last") is None and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+        children = [int(a) for a, b in (line.split() for line in listed.splitlines()[1:]) if int(b) == process.pid]
+        assert len(children) == 2
+        os.kill(children[1], signal.SIGKILL)
+        began = time.monotonic()
+        _, error = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
+    assert "Signal 9" in error
+    assert newest(workdir, "last") is not None  # the restart's beginning
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"lora.rank": 8}, r"trained with lora.rank=4, now 8"),
+        ({"train.epochs": 3}, r"trained with train.epochs=2, now 3"),  # the schedule ends with them
+    ],
+)
+def test_another_experiment_is_refused(words, trained, change, match):
+    [(name, value)] = change.items()
+    done = run(words, trained, 1, f"--config.{name}={value}")
+    assert done.returncode == 1
+    assert re.search(match, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train.batch_recordings": 3, "train.accumulate": 2}, "train.batch_recordings=3: must be a multiple"),
+        ({"data.clip_s": 31.0}, "data.clip_s=31.0"),
+        ({"parallel.fsdp": 2}, "parallel.fsdp=2: must divide the 1 processes"),
+        ({"train.epochs": 0}, "train.epochs=0"),
+    ],
+)
+def test_impossible_settings_are_named(changes, match, prepared_16k, tiny_llm, make_config, tmp_path):
+    from pcgjax.audio_llm import train
+
+    config = make_config({"data.prepared": str(prepared_16k), **changes}, "audio_llm")
+    with pytest.raises(ValueError, match=match):
+        train.train(config, str(tiny_llm), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_recordings(prepared_16k, tiny_llm, make_config, tmp_path):
+    from pcgjax.audio_llm import train
+
+    config = make_config({"data.prepared": str(prepared_16k), "optimizer.learning_rate": 1e30}, "audio_llm")
+    config.optimizer.warmup_steps = 0
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .*recordings: .*smaller --config.optimizer"):
+        train.train(config, str(tiny_llm), tmp_path)
+
+
+def test_a_run_without_a_model_is_named(tmp_path):
+    from pcgjax.audio_llm.train import best_adapter
+
+    with pytest.raises(CheckpointError, match="no trained adapter there"):
+        best_adapter(tmp_path)
