@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.front_end = ml_collections.ConfigDict()
     config.front_end.kind = "none"  # N.S in the paper; or crop, gate: W.S
-    config.front_end.segments = ""  # the folder with a .tsv a recording, that pcgjax.predict wrote
+    config.front_end.segments = ""  # the folder with a .tsv a recording, of states or cycle, that pcgjax.predict wrote
     config.front_end.attenuation_db = 20.0  # of gate, between heartbeats
 
     config.model = ml_collections.ConfigDict()
@@ -75,6 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.batch_recordings = 16  # a step, over all processes
     config.train.accumulate = 1  # a step's recordings go through the model in so many portions
     config.train.checkpoint_steps = 100
+    config.train.log_steps = 10
 
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.batch_recordings = 8

@@ -524,6 +524,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected {argv[1:]}")
     import torch
 
+    if FLAGS.suite == "ssamba":  # the batch's items on devices of their own; of no effect where there is a GPU
+        jax.config.update("jax_num_cpu_devices", bench_ssamba.BATCH)
     measure, summary = SUITES[FLAGS.suite]
     result = measure(FLAGS.prepared, FLAGS.recordings)
     result["system"] = {

@@ -84,12 +84,12 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     results = _results(workdir / "metrics.json")
     config = _json(workdir / "config.json") if (workdir / "config.json").exists() else None
-    history = _history(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else None
+    history = read_history(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else None
     path = workdir / "report.html"
     if "segmentation" in results:
         segmented = _segmented(workdir / "segments.npz") if (workdir / "segments.npz").exists() else None
         sections = _segmentation_sections(results, segmented)
-        sections += [("training", "Training", _training(history)), ("setup", "Setup", _setup(results, config))]
+        sections += [("training", "Training", training_curves(history)), ("setup", "Setup", _setup(results, config))]
         files.write_text(path, page.document(f"Run {workdir.resolve().name}", _subtitle(results["test"]), sections))
         return path
     rows = _predictions(workdir / "predictions.csv") if (workdir / "predictions.csv").exists() else None
@@ -105,7 +105,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     sections = [
         ("scores", "Scores", _headline(test) + _honesty(results, rows)),
         ("curves", "Decisions and probabilities", _decision_figures(test, test_rows)),
-        ("training", "Training", _training(history)),
+        ("training", "Training", training_curves(history)),
         ("databases", "Database by database", _databases(test)),
         ("trivial", "Beside trivial answers", _trivial(results)),
         ("classes", "Class by class", _classes(test)),
@@ -216,7 +216,7 @@ def compare(
     for name, row in zip(names, rows, strict=True):
         path = row.get("history")
         if path is not None and pathlib.Path(path).exists():
-            histories[name] = _history(pathlib.Path(path))
+            histories[name] = read_history(pathlib.Path(path))
         else:
             missing.append(name)
     sections = [
@@ -252,6 +252,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 def _results(path: pathlib.Path) -> dict[str, Any]:
     results = _json(path)
+    if "runs" in results:
+        raise ValueError(f"{path}: of an audio LLM, whose page python -m pcgjax.audio_llm.score draws")
     segmentation = results.get("segmentation")
     if segmentation is not None:
         beside = "always" if isinstance(segmentation, dict) and "always" in segmentation else "metronome"
@@ -267,7 +269,7 @@ def _results(path: pathlib.Path) -> dict[str, Any]:
     return results
 
 
-def _history(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_history(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, checked."""
     history = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -593,7 +595,8 @@ def _reliability(test: Mapping[str, Any]) -> str:
     return page.card("Reliability", figure, f"E{said[1:]}. On the dashed line a probability is what it says.")
 
 
-def _training(history: Sequence[Mapping[str, Any]] | None) -> str:
+def training_curves(history: Sequence[Mapping[str, Any]] | None) -> str:
+    """Loss and validation score by step, as HTML; history: of `read_history`."""
     if not history:
         return page.absent("No curves: the run left no metrics.jsonl.")
     train, validation = (_curve(history, split, "loss") for split in ("train", "validation"))

@@ -9,6 +9,7 @@ import collections
 import json
 import logging as std_logging
 import pathlib
+from collections.abc import Iterable
 
 import jax
 import ml_collections
@@ -106,10 +107,14 @@ def plain_config(config: ml_collections.ConfigDict) -> dict:
     return json.loads(config.to_json_best_effort())
 
 
-def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path) -> None:
-    """A resumed run may train longer and log or stream otherwise, but must be the same experiment."""
+def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Iterable[tuple[str, str]] = ()) -> None:
+    """A resumed run may train longer and log or stream otherwise, but must be the same experiment.
+
+    also_free: more (part, field) that may change.
+    """
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
             ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from")}  # fmt: skip
+    free |= set(also_free)
     if now["optimizer"].get("schedule", "constant") != "constant":
         free.discard(("train", "epochs"))  # the schedule ends with them
     for part in now:

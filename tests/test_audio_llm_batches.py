@@ -61,7 +61,27 @@ def test_segments_are_read_by_recording(corpus, make_config, tmp_path):
     assert set(batches.lengths_heard(source)) == {round(0.4 * RATE)}
     (tmp_path / f"{corpus.rows[0]['id']}.tsv").write_text("0.0\t0.2\t1\n0.2\t0.4\t4\n")
     with pytest.raises(ValueError, match="line 2: diastole follows S1"):
-        source.read(0)
+        batches.make_source(corpus, config.front_end)
+
+
+def test_sounds_are_no_heartbeats(corpus, make_config, tmp_path):
+    """What a segmenter of the target `sounds` writes: a murmur lies between them."""
+    for row in corpus.rows:
+        spans = [(0.0, 0.1, 1), (0.1, 0.3, 0), (0.3, 0.4, 1), (0.4, 0.9, 0)]
+        segmentation.write_tsv(spans, tmp_path / f"{row['id']}.tsv")
+    config = make_config({"front_end.kind": "crop", "front_end.segments": str(tmp_path)}, "audio_llm")
+    with pytest.raises(ValueError, match=r"0.10 s: sounds, not heartbeats"):
+        batches.make_source(corpus, config.front_end)
+
+
+def test_swapped_audio_is_as_long_as_ones_own(corpus, make_config):
+    source = batches.make_source(corpus, make_config({}, "audio_llm").front_end)
+    there = len(source.read(1))
+    for begin, long in ((0, 20000), (30000, 20000), (0, there - 1), (0, there + 5)):
+        found = batches._swapped(batches.Asked(0, begin, begin + long, ()), 1, source)
+        assert found.recording == 1
+        assert found.end - found.begin == min(long, there)
+        assert 0 <= found.begin < found.end <= there
 
 
 @pytest.mark.parametrize(

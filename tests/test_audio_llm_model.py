@@ -53,9 +53,7 @@ def perturbed(model):
 @pytest.mark.parametrize("seconds", [0.0401, 0.07, 1.0, 1.23456, 29.98, 30.0])
 def test_the_clips_own_mel_is_that_of_the_padded_clip(loaded, seconds):
     extractor, [clip] = loaded[1].feature_extractor, clips(seconds)
-    padded = extractor([clip], sampling_rate=llm.RATE_HZ, padding="max_length", return_tensors="np")["input_features"][
-        0
-    ]
+    padded = extractor([clip], sampling_rate=llm.RATE_HZ, padding="max_length", return_tensors="np")
     own = llm.mel_of_clip(extractor, clip)
     assert own.shape[1] == min(2 * llm.positions(len(clip)) + 2, 3000)
     np.testing.assert_allclose(own, padded["input_features"][0][:, : own.shape[1]], atol=1e-5)
@@ -75,7 +73,7 @@ def test_the_fast_pass_is_the_documented_one(tiny_llm, seconds, attention, share
             model, processor, [clip for clip in heard for _ in QUESTIONS], list(QUESTIONS) * len(heard)
         )
     assert plain.abs().max() > 1
-    torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(fast, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-5)
     assert (plain[0] - plain[1]).abs().max() > 0.01
 
 
@@ -123,12 +121,20 @@ def test_compiled_layers_and_checkpointing_change_nothing(tiny_llm, what):
         model, processor = llm.load(tiny_llm, "float32", "sdpa")
         torch.manual_seed(0)  # of LoRA's first matrices
         model = perturbed(llm.add_lora(model, LORA)).train()
+        inner, passes = llm.base_of(model).model, []
+        for layers in (inner.audio_tower.layers, inner.language_model.layers):
+            if changed == "compiled":  # the graphs alone: see `train.train` on what this compiler makes of them on CPUs
+                for layer in layers:
+                    layer.compile(backend="aot_eager")
+            else:
+                # What a layer does within is done again; hooks of its own stay outside.
+                layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
         if changed == "checkpointing":
             llm.checkpoint_activations(model)
         batch = batch_of(processor, clips(0.5), [QUESTIONS])
-        answerer = llm.Answerer(model, compile_layers=changed == "compiled")
-        loss = torch.nn.functional.cross_entropy(answerer(batch), batch.letters_Q)
+        loss = torch.nn.functional.cross_entropy(llm.Answerer(model)(batch), batch.letters_Q)
         loss.backward()
+        assert len(passes) == {"checkpointing": 4, "compiled": 0, "": 2}[changed]
         return loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
 
     (loss, plain), (other, others) = gradients(""), gradients(what)
@@ -137,13 +143,30 @@ def test_compiled_layers_and_checkpointing_change_nothing(tiny_llm, what):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
-def test_bfloat16_stays_near_float32(tiny_llm):
-    answers = []
+@pytest.mark.slow
+def test_compiled_answers_are_the_same(tiny_llm):
+    model, processor = llm.load(tiny_llm, "float32", "sdpa")
+    batch = batch_of(processor, clips(0.5), [QUESTIONS])
+    with torch.no_grad():
+        plain = llm.Answerer(model)(batch)
+        torch.testing.assert_close(llm.Answerer(model, compile_layers=True)(batch), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_training_in_bfloat16_has_float32s_gradients(tiny_llm):
+    """As the trainer does it: frozen weights in bfloat16, adapters in float32, autocast."""
+    gradients = []
     for dtype in ("float32", "bfloat16"):
         model, processor = llm.load(tiny_llm, dtype, "sdpa")
-        with torch.no_grad():
-            answers.append(llm.Answerer(model)(batch_of(processor, clips(1.0), [QUESTIONS])))
-    assert (answers[0] - answers[1]).abs().max() < 0.1 * answers[0].abs().max()
+        torch.manual_seed(0)
+        model = perturbed(llm.add_lora(model, LORA)).train()
+        batch = batch_of(processor, clips(0.5), [QUESTIONS])
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = llm.Answerer(model)(batch)
+        torch.nn.functional.cross_entropy(logits, batch.letters_Q).backward()
+        weights = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in weights} == {torch.float32}
+        gradients.append(torch.cat([p.grad.flatten() for p in weights]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
 
 
 def test_an_adapter_comes_back(tiny_llm, tmp_path):
@@ -170,6 +193,12 @@ def test_an_adapter_of_another_base_is_refused(tiny_llm, tmp_path):
     other = llm.load(make_tiny(tmp_path / "other", seed=1), "float32", "sdpa")[0]
     with pytest.raises(llm.ModelError, match="trained on other base weights"):
         llm.with_adapter(other, tmp_path / "adapter")
+    # A checkpoint that an adapter was merged into is another one too, whatever that adapter was put into.
+    with torch.no_grad():
+        merged = llm.load(tiny_llm, "float32", "sdpa")[0]
+        merged.model.language_model.layers[1].self_attn.q_proj.weight.mul_(1.01)
+    with pytest.raises(llm.ModelError, match="trained on other base weights"):
+        llm.with_adapter(merged, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(llm.ModelError, match="pickled file, which is not opened"):
@@ -178,13 +207,13 @@ def test_an_adapter_of_another_base_is_refused(tiny_llm, tmp_path):
 
 def test_each_part_can_be_left_out(tiny_llm):
     for part in ("audio_tower", "projector", "llm"):
-        lora = ConfigDict(LORA | {name: name == part for name in ("audio_tower", "projector", "llm")})
+        lora = ConfigDict({**LORA, **{name: name == part for name in ("audio_tower", "projector", "llm")}})
         model = llm.add_lora(llm.load(tiny_llm, "float32", "sdpa")[0], lora)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         of = {"audio_tower": "audio_tower", "projector": "multi_modal_projector", "llm": "language_model"}[part]
         assert names
         assert all(of in name for name in names)
-    nothing = ConfigDict(LORA | dict.fromkeys(("audio_tower", "projector", "llm"), False))
+    nothing = ConfigDict({**LORA, **dict.fromkeys(("audio_tower", "projector", "llm"), False)})
     with pytest.raises(llm.ModelError, match="nothing would be trained"):
         llm.add_lora(llm.load(tiny_llm, "float32", "sdpa")[0], nothing)
 
@@ -222,10 +251,12 @@ def test_folders_that_are_no_model_are_refused(tiny_llm, tmp_path):
     refused("model_type is 'bert'", config(model_type="bert"))
     refused("as \\*.safetensors, found none", lambda f: (f / "model.safetensors").unlink())
     refused("only pytorch_model.bin, pickled", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"))
+    refused("no JSON object", lambda f: (f / "config.json").write_text("[1]"))
+    refused("cannot be loaded", lambda f: (f / "model.safetensors").write_bytes(b"cut"))
     name = "audio_tower.layers.0.fc1.weight"
     find = lambda tensors: next(key for key in tensors if key.endswith(name))
     refused("1 weights are missing.*layers.0.fc1", weights(lambda w: w.pop(find(w))))
-    refused("layers.0.fc1", weights(lambda w: w.update({find(w): torch.zeros(3, 3)})))
+    refused("cannot be loaded", weights(lambda w: w.update({find(w): torch.zeros(3, 3)})))
 
 
 def test_a_letter_of_several_tokens_is_refused(loaded):
@@ -252,7 +283,7 @@ def test_padding_on_the_right_is_refused(loaded):
 
 def test_clips_that_are_too_short_or_too_long_are_refused(loaded):
     assert llm.positions(llm.shortest()) == 2
-    with pytest.raises(llm.TooShortError, match="20 ms: shorter than one audio token"):
+    with pytest.raises(llm.TooShortError, match="20 ms: one audio token needs 20"):
         llm.positions(llm.shortest() - 1)
     with pytest.raises(ValueError, match=r"30.01 s: Qwen2-Audio hears 30 s"):
         llm.positions(round(30.01 * llm.RATE_HZ))

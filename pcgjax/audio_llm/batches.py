@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import pathlib
@@ -18,12 +19,13 @@ import tqdm
 from pcgjax import segmentation
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
-from pcgjax.datasets import DIASTOLE, UNANNOTATED
+from pcgjax.datasets import DIASTOLE, S1, UNANNOTATED
 from pcgjax.input_pipeline import Corpus, epoch_order
 from pcgjax.runs import EVALUATION, ORDER, STEP
 
 FRONT_ENDS = ("none", "crop", "gate")
 _RAMP_S = 0.01  # over which a gate opens, and cropped heartbeats are joined
+_SHORTEST_BEAT_S = 0.2  # from S1 to the end of S2
 _BUCKETS = 8  # batches whose recordings are sorted by length, so that a batch's clips are about as long
 
 
@@ -103,10 +105,19 @@ class Source:
         spans = segmentation.read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv")
         return heard(samples, spans, self.kind, self.corpus.sample_rate_hz, self.attenuation_db)
 
+    def digest(self) -> str:
+        """Of the segments that the front end goes by."""
+        found = hashlib.sha256(self.kind.encode())
+        if self.segments is not None:
+            for row in self.corpus.rows:
+                found.update((self.segments / f"{row['id']}.tsv").read_bytes())
+        return found.hexdigest()
+
 
 def make_source(corpus: Corpus, front_end: ml_collections.ConfigDict) -> Source:
     """Raises:
-    ValueError: another rate than 16 kHz, an unknown front end, no folder of segments, recordings without a .tsv.
+    ValueError: another rate than 16 kHz, an unknown front end, no folder of segments, a recording whose .tsv is not
+      there, cannot be read, or holds sounds instead of states or cycles.
     """
     if corpus.sample_rate_hz != llm.RATE_HZ:
         raise ValueError(
@@ -129,6 +140,13 @@ def make_source(corpus: Corpus, front_end: ml_collections.ConfigDict) -> Source:
         raise ValueError(
             f"{folder}: {len(lacking)} of {len(corpus.rows)} recordings have no .tsv there, such as {lacking[0]}.tsv; "
             "segment them all"
+        )
+    spans = [span for row in corpus.rows for span in segmentation.read_tsv(folder / f"{row['id']}.tsv")]
+    beats_s = [end_s - start_s for start_s, end_s, state in spans if state == S1]
+    if not any(state > S1 for *_, state in spans) and beats_s and np.median(beats_s) < _SHORTEST_BEAT_S:
+        raise ValueError(
+            f"{folder}: its spans last {np.median(beats_s):.2f} s: sounds, not heartbeats, and a murmur lies between "
+            "them; segment with --config.task.frames=states or cycle"
         )
     return Source(corpus, kind, folder, front_end.attenuation_db)
 
@@ -183,7 +201,7 @@ class Asked:
 
 
 class Tokenizer:
-    """Questions as token ids; what stands before the audio and each option recur, so they are kept."""
+    """Questions as token ids, and the letter's."""
 
     def __init__(self, processor: Any):
         self.processor, self.letters = processor, llm.letter_ids(processor)
@@ -230,7 +248,8 @@ def evaluation_clips(
     config: ml_collections.ConfigDict, source: Source, lengths: np.ndarray, indices: np.ndarray, clip_s: float
 ) -> list[Asked]:
     """All questions on all of these recordings, the same every time; of a longer one each window is asked them all."""
-    q, words = config.questions, key_words(config.seed, EVALUATION)
+    # The same whatever the run's seed, so that runs can be compared.
+    q, words = config.questions, key_words(0, EVALUATION)
     found = []
     for index in indices:
         asked = tuple(mc.questions([source.corpus.rows[index]], words, tasks_of(q.tasks), q.sites, q.padding))
@@ -252,7 +271,7 @@ def lengths_heard(source: Source) -> np.ndarray:
     short = np.flatnonzero(found < llm.shortest())
     if len(short):
         raise ValueError(
-            f"{len(short)} recordings are shorter than one audio token (40 ms) behind front_end.kind={source.kind}, "
+            f"{len(short)} recordings are too short for one audio token (20 ms) behind front_end.kind={source.kind}, "
             f"such as {source.corpus.rows[short[0]]['id']}: leave them out"
         )
     return found
@@ -287,9 +306,9 @@ def ask_all(
     # Clips of like length together, every process as many batches: FSDP's forward passes are made by all at once.
     order = np.argsort([one.end - one.begin for one in asked], kind="stable")
     batch = config.evaluation.batch_recordings
-    mine = [order[i : i + batch] for i in range(0, len(order), batch)]
-    rounds = -(-len(mine) // world)
-    mine = [mine[min(i * world + rank, len(mine) - 1)] for i in range(rounds)]
+    everybodys = [order[i : i + batch] for i in range(0, len(order), batch)]
+    rounds = -(-len(everybodys) // world)
+    mine = [everybodys[min(i * world + rank, len(everybodys) - 1)] for i in range(rounds)]
     make = lambda n: batch_of([asked[i] for i in mine[n]], source, tokenize, config.model.share_prefix)
     letters = torch.tensor(tokenize.letters, device=device)
     training, found = answerer.training, dict[tuple[int, int], np.ndarray]()
@@ -320,9 +339,11 @@ def ask_all(
 
 
 def _swapped(one: Asked, other: int, source: Source) -> Asked:
-    """The same questions on as much of another recording's audio as there is."""
-    begin, end = windows(len(source.read(other)), min((one.end - one.begin) / llm.RATE_HZ, llm.CLIP_S))[0]
-    return Asked(other, begin, end, one.questions)
+    """The same questions on as long a stretch of another recording, or on all of it where it is shorter."""
+    there = len(source.read(other))
+    long = min(one.end - one.begin, there)
+    begin = min(one.begin, there - long)
+    return Asked(other, begin, begin + long, one.questions)
 
 
 def process() -> tuple[int, int]:

@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
 from pcgjax.audio_llm.questions import LETTERS
@@ -39,6 +40,30 @@ class ModelError(ValueError):
 # ------------------------------------------------------------------------------------------------------ loading
 
 
+def check(folder: str | pathlib.Path, dtype: str) -> pathlib.Path:
+    """The folder, when it looks like a checkpoint of Qwen2-Audio; nothing large is read.
+
+    Raises:
+      ModelError: as `load`.
+    """
+    folder = pathlib.Path(folder)
+    if dtype not in ("float32", "bfloat16"):
+        raise ModelError(f"model.dtype={dtype!r}: choose float32 or bfloat16")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json there; --model takes a local folder with a Qwen2-Audio checkpoint")
+    try:
+        kind = dict(json.loads((folder / "config.json").read_text())).get("model_type")
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder}/config.json: no JSON object: {error}") from None
+    if kind != "qwen2_audio":
+        raise ModelError(f"{folder}/config.json: model_type is {kind!r}; only qwen2_audio is understood here")
+    if not any(folder.glob("*.safetensors")):
+        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+        found = f"only {', '.join(sorted(pickled))}, pickled files that are not opened here" if pickled else "none"
+        raise ModelError(f"{folder}: need weights as *.safetensors, found {found}; download those of the checkpoint")
+    return folder
+
+
 def load(folder: str | pathlib.Path, dtype: str, attention: str, device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """(Qwen2AudioForConditionalGeneration without gradients, its processor) of a local folder.
 
@@ -50,28 +75,14 @@ def load(folder: str | pathlib.Path, dtype: str, attention: str, device: str | t
     import transformers
 
     loaded: Any
-    folder = pathlib.Path(folder)
-    if dtype not in ("float32", "bfloat16"):
-        raise ModelError(f"model.dtype={dtype!r}: choose float32 or bfloat16")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json there; --model takes a local folder with a Qwen2-Audio checkpoint")
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except ValueError as error:
-        raise ModelError(f"{folder}/config.json: not JSON: {error}") from None
-    if kind != "qwen2_audio":
-        raise ModelError(f"{folder}/config.json: model_type is {kind!r}; only qwen2_audio is understood here")
-    if not any(folder.glob("*.safetensors")):
-        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-        found = f"only {', '.join(sorted(pickled))}, pickled files that are not opened here" if pickled else "none"
-        raise ModelError(f"{folder}: need weights as *.safetensors, found {found}; download those of the checkpoint")
+    folder = check(folder, dtype)
     try:
         loaded = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True,
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:400]}") from None
     model, told = loaded
     lacking = sorted({*told["missing_keys"], *told["unexpected_keys"], *map(str, told["mismatched_keys"])})
@@ -99,11 +110,12 @@ def letter_ids(processor: Any) -> list[int]:
 
 def fingerprint(model: Any) -> str:
     """Which base weights a model without adapter has, whatever layout and type they were stored in."""
-    digest = hashlib.sha256(str(sorted((name, tuple(p.shape)) for name, p in model.named_parameters())).encode())
-    inner = model.model
-    for weight in (inner.audio_tower.conv1.weight, inner.multi_modal_projector.linear.weight,
-                   inner.language_model.embed_tokens.weight, model.lm_head.weight):  # fmt: skip
-        digest.update(weight.detach()[:64].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(p.shape)}".encode())
+        # Some numbers of every weight: a merged adapter may have changed any of them.
+        some = p.detach().reshape(-1)[:: max(p.numel() // 256, 1)]
+        digest.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -182,7 +194,7 @@ def with_adapter(model: Any, folder: str | pathlib.Path) -> Any:
         raise ModelError(f"{folder}: trained on other base weights ({theirs}) than --model has ({base}); give its own")
     try:
         found: Any = peft.PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not fit this model: {' '.join(str(error).split())[:300]}") from None
     found.base_fingerprint = base
     return found.eval()
@@ -210,7 +222,7 @@ def positions(samples: int) -> int:
     if samples > CLIP_S * RATE_HZ:
         raise ValueError(f"a clip of {samples / RATE_HZ:.2f} s: Qwen2-Audio hears {CLIP_S:g} s, divide it into windows")
     if frames < 3:
-        raise TooShortError(f"a clip of {samples / RATE_HZ * 1000:.0f} ms: shorter than one audio token, 40 ms")
+        raise TooShortError(f"a clip of {samples / RATE_HZ * 1000:.0f} ms: one audio token needs 20")
     return (frames - 1) // 2 + 1
 
 
@@ -314,6 +326,7 @@ def make_batch(
             letters.append(letter)
     length = -(-max(len(tokens) for tokens, _, _ in rows) // multiple) * multiple
     filled = [np.full((len(rows), length), value, np.int64) for value in (pad_token, 0, _PAD)]
+    filled[1][:] = np.arange(length)  # positions that began anew in the padding would be taken for packed sequences
     for i, row in enumerate(rows):
         for array, values in zip(filled, row, strict=True):
             array[i, : len(values)] = values

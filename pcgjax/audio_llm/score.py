@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from absl import app, flags, logging
 
-from pcgjax import datasets, evaluate, files, input_pipeline, metrics, page, runs, splits
+from pcgjax import datasets, evaluate, files, input_pipeline, metrics, page, report, runs, splits
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
@@ -322,13 +323,14 @@ def judge_run(
     config: ml_collections.ConfigDict,
     device: torch.device,
     workdir: str | pathlib.Path,
+    split: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Judges a training run on its test part, in all its processes at once, of which the first writes metrics.json,
     predictions.csv and report.html to the workdir. Returns what metrics.json says."""
     workdir = pathlib.Path(workdir)
     run = Run(workdir.resolve().name, answerer, processor, config, device)
     result, rows = score_part(run, source, lengths, parts, "test")
-    result["split"] = _about(runs.load_data(config, workdir)[2])
+    result["split"] = _about(split)
     if batches.process()[0] > 0:
         return {"runs": {run.name: metrics.json_ready(result)}}
     return write(workdir, [result], rows)
@@ -360,33 +362,44 @@ def score_part(
             "what config.questions.tasks asks for, as circor's have"
         )
     patients = patients_of([corpus.rows[i] for i in sorted({one.recording for one in every})])
-    words = batches.key_words(seed, batches.EVALUATION)
+    words = batches.key_words(0, batches.EVALUATION)
     q = config.questions
     tasks = batches.tasks_of(q.tasks)
     train = mc.questions([corpus.rows[i] for i in parts.get("train", ())], words, tasks, q.sites, q.padding)
     trivial = mc.trivial(train, list({question.id: question for one in asked for question in one.questions}.values()))
     own = {question.id for one in asked for question in one.questions}
 
-    def judged(name: str, swap: Mapping[int, int] | None) -> tuple[dict, list[dict], list[batches.Answer]]:
+    def ask(clips: Sequence[batches.Asked], name: str, swap: Mapping[int, int] | None) -> list[batches.Answer]:
         with _precision(run):
-            answers = batches.ask_all(
-                run.answerer, source, every, batches.Tokenizer(run.processor), config, run.device, swap, name
+            return batches.ask_all(
+                run.answerer, source, clips, batches.Tokenizer(run.processor), config, run.device, swap, name
             )
+
+    def judged(name: str, answers: list[batches.Answer]) -> tuple[dict, list[dict], list[batches.Answer]]:
         at = [answer for answer in answers if answer.question.id in own]
         elsewhere = [answer for answer in answers if answer.question.id not in own]
         rows = [_prediction(run.name, name, answer) for answer in at]
         rows += [_prediction(run.name, f"{name}, murmur not heard at this site", answer) for answer in elsewhere]
         return judge(at, trivial, patients, resamples, seed, elsewhere), rows, at
 
-    test, rows, answers = judged(part, None)
-    control = None
-    if len({patient.person for patient in patients.values()}) > 1:
-        control, more, _ = judged(
-            "shuffled audio", swapped(corpus.rows, sorted({one.recording for one in every}), seed)
-        )
+    test, rows, answers = judged(part, ask(every, part, None))
+    # A murmur's features are asked on the audio of somebody else who has a murmur, its presence on anybody else's.
+    of_murmur, of_features = (
+        [dataclasses.replace(one, questions=kept) for one in every
+         if (kept := tuple(q for q in one.questions if (q.task == "murmur") == murmur))]
+        for murmur in (True, False)
+    )  # fmt: skip
+    control, told = None, []
+    for clips, name in ((of_murmur, "shuffled audio, murmur"), (of_features, "shuffled audio, features")):
+        recordings = sorted({one.recording for one in clips})
+        if len({(corpus.rows[i]["database"], corpus.rows[i]["person"]) for i in recordings}) > 1:
+            told += ask(clips, name, swapped(corpus.rows, recordings, seed))
+    if told:
+        control, more, _ = judged("shuffled audio", told)
         rows += more
     found = None
-    if config.get("parallel") is None or config.parallel.fsdp == 1:  # `generate` needs the weights in one piece
+    # `generate` needs the weights in one piece.
+    if not any(hasattr(p, "full_tensor") for p in run.answerer.parameters()):
         with _precision(run):
             found = agreement(run.answerer.model, run.processor, source, asked, answers, _GENERATED)
     result = {
@@ -752,13 +765,14 @@ def write(
         writer = csv.DictWriter(file, PREDICTION_FIELDS)
         writer.writeheader()
         writer.writerows(predictions)
-    judged = list(said["runs"].values())
+    judged, log = list(said["runs"].values()), out / "metrics.jsonl"
     shown = "".join(_html(table) for table in tables(judged))
     sections = [
         ("scores", "Scores", "".join(map(_headline, judged))),
         ("tasks", "Task by task", _task_by_task(judged)),
         ("tables", "Beside the paper's figures", shown),
         ("letters", "Letters", _letters(judged)),
+        *([("training", "Training", report.training_curves(report.read_history(log)))] if log.exists() else []),
         ("setup", "Setup", _setup(judged)),
     ]
     counted = page.count(len(judged), "run") + " · " + page.count(judged[0]["test"]["people"], "person", "people")
