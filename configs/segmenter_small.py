@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.frozen = ()
 
     config.train = ml_collections.ConfigDict()
-    config.train.epochs = 8
+    config.train.epochs = 16
     config.train.batch_recordings = 8
     config.train.balance = "none"
     config.train.checkpoint_steps = 500

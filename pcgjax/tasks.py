@@ -212,6 +212,11 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         raise ValueError(f"task.frames={target!r}: choose one of {', '.join(segmentation.TARGETS)}")
     if not 0 <= f.stretch < 1 or (f.stretch and config.model.name == "ssamba"):
         raise ValueError(f"features.stretch={f.stretch}: at least 0 and below 1, and 0 with model.name=ssamba")
+    if not f.response_db >= 0 or (config.model.name == "ssamba" and (f.response_db or f.noise)):
+        raise ValueError(
+            f"features.response_db={f.response_db}, features.noise={f.noise}: at least 0, and with model.name=ssamba 0 "
+            "and False: they are of frames whose level was taken off"
+        )
     hop, halo = frame_hop(config, sample_rate_hz)
     window = round(f.window_s * sample_rate_hz) // hop * hop
     if window < hop:
@@ -477,7 +482,7 @@ def recoloured(key: jax.Array, x_BxTxF: jax.Array, real_BxT: jax.Array, response
     A frequency response that varies slowly over the bands, `response_db` dB its standard deviation at the edges;
     with `noise`, stationary noise of another such colour, from inaudible to as loud as the mean frame.
     """
-    if not response_db:
+    if not response_db and not noise:
         return x_BxTxF
     batch, _, bands = x_BxTxF.shape
     response_key, colour_key, level_key, power_key = jax.random.split(key, 4)

@@ -112,6 +112,7 @@ SMALL_SEGMENTER = {
     "features.masked_bands": 0,
     "features.stretch": 0.0,
     "features.response_db": 0.0,
+    "features.noise": False,
     "split.fractions": (0.65, 0.15, 0.2),  # 21 recordings to train: whole batches only, so one shape
     "features.window_s": 1.0,
     "features.n_fft": 64,

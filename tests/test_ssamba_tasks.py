@@ -108,6 +108,7 @@ def test_tokens_are_at_the_frames_that_they_are_judged_by():
         ("segmenter", {}, 2000, "hears 16000 Hz, the data are prepared at 2000"),
         ("segmenter", {"features.step_s": 0.025}, RATE_HZ, "features.step_s=0.025"),
         ("segmenter", {"features.stretch": 0.1}, RATE_HZ, "features.stretch=0.1"),
+        ("segmenter", {"features.noise": True}, RATE_HZ, "features.noise=True"),
         ("ssamba_pretrain", {}, 2000, "hears 16000 Hz, the data are prepared at 2000"),
         ("ssamba_pretrain", {"features.window_s": 0.1}, RATE_HZ, "features.window_s=0.1: shorter than a patch"),
     ],

@@ -201,6 +201,33 @@ def test_masked_bands_are_neighbours():
     assert tasks.masked_bands(jax.random.key(0), x, 0) is x
 
 
+def test_another_stethoscope_changes_bands_and_not_time():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(300, 20, 32)), jnp.float32)
+    real = jnp.arange(20)[None] < jnp.asarray(rng.integers(5, 21, 300))[:, None]
+    y = np.asarray(tasks.recoloured(jax.random.key(0), x, real, 6.0, noise=False))
+    assert (y[~np.asarray(real)] == 0).all()
+    change = np.where(np.asarray(real)[..., None], y - np.asarray(x), np.nan)
+    assert np.nanmax(np.nanstd(change, 1)) < 1e-5  # the same in all frames
+    response = np.nanmean(change, 1)
+    response -= response.mean(1, keepdims=True)
+    db = response * 20 / np.log(10)
+    assert 4 < db[:, 0].std() < 8
+    assert np.abs(np.diff(db)).max() < 6  # slowly from band to band
+    np.testing.assert_allclose([y[i, np.asarray(real)[i]].mean() for i in range(9)], 0, atol=1e-5)
+    assert tasks.recoloured(jax.random.key(0), x, real, 0.0, noise=False) is x
+
+
+def test_noise_hides_what_is_soft_and_not_what_is_loud():
+    x = jnp.tile(jnp.where(jnp.arange(40)[:, None] % 4 == 0, 3.0, -3.0), (200, 1, 32))
+    y = np.asarray(tasks.recoloured(jax.random.key(0), x, jnp.ones((200, 40), bool), 0.0, noise=True))
+    loud, soft = y[:, ::4].mean((1, 2)), np.delete(y, np.s_[::4], 1).mean((1, 2))
+    distance = loud - soft
+    assert distance.min() > 1  # the sounds stay
+    assert distance.max() > 5  # at some levels nothing is hidden
+    assert (distance < 5).mean() > 0.3  # at others much is
+
+
 def test_stretched_frames_are_the_recordings_own():
     x = jnp.arange(1.0, 101)[None, :, None].repeat(64, 0)
     real = jnp.arange(100)[None].repeat(64, 0) < 90
