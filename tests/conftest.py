@@ -14,6 +14,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Before JAX is imported. Programs compiled by one test serve the others and the processes that they start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Each worker has a core; PyTorch would start threads for all of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="pcgjax-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -85,7 +85,7 @@ def test_a_run_leaves_what_others_read(trained):
         assert np.isfinite(weight).all()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(words, trained, number, tmp_path):
     from pcgjax.audio_llm.train import newest
 
@@ -123,7 +123,7 @@ def wait_for_a_checkpoint(workdir: pathlib.Path, process: subprocess.Popen) -> N
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_does_and_one_goes_on(words, fsdp, tmp_path):
     words = [*words, "--config.lora.dropout=0.0"]
     alone, two = tmp_path / "alone", tmp_path / "two"

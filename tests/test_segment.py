@@ -390,7 +390,7 @@ BAD = [
     ({"train.select": "auc"}, "train.select='auc': choose one of loss, accuracy"),
     ({"task.frames": "beats"}, "task.frames='beats'"),
     ({"features.window_s": 60.0}, "features.window_s=60.0: longer than every recording"),
-    ({"split.kind": "paper301"}, "kind paper301 draws recordings by class: it needs a target"),
+    ({"split.kind": "paper301"}, "kind paper301 draws recordings of two classes"),
 ]
 
 
