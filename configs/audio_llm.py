@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 -m pcgjax.audio_llm.train --config=configs/audio_llm.py --model=DIR \
         --workdir=runs/audio_llm --config.data.prepared=data/circor_16k
 
---model is a local copy of Qwen/Qwen2-Audio-7B-Instruct; one GPU of 80 GB trains it. Time there: not measured.
+--model is a local copy of Qwen/Qwen2-Audio-7B-Instruct; memory and time on a GPU: not measured.
 """
 
 import ml_collections
@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dtype = "bfloat16"  # of the frozen weights; float32
     config.model.attention = "sdpa"  # eager, or flash_attention_2 with share_prefix=False
     config.model.share_prefix = True  # a clip's questions stand behind one copy of prompt and audio
-    config.model.checkpointing = False  # recompute activations in the backward pass: less memory, a third slower
+    config.model.checkpointing = False  # recompute activations in the backward pass: less memory, more time
     config.model.compile = False  # torch.compile, a layer at a time
 
     config.lora = ml_collections.ConfigDict()

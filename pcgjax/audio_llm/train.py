@@ -177,9 +177,9 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
         raise ValueError("data.shuffle_labels: pcgjax.audio_llm.score has a control of its own, shuffled audio")
     if not 1 <= config.parallel.fsdp <= world or world % config.parallel.fsdp:
         raise ValueError(f"parallel.fsdp={config.parallel.fsdp}: must divide the {world} processes")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0)
-    device = device if torch.cuda.is_available() else torch.device("cpu")
-
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if config.model.compile and device.type == "cpu":
         # Seen with torch 2.13: 6 % off in the encoder's first layer, where aot_eager's graphs agree to 1e-6.
         raise ValueError("model.compile=True: PyTorch's compiler gives wrong gradients on CPUs; use it on a GPU")
@@ -278,15 +278,15 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
     def made(step: int) -> tuple[list, np.ndarray]:
         """This process' portions of a step, and all the step's recordings."""
         epoch, nth = divmod(step, steps_an_epoch)
-        order = batches.order_of_epoch(train_ids, lengths, config.seed, epoch, t.batch_recordings, portions)[nth]
+        divided = batches.order_of_epoch(train_ids, lengths, config.seed, epoch, t.batch_recordings, portions)[nth]
         tensors = []
-        for ids in order[rank * t.accumulate : (rank + 1) * t.accumulate]:
+        for ids in divided[rank * t.accumulate : (rank + 1) * t.accumulate]:
             real = ids[ids >= 0]
             # A process without recordings goes through the motions, its loss counts nothing.
             clips = batches.training_clips(config, source, lengths, real if len(real) else train_ids[:1], step)
             batch = batches.batch_of(clips, source, tokenize, config.model.share_prefix, multiple)
             tensors.append((batch.pinned() if device.type == "cuda" else batch, bool(len(real))))
-        return tensors, order[order >= 0]
+        return tensors, divided[divided >= 0]
 
     def validate(step: int, epoch: int) -> None:
         clips = batches.evaluation_clips(config, source, lengths, parts["validation"], config.data.clip_s)
@@ -325,7 +325,7 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(at, last_step, o.learning_rate, o.warmup_steps)
             mine = torch.zeros(4, dtype=torch.float64)
-            for n, (batch, counts_) in enumerate(tensors):
+            for n, (batch, asked_here) in enumerate(tensors):
                 quiet = contextlib.nullcontext()
                 if wrapped is not answerer and n + 1 < len(tensors):
                     quiet = wrapped.no_sync()
@@ -333,10 +333,10 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
                     batch = batch.to(device)
                     with precision:
                         logits = wrapped(batch)
-                    loss = torch.nn.functional.cross_entropy(logits, batch.letters_Q, reduction="sum") * counts_
+                    loss = torch.nn.functional.cross_entropy(logits, batch.letters_Q, reduction="sum") * asked_here
                     # Processes average their gradients: the mean over all the step's questions.
                     (loss * (world / asked)).backward()
-                right = (logits.argmax(-1) == batch.letters_Q).sum() * counts_
+                right = (logits.argmax(-1) == batch.letters_Q).sum() * asked_here
                 mine[:2] += torch.stack([loss.detach().double(), right.double()]).cpu()
             mine[2:] = torch.tensor([sum(len(b.letters_Q) * c for b, c in tensors), len(stopped)])
             if world > 1:
