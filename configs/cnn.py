@@ -11,6 +11,8 @@ own, and sets them beside the paper's numbers in report.html and table.json. Sco
 
 import ml_collections
 
+from pcgjax import population
+
 NOISE_SNR_DB = 10.0  # of the sweep's noisy half; the paper does not state it
 
 
@@ -52,6 +54,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.filters = (16, 32)
     config.model.kernel_size = 5
     config.model.hidden = 64
+    config.model.bfloat16 = False  # of the model's arithmetic; parameters stay float32
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "sgd"
@@ -60,7 +63,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 30
-    config.train.batch_recordings = 1
+    config.train.batch_recordings = 1  # a step, over all devices
+    config.train.accumulate = 1  # a device's recordings of a step go through the model in so many portions
+    config.train.remat = "none"  # what the backward pass finds: none: all; dots: products; full: nothing
     config.train.balance = "none"  # none, class, database_class: groups drawn equally often
     config.train.checkpoint_steps = 500
     config.train.select = "auc"  # the validation metric whose best epoch is kept
@@ -74,11 +79,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.parallel.strategy = "jit"  # jit over a (data, fsdp) mesh, or pmap
     config.parallel.fsdp = 1  # devices that share one copy of the parameters
 
-    config.sweep = ml_collections.ConfigDict()  # name of a run -> the fields in which it differs
+    config.profile = ml_collections.ConfigDict()
+    config.profile.start = 0  # the first step of a trace in WORKDIR/profile
+    config.profile.steps = 0  # of the trace; 0: none
+
+    config.sweep = population.fields(config)  # values with commas between: a member of a population for each
+    config.variants = ml_collections.ConfigDict()  # name of a run -> the fields in which it differs
     if variant == "sweep":
         noise, none = {"noise_snr_db": NOISE_SNR_DB}, {"filter": "none"}
-        config.sweep.no_filter = {"features": none}
-        config.sweep.no_filter_noise = {"features": none | noise}
-        config.sweep.filter = {"features": {"filter": "zero_phase"}}
-        config.sweep.filter_noise = {"features": {"filter": "zero_phase"} | noise}
+        config.variants.no_filter = {"features": none}
+        config.variants.no_filter_noise = {"features": none | noise}
+        config.variants.filter = {"features": {"filter": "zero_phase"}}
+        config.variants.filter_noise = {"features": {"filter": "zero_phase"} | noise}
     return config

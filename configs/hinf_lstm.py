@@ -10,6 +10,8 @@ is for pcgjax.ablation. Scores, times: README.md, BUILD_NOTES.md.
 
 import ml_collections
 
+from pcgjax import population
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "small", "ablation"):
@@ -55,6 +57,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.hidden = 128
     config.model.dropout = 0.3
     config.model.implementation = "auto"  # of the recurrent layer: auto, xla, pallas, cudnn, reference
+    config.model.bfloat16 = False  # of the model's arithmetic; parameters stay float32
 
     config.loss = ml_collections.ConfigDict()
     config.loss.name = "pwl"  # or bce
@@ -76,7 +79,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 50  # of each stage
-    config.train.batch_recordings = 8
+    config.train.batch_recordings = 8  # a step, over all devices
+    config.train.accumulate = 1  # a device's recordings of a step go through the model in so many portions
+    config.train.remat = "none"  # what the backward pass finds: none: all; dots: products; full: nothing
     config.train.balance = "none"  # class imbalance as found; class, database_class: groups drawn equally often
     config.train.checkpoint_steps = 500
     config.train.select = "auc"  # the validation metric whose best epoch is kept
@@ -91,7 +96,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.parallel.strategy = "jit"  # jit over a (data, fsdp) mesh, or pmap
     config.parallel.fsdp = 1  # devices that share one copy of the parameters
 
-    config.sweep = ml_collections.ConfigDict()  # name of a run -> the fields in which it differs
+    config.profile = ml_collections.ConfigDict()
+    config.profile.start = 0  # the first step of a trace in WORKDIR/profile
+    config.profile.steps = 0  # of the trace; 0: none
+
+    config.sweep = population.fields(config)  # values with commas between: a member of a population for each
     config.stages = ml_collections.ConfigDict()  # trained one after the other, the last in WORKDIR itself
     config.stages.cnn_lstm = {"model": {"cell": "lstm"}}
     config.stages.hinf_lstm = {"optimizer": {"frozen": ("cnn",)}}

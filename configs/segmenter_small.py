@@ -10,6 +10,8 @@ configs/segmenter_small.py:causal hears the past only, and can be streamed. Scor
 
 import ml_collections
 
+from pcgjax import population
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "causal"):
@@ -60,6 +62,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.dropout = 0.1
     config.model.bidirectional = variant != "causal"
     config.model.implementation = "auto"  # of the selective scan: auto, xla, pallas, associative, reference
+    config.model.bfloat16 = False  # of the model's arithmetic; parameters stay float32
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"
@@ -73,7 +76,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 16
-    config.train.batch_recordings = 8
+    config.train.batch_recordings = 8  # a step, over all devices
+    config.train.accumulate = 1  # a device's recordings of a step go through the model in so many portions
+    config.train.remat = "none"  # what the backward pass finds: none: all; dots: products; full: nothing
     config.train.balance = "none"
     config.train.checkpoint_steps = 500
     config.train.select = "accuracy"  # the validation metric whose best epoch is kept
@@ -89,5 +94,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.parallel.strategy = "jit"  # jit over a (data, fsdp) mesh, or pmap
     config.parallel.fsdp = 1  # devices that share one copy of the parameters
 
-    config.sweep = ml_collections.ConfigDict()
+    config.profile = ml_collections.ConfigDict()
+    config.profile.start = 0  # the first step of a trace in WORKDIR/profile
+    config.profile.steps = 0  # of the trace; 0: none
+
+    config.sweep = population.fields(config)  # values with commas between: a member of a population for each
     return config

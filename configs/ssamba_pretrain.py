@@ -11,6 +11,8 @@ and the public code start from. For a GPU. Scores, times: BUILD_NOTES.md.
 
 import ml_collections
 
+from pcgjax import population
+
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
@@ -59,7 +61,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 12
-    config.train.batch_recordings = 8
+    config.train.batch_recordings = 8  # a step, over all devices
+    config.train.accumulate = 1  # a device's recordings of a step go through the model in so many portions
+    config.train.remat = "none"  # what the backward pass finds: none: all; dots: products; full: nothing
     config.train.balance = "none"
     config.train.checkpoint_steps = 500
     config.train.select = "loss"  # or accuracy, of telling masked patches apart: whose best epoch is kept
@@ -73,5 +77,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.parallel.strategy = "jit"  # jit over a (data, fsdp) mesh, or pmap
     config.parallel.fsdp = 1  # devices that share one copy of the parameters
 
-    config.sweep = ml_collections.ConfigDict()
+    config.profile = ml_collections.ConfigDict()
+    config.profile.start = 0  # the first step of a trace in WORKDIR/profile
+    config.profile.steps = 0  # of the trace; 0: none
+
+    config.sweep = population.fields(config)  # values with commas between: a member of a population for each
     return config

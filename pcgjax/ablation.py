@@ -31,11 +31,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
 from absl import app, flags, logging
 from flax import nnx
-from numpy.typing import ArrayLike
+from ml_collections import config_flags
 
 from pcgjax import (
     files,
@@ -48,9 +47,9 @@ from pcgjax import (
     splits,
     tasks,
     thresholds,
-    train,
 )
 from pcgjax.input_pipeline import Corpus
+from pcgjax.metrics import interval
 from pcgjax.models.hinf_lstm import UPDATES, Recurrent
 
 LOSSES, THRESHOLDS = ("bce", "pwl"), ("fixed", "sapt")
@@ -170,7 +169,7 @@ def features(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips:
                 seen.update(mel=mel, mask=mask)
                 return jnp.zeros(len(mel))
 
-            batch = jax.tree.map(lambda x: x[0], input_pipeline.gather(data, ids, size, task.geometry))
+            batch = input_pipeline.gather(data, ids[0], size, task.geometry)
             task.forward(look, batch, size, jax.random.fold_in(noise_key, step))
             fill = max(plan.capacities) - size
             return [jnp.pad(x, ((0, fill), *((0, 0),) * (x.ndim - 1))) for x in (seen["mel"], seen["mask"])]
@@ -462,20 +461,6 @@ def judge(
             trivial[name].append(score(y, answer, 0.5, of))
     turned = lambda found: {name: {k: [one[k] for one in rows] for k in SCORES} for name, rows in found.items()}
     return turned(scored), turned(trivial)
-
-
-def interval(values: ArrayLike) -> dict[str, float]:
-    """Mean, standard deviation and 95 % t interval of the finite ones of some numbers: mean +- t(n - 1) s / sqrt(n).
-
-    NaN for what needs more numbers than there are.
-    """
-    x = np.asarray(values, float)
-    x = x[np.isfinite(x)]
-    n = len(x)
-    mean = float(x.mean()) if n else math.nan
-    deviation = float(x.std(ddof=1)) if n > 1 else math.nan
-    half = float(scipy.stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n) if n > 1 else math.nan
-    return {"mean": mean, "deviation": deviation, "low": mean - half, "high": mean + half, "n": n}
 
 
 def differences(arms: Mapping[str, Mapping[str, Sequence[float]]], idea: str, metric: str) -> np.ndarray:
@@ -877,7 +862,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     workdir = pathlib.Path(flags.FLAGS.workdir)
-    out = run(train.CONFIG.value, workdir)
+    out = run(flags.FLAGS.config, workdir)
     for row in out["settings"]:
         best = max(row["arms"], key=lambda name: row["arms"][name]["mean_accuracy"]["mean"])
         s = row["arms"][best]
@@ -888,6 +873,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "configs/hinf_lstm.py:ablation; --config.a.b=v overrides.")
     flags.DEFINE_string("workdir", None, "The run's folder; settings found there are not run again.", required=True)
     flags.mark_flag_as_required("config")
     files.run(main)

@@ -97,11 +97,8 @@ class Ours:
         graphdef = nnx.graphdef(task.init(nnx.Rngs(0)))
         self.state = tasks.initial_state(task, update, seed=0)
         self.totals = train.zero_totals()
-        step = train.make_step(task, update, graphdef, key, 1)
-        run = jax.jit(
-            train.make_run(step, task.geometry, capacities), donate_argnums=(0, 1),
-            compiler_options=sharding.compiler_options(),
-        )  # fmt: skip
+        step = train.make_step(task, update, graphdef, key, 1, capacities)
+        run = jax.jit(train.make_run(*step), donate_argnums=(0, 1), compiler_options=sharding.compiler_options())
         self.resident = jax.device_put(input_pipeline.block(corpus, self.labels, range(len(corpus.rows))))
         began = time.perf_counter()
         arguments = (self.state, self.totals, self.resident, self.plan.ids, self.plan.capacity, 0, 1)

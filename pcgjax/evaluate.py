@@ -23,6 +23,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags, logging
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, segment, sharding, tasks
 from pcgjax.input_pipeline import Corpus
@@ -37,46 +38,55 @@ def make_predict(
     indices: np.ndarray,
     batch: int,
     key: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
     resident: dict | None = None,
-    devices: int = 1,
-    constrain: Callable = lambda batch: batch,
 ) -> Callable[[Any, Any], np.ndarray]:
     """A function (params, rest) -> `task.forward`'s answers, (n, 2 or 3) float32, of the recordings `indices`.
 
-    `resident`: the whole corpus on the device, from `input_pipeline.block`; None to stream it.
+    mesh: whose devices share each batch, all with the whole parameters; every process is given all answers.
+    resident: the whole corpus on every device, from `input_pipeline.block`; None to stream it.
     """
     # A classifier does not look at them here.
     labels = np.zeros(len(corpus.rows), np.float32) if task.classifies else task.labels(corpus)
-    width = 2 if task.classifies else len(tasks.Counts._fields)
+    devices = mesh.size if mesh else 1
     plan = input_pipeline.evaluation_plan(indices, corpus.lengths, task.geometry, batch, devices, task.shapes)
+    whole = sharding.replicated(mesh) if mesh else None
 
-    def forward(params, rest, batch, capacity, i):
-        model = nnx.merge(graphdef, params, rest)
-        keys = jax.random.split(jax.random.fold_in(key, i), batch["ids"].shape[0])
-        answers = input_pipeline.each_group(lambda b, k: task.forward(model, b, capacity, k), constrain(batch), keys)
-        return jnp.stack(answers, axis=-1).astype(jnp.float32)
+    def forward(params, rest, data, ids, choice, i):
+        if data["samples"].ndim == 3:  # this device's own block
+            data = jax.tree.map(lambda x: x[0], data)
+        keys = jax.random.split(jax.random.fold_in(key, i), devices)
+        own = keys[jax.lax.axis_index(sharding.AXES) if devices > 1 else 0]
 
-    @functools.partial(jax.jit, compiler_options=sharding.compiler_options())
+        def answers(batch, capacity):
+            model = tasks.merged(task, graphdef, params, rest)
+            return jnp.stack(task.forward(model, batch, capacity, own), axis=-1).astype(jnp.float32)
+
+        return input_pipeline.at_capacity(answers, data, ids[0], choice, plan.capacities, task.geometry)[None]
+
+    @functools.partial(jax.jit, compiler_options=sharding.compiler_options(), out_shardings=whole)
     def run(params, rest, data, ids, capacity, steps, done):
-        def answers(out, batch, size, i):
-            place = jnp.where(batch["ids"] >= 0, batch["ids"], len(out))
-            return place, forward(params, rest, batch, size, done + i)
-
-        def keep(out, answered):
-            place, values = answered
-            return out.at[place].set(values, mode="drop")
-
-        out = jnp.zeros((len(data["first"]), width))
-        return input_pipeline.loop(data, ids, capacity, plan.capacities, task.geometry, answers, keep, out, 0, steps)
+        everywhere, spread = PartitionSpec(), PartitionSpec(sharding.AXES)
+        own = (everywhere, everywhere, everywhere if resident else spread, spread, everywhere, everywhere)
+        each = sharding.over_devices(forward, mesh, own, spread) if mesh else forward
+        if mesh:
+            params = jax.lax.with_sharding_constraint(params, whole)
+        width = 2 if task.classifies else len(tasks.Counts._fields)
+        out = jnp.zeros((*ids.shape, width))
+        step = lambda i, out: out.at[i].set(each(params, rest, data, ids[i], capacity[i], done + i))
+        return jax.lax.fori_loop(0, steps, step, out)
 
     def predict(params, rest):
         if resident is not None:
-            return np.asarray(run(params, rest, resident, plan.ids, plan.capacity, len(plan.ids), 0))[indices]
-        out, done = np.zeros((len(corpus.rows), width), np.float32), 0
-        for data, ids, capacity, steps in input_pipeline.stream(corpus, labels, plan, 0, len(plan.ids)):
+            pieces = [(resident, plan.ids, plan.capacity, len(plan.ids))]
+        else:
+            pieces = input_pipeline.streamed(corpus, labels, plan, 0, len(plan.ids), mesh)
+        out, done = np.zeros((len(corpus.rows), 0), np.float32), 0
+        for data, ids, capacity, steps in pieces:
+            answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))[:steps]
             asked = plan.ids[done : done + steps]
-            answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))
-            out[asked[asked >= 0]] = answers[ids[ids >= 0]]
+            out = out if out.shape[1] else np.zeros((len(out), answers.shape[-1]), np.float32)
+            out[asked[asked >= 0]] = answers[asked >= 0]
             done += steps
         return out[indices]
 

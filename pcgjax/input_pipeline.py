@@ -2,7 +2,8 @@
 
 A batch holds whole recordings, packed end to end in one int16 buffer (`features.filters` has the layout). Its shape
 depends only on its capacity, the room for windows; a few capacities, chosen for the corpus, keep padding small and
-every shape compiled once. Arrays lead with G, the device groups: a recording is never split across devices.
+every shape compiled once. A step's recordings are dealt out to G groups, one or several a device: a recording is never
+split across devices.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from pcgjax import sharding
 from pcgjax.features.filters import ALIGN, BLOCK, starts_of
 
 
@@ -129,7 +132,9 @@ def epoch_order(
     With `groups` (one label an index), each group is drawn equally often: the smaller ones repeat within the epoch.
     """
     if batch % devices:
-        raise ValueError(f"train.batch_recordings={batch} must be a multiple of the {devices} devices")
+        raise ValueError(
+            f"train.batch_recordings={batch} must be a multiple of the {devices} groups: devices times train.accumulate"
+        )
     order = np.asarray(jax.random.permutation(key, len(indices)))
     chosen = indices[order]
     if groups is not None:
@@ -212,21 +217,19 @@ def order_digest(corpus: Corpus, **facts) -> str:
     return hashlib.sha256(json.dumps([content, facts], sort_keys=True, default=str).encode()).hexdigest()
 
 
-# --- batches: dictionaries of samples (G, M, ALIGN) int16, lengths (G, R), labels (G, R, ...) and ids (G, R) ----------
+# --- batches: dictionaries of samples (M, ALIGN) int16, lengths (R,), labels (R, ...) and ids (R,) of one group -------
 
 
 def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geometry: Geometry) -> dict:
-    """One batch, made on the host one recording at a time: what `gather` must equal. ids: (G, R)."""
-    groups, recordings = ids.shape
+    """A group's batch, made on the host one recording at a time: what `gather` must equal. ids: (R,)."""
     used = np.where(ids >= 0, corpus.lengths[ids], 0).astype(np.int32)
-    buffer = np.zeros((groups, geometry.buffer_rows(capacity, recordings) * ALIGN), np.int16)
-    for g in range(groups):
-        starts, _ = starts_of(used[g], geometry.lead, geometry.gap)
-        for index, start, length in zip(ids[g], starts, used[g], strict=True):
-            if length:
-                buffer[g, start : start + length] = corpus.read(int(index))
+    buffer = np.zeros(geometry.buffer_rows(capacity, len(ids)) * ALIGN, np.int16)
+    starts, _ = starts_of(used, geometry.lead, geometry.gap)
+    for index, start, length in zip(ids, starts, used, strict=True):
+        if length:
+            buffer[start : start + length] = corpus.read(int(index))
     return {
-        "samples": buffer.reshape(groups, -1, ALIGN),
+        "samples": buffer.reshape(-1, ALIGN),
         "lengths": used,
         "labels": np.where((ids >= 0).reshape(ids.shape + (1,) * (labels.ndim - 1)), labels[ids], 0),
         "ids": ids,
@@ -253,81 +256,76 @@ def block(corpus: Corpus, labels: np.ndarray, indices: Any, rows: int = 0, place
     }
 
 
-def gather(data: dict, ids: jax.Array, capacity: int, geometry: Geometry) -> dict:
-    """One batch, gathered on the device from a `block`: equal to `pack`. ids: (G, R), places in the block."""
-    recordings = ids.shape[1]
-    lengths = jnp.where(ids >= 0, data["lengths"][ids], 0)
-    row = jnp.arange(geometry.buffer_rows(capacity, recordings))
-
-    def rows_of(ids_R, lengths_R):
-        starts, _ = starts_of(lengths_R, geometry.lead, geometry.gap)
-        place = jnp.searchsorted(starts // ALIGN, row, side="right", method="compare_all") - 1
-        offset = row - starts[place] // ALIGN
-        own = (place >= 0) & (offset * ALIGN < lengths_R[place])
-        return jnp.where(own, data["first"][ids_R[place]] + offset, len(data["samples"]) - 1)
-
+def block_shapes(corpus: Corpus, labels: np.ndarray, indices: np.ndarray) -> dict:
+    """Shapes and types of what `block` gives for these recordings."""
+    n, rows = len(indices), int((-(-corpus.lengths[indices] // ALIGN)).sum()) + 1
     return {
-        "samples": data["samples"][jax.vmap(rows_of)(ids, lengths)],
+        "samples": jax.ShapeDtypeStruct((rows, ALIGN), np.int16),
+        "first": jax.ShapeDtypeStruct((n,), np.int32),
+        "lengths": jax.ShapeDtypeStruct((n,), corpus.lengths.dtype),
+        "labels": jax.ShapeDtypeStruct((n, *labels.shape[1:]), labels.dtype),
+    }
+
+
+def gather(data: dict, ids: jax.Array, capacity: int, geometry: Geometry) -> dict:
+    """A group's batch, gathered on its device from a `block`: equal to `pack`. ids: (R,), places in the block."""
+    lengths = jnp.where(ids >= 0, data["lengths"][ids], 0)
+    row = jnp.arange(geometry.buffer_rows(capacity, len(ids)))
+    starts, _ = starts_of(lengths, geometry.lead, geometry.gap)
+    place = jnp.searchsorted(starts // ALIGN, row, side="right", method="compare_all") - 1
+    offset = row - starts[place] // ALIGN
+    own = (place >= 0) & (offset * ALIGN < lengths[place])
+    return {
+        "samples": data["samples"][jnp.where(own, data["first"][ids[place]] + offset, len(data["samples"]) - 1)],
         "lengths": lengths,
         "labels": jnp.where((ids >= 0).reshape(ids.shape + (1,) * (data["labels"].ndim - 1)), data["labels"][ids], 0),
         "ids": ids,
     }
 
 
-def each_group(function: Callable, batch: dict, keys: jax.Array, axis_name: str | None = None) -> Any:
-    """function(one group's batch, key) over a batch's groups; results lead with G.
-
-    Where there are several, `axis_name` names them for collectives such as `jax.lax.psum`.
-    """
-    if len(keys) == 1:  # vmap's extra axis costs nearly twice the time on CPU
-        out = function(jax.tree.map(lambda x: x[0], batch), keys[0])
-        return jax.tree.map(lambda x: x[None], out)
-    return jax.vmap(function, axis_name=axis_name)(batch, keys)
-
-
-def loop(
+def at_capacity(
+    compute: Callable[[dict, int], Any],
     data: dict,
     ids: jax.Array,
-    capacity: jax.Array,
+    choice: jax.Array,
     capacities: tuple[int, ...],
     geometry: Geometry,
-    compute: Callable,
-    absorb: Callable,
-    carry: Any,
-    start: jax.Array | int,
-    stop: jax.Array | int,
 ) -> Any:
-    """Runs carry = absorb(carry, compute(carry, batch, capacity, step)) over the steps [start, stop) of a plan.
+    """compute(batch, capacity) of a group's batch, at the capacity that its step was given.
 
-    All in one program: `ids` and `capacity` are the plan's arrays on the device, and the number of steps is data. Each
-    capacity is a branch of it, since shapes differ. What a branch returns is copied, so `compute` should not return the
-    carry: `absorb`, outside the branches, changes it in place.
+    Each capacity is a branch of the program, since shapes differ. What a branch returns is copied, so `compute` should
+    return what the caller adds to its carry, not the carry.
     """
-
-    def branch(size):
-        return lambda i, carry: compute(carry, gather(data, ids[i], size, geometry), size, i)
-
-    branches = [branch(size) for size in capacities]
-
-    def step(i, carry):
-        return absorb(carry, jax.lax.switch(capacity[i], branches, i, carry))
-
-    return jax.lax.fori_loop(start, stop, step, carry)
+    branches = [lambda i, size=size: compute(gather(data, i, size, geometry), size) for size in capacities]
+    return jax.lax.switch(choice, branches, ids)
 
 
 def stream(
-    corpus: Corpus, labels: np.ndarray, plan_: Plan, start: int, stop: int, mib: float = 32, steps: int = 256
+    corpus: Corpus,
+    labels: np.ndarray,
+    plan_: Plan,
+    start: int,
+    stop: int,
+    devices: int = 1,
+    mine: Sequence[int] = (0,),
+    mib: float = 32,
+    steps: int = 256,
 ) -> Iterator[tuple[dict, np.ndarray, np.ndarray, int]]:
     """The steps [start, stop) of a plan in blocks, read by Grain's threads while the device works on earlier ones.
 
-    Yields (block, ids, capacity, steps in it): a stretch of the plan whose ids count within the block, all of fixed
-    shape (at most `steps` steps and about `mib` MiB), so that `loop` runs them with one compiled program, and with the
-    very arithmetic it applies to a resident corpus.
+    Of the `devices` that share a plan's groups, `mine` are this process': it reads what they need and nothing else.
+
+    Yields (blocks (D, ...), ids (steps, G, R), capacity (steps,), steps in it), D and G of this process' devices. The
+    ids count within their device's block, all of fixed shape (at most `steps` steps and about `mib` MiB in all), so
+    that one compiled program runs them, with the very arithmetic that it applies to a resident corpus.
     """
     import grain
 
-    rows_of = np.where(plan_.ids >= 0, -(-corpus.lengths[plan_.ids] // ALIGN), 0).sum((1, 2))
-    rows = max(int(mib * 2**20 / (2 * ALIGN)), int(rows_of.max())) + 1
+    of_device = plan_.ids.reshape(len(plan_.ids), devices, -1)
+    needed = np.where(of_device >= 0, -(-corpus.lengths[of_device] // ALIGN), 0).sum(-1)
+    # Every process finds the same stretches and shapes, by the fullest of all devices.
+    rows_of = needed.max(1)
+    rows = max(int(mib * 2**20 / (2 * ALIGN * len(mine))), int(rows_of.max())) + 1
     stretches, begin = [], start
     while begin < stop:
         fits = int(np.searchsorted(np.cumsum(rows_of[begin:stop]), rows - 1, side="right"))
@@ -341,14 +339,38 @@ def stream(
 
         def __getitem__(self, number):
             begin, end = stretches[int(number)]
-            ids = np.full((steps, *plan_.ids.shape[1:]), -1, np.int32)
-            ids[: end - begin] = plan_.ids[begin:end]
-            used = ids >= 0
-            indices = ids[used]
-            ids[used] = np.arange(len(indices))
+            blocks, places = [], []
+            for device in mine:
+                ids = np.full((steps, of_device.shape[-1]), -1, np.int32)
+                ids[: end - begin] = of_device[begin:end, device]
+                used = ids >= 0
+                indices = ids[used]
+                ids[used] = np.arange(len(indices))
+                blocks.append(block(corpus, labels, indices, rows, ids.size))
+                places.append(ids)
             capacity = np.zeros(steps, np.int32)
             capacity[: end - begin] = plan_.capacity[begin:end]
-            return block(corpus, labels, indices, rows, ids.size), ids, capacity, end - begin
+            ids = np.stack(places, 1).reshape(steps, -1, plan_.ids.shape[-1])
+            # One device's block is not copied again.
+            data = {k: blocks[0][k][None] if len(mine) == 1 else np.stack([b[k] for b in blocks]) for k in blocks[0]}
+            return data, ids, capacity, end - begin
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     yield from grain.MapDataset.source(Blocks()).to_iter_dataset(options)
+
+
+def streamed(
+    corpus: Corpus, labels: np.ndarray, plan_: Plan, start: int, stop: int, mesh: jax.sharding.Mesh | None = None
+) -> Iterator[tuple[dict, Any, np.ndarray, int]]:
+    """`stream`, as arrays over a mesh: each device has its own groups' block and ids."""
+    if mesh is None or mesh.size == 1:
+        yield from stream(corpus, labels, plan_, start, stop)
+        return
+    spread = PartitionSpec(sharding.AXES)
+    for data, ids, capacity, steps in stream(corpus, labels, plan_, start, stop, mesh.size, sharding.mine(mesh)):
+        yield (
+            sharding.put(mesh, data, spread),
+            sharding.put(mesh, ids, PartitionSpec(None, sharding.AXES)),
+            capacity,
+            steps,
+        )

@@ -1,12 +1,13 @@
 """Scores of binary decisions on recordings, with intervals over people, and the official Challenge formulas.
 
-NumPy only. A score that is undefined (AUC of one class, precision without a positive decision, ...) is NaN here
-and `None` (JSON null) in what `judge` returns: never a made-up 0. A recording is decided abnormal when its
-probability >= threshold. R axis: resamples; n: recordings; G: groups of recordings with equal probability.
+NumPy, and SciPy for one quantile. A score that is undefined (AUC of one class, precision without a positive decision,
+...) is NaN here and `None` (JSON null) in what `judge` returns: never a made-up 0. A recording is decided abnormal when
+its probability >= threshold. R axis: resamples; n: recordings; G: groups of recordings with equal probability.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -357,6 +358,22 @@ def _values_and_draws(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     scores = binary_weighted(y, p, np.concatenate([np.ones((1, len(y))), weights]), threshold)
     return {k: float(v[0]) for k, v in scores.items()}, {k: v[1:] for k, v in scores.items()}
+
+
+def interval(values: ArrayLike) -> dict[str, float]:
+    """Mean, standard deviation and 95 % t interval of the finite ones of some numbers: mean +- t(n - 1) s / sqrt(n).
+
+    NaN for what needs more numbers than there are.
+    """
+    import scipy.stats
+
+    x = np.asarray(values, float)
+    x = x[np.isfinite(x)]
+    n = len(x)
+    mean = float(x.mean()) if n else math.nan
+    deviation = float(x.std(ddof=1)) if n > 1 else math.nan
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1)) * deviation / math.sqrt(n) if n > 1 else math.nan
+    return {"mean": mean, "deviation": deviation, "low": mean - half, "high": mean + half, "n": n}
 
 
 def with_interval(value: float, drawn: ArrayLike) -> dict[str, float]:

@@ -6,6 +6,8 @@ import jax
 import ml_collections
 import optax
 
+from pcgjax.traced import known, on
+
 
 def make(config: ml_collections.ConfigDict, steps: int = 0) -> optax.GradientTransformation:
     """`config`: name (sgd, adam or adamw), learning_rate, momentum (sgd), weight_decay (adamw, of matrices only),
@@ -15,7 +17,7 @@ def make(config: ml_collections.ConfigDict, steps: int = 0) -> optax.GradientTra
     Raises:
       ValueError: an unknown name, or a number outside its range; on `init`, a frozen group that the model has not.
     """
-    if not config.learning_rate > 0:
+    if known(config.learning_rate) and not config.learning_rate > 0:
         raise ValueError(f"optimizer.learning_rate={config.learning_rate}: must be above 0")
     frozen = tuple(config.get("frozen", ()))
     if not frozen:
@@ -35,23 +37,23 @@ def make(config: ml_collections.ConfigDict, steps: int = 0) -> optax.GradientTra
 
 def _update(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
     rate, clip_norm = _schedule(config, steps), config.get("clip_norm", 0.0)
-    if clip_norm < 0:
+    if known(clip_norm) and clip_norm < 0:
         raise ValueError(f"optimizer.clip_norm={clip_norm}: must be at least 0")
     if config.name == "sgd":
-        if not 0 <= config.momentum < 1:
+        if known(config.momentum) and not 0 <= config.momentum < 1:
             raise ValueError(f"optimizer.momentum={config.momentum}: must be at least 0 and below 1")
-        update = optax.sgd(rate, momentum=config.momentum or None)
+        update = optax.sgd(rate, momentum=config.momentum if on(config.momentum) else None)
     elif config.name == "adam":
         update = optax.adam(rate)
     elif config.name == "adamw":
-        if config.weight_decay < 0:
+        if known(config.weight_decay) and config.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay={config.weight_decay}: must be at least 0")
         update = optax.adamw(
             rate, weight_decay=config.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         )
     else:
         raise ValueError(f"optimizer.name={config.name!r}: choose sgd, adam or adamw")
-    return optax.chain(optax.clip_by_global_norm(clip_norm), update) if clip_norm else update
+    return optax.chain(optax.clip_by_global_norm(clip_norm), update) if on(clip_norm) else update
 
 
 def _schedule(config: ml_collections.ConfigDict, steps: int) -> optax.ScalarOrSchedule:
@@ -62,4 +64,5 @@ def _schedule(config: ml_collections.ConfigDict, steps: int) -> optax.ScalarOrSc
         raise ValueError(f"optimizer.schedule={name!r}: choose constant or cosine")
     if not 0 <= warmup < steps:
         raise ValueError(f"optimizer.warmup_steps={warmup}: must be at least 0 and below the {steps} steps of the run")
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
+    return lambda step: config.learning_rate * shape(step)

@@ -15,10 +15,13 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
+import pickle
 import platform
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -33,9 +36,11 @@ from pcgjax.audio import AudioError
 from pcgjax.datasets import Problem, Recording
 
 Row = dict[str, Any]
+Job = tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any]]  # out, number of the shard, its part, parameters
 Decoded = tuple[Row | None, np.ndarray | None, str | None]  # row, samples, or the reason why there are none
 
 FORMAT = 2
+ENGINES = ("local", "ray")
 RECORDINGS_A_SHARD = 64  # also the unit of work; fixed, so that the shards do not depend on who wrote them
 _FULL_SCALE = 32767
 _SAID = ("id", "person", "person_known", "database", "labels", "annotations")
@@ -225,6 +230,74 @@ def _begin_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _over_ray(jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[int, str]]:
+    """(number, key) of each shard as the machines of a Ray cluster finish them, in any order.
+
+    The cluster is the one the caller is connected to, the one that RAY_ADDRESS names or that `ray start` began on
+    this machine; without one, this machine alone. Each machine needs this package, the source and `out` at the
+    same paths. `workers` limits how many shards are written at once; default: one a core of the cluster.
+    """
+    if not jobs:
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here reports to nobody
+    try:
+        import ray.data
+    except ImportError as error:
+        fix = "pip install -c constraints.txt -e '.[ray]'"
+        raise PrepareError(f"--engine=ray needs Ray Data ({error}): {fix}, on every machine") from None
+    from pcgjax import prepare  # with -m this module is __main__, which the workers would get by value
+
+    out, versions = jobs[0][0], _versions()
+    rows = [{"job": pickle.dumps((job, _unit_key(job[2], job[3]), versions))} for job in jobs]
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    connected = ray.is_initialized()
+    try:
+        if not connected:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        many = ray.data.TaskPoolStrategy(size=workers)
+        # A block is what one task gets. Ray runs those again whose machine was lost.
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(prepare._write_unit_there, compute=many)
+        for row in data.iter_rows():
+            if row["problem"]:
+                raise PrepareError(row["problem"])
+            number, key = row["number"], row["key"]
+            if not _unit_done(out, number, key):
+                shard, _ = _unit_paths(out, number)
+                found = f"written on {row['machine']}, not found here"
+                raise PrepareError(f"{shard}: {found}: --out must be a folder that all machines share")
+            yield number, key
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
+        why = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise PrepareError(f"--engine=ray: {why}; mend this and run again, what is done is kept") from error
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _write_unit_there(row: dict[str, Any]) -> dict[str, Any]:
+    """`_write_unit` on a machine of a cluster, when that machine sees and has what the one that asks does."""
+    job, key, versions = pickle.loads(row["job"])
+    out, number, recordings, parameters = job
+    machine, problem = socket.gethostname(), ""
+    try:
+        if not (out / "parts").is_dir():
+            problem = f"{out}: not there on {machine}: --out must be a folder that all machines share"
+        elif _versions() != versions:
+            problem = f"{machine} has {_versions()}, the machine that asks {versions}: install the same on both"
+        elif _unit_key(recordings, parameters) != key:
+            paths = [recording.path for recording in recordings]
+            missing = [path for path in paths if not os.path.exists(path)]
+            differs = f"{missing[0]}: not there" if missing else f"{paths[0]} to {paths[-1]}: other sizes or times"
+            problem = f"{differs} on {machine}: --source must be a folder that all machines share"
+        else:
+            _keep_memory()
+            _write_unit(job)
+    except PrepareError as error:
+        problem = f"{error} (on {machine})"
+    return {"number": number, "key": key, "machine": machine, "problem": problem}
+
+
 @contextlib.contextmanager
 def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
     """Yields what to call with the number of recordings done; what takes longer than a second gets a bar."""
@@ -263,6 +336,7 @@ def prepare(
     *,
     strict: bool = False,
     workers: int | None = None,
+    engine: str = "local",
     num_shards: int = 1,
     shard_index: int = 0,
     overwrite: bool = False,
@@ -272,14 +346,18 @@ def prepare(
     Args:
       strict: files that cannot be used are an error (after all were looked at).
       workers: processes; default one a core.
+      engine: "local", or "ray": over the machines of a Ray cluster (see `_over_ray`), with the same result.
       num_shards, shard_index: this machine does the shards with number % num_shards == shard_index. Whoever
         finds all shards done writes the manifest.
       overwrite: removes what an earlier call with other parameters wrote.
     Returns: the manifest; None while other machines' shards are missing.
     Raises:
       DatasetError: as `datasets.load`.
-      PrepareError: `out` holds another preparation, cannot be written, or `strict` found problems.
+      PrepareError: `out` holds another preparation, cannot be written, or `strict` found problems; Ray is missing,
+        or one of its machines does not see the same source and `out`.
     """
+    if engine not in ENGINES:
+        raise PrepareError(f"--engine={engine}: must be one of {', '.join(ENGINES)}")
     if not 0 <= shard_index < num_shards:
         raise PrepareError(f"--shard_index={shard_index}: must be at least 0 and below --num_shards={num_shards}")
     if overwrite and num_shards > 1:
@@ -305,9 +383,10 @@ def prepare(
     todo = sum(len(unit) for _, _, unit, _ in mine)
     keys: dict[int, str] = {}
     with _progress(todo, f"preparing {dataset}") as advance:
-        for (_, number, unit, _), key in zip(mine, _in_order(_write_unit, mine, todo, workers), strict=True):
+        written = _over_ray(mine, workers) if engine == "ray" else _in_order(_write_unit, mine, todo, workers)
+        for number, key in written:
             keys[number] = key
-            advance(len(unit))
+            advance(len(units[number]))
     try:
         for number, unit in enumerate(units):
             if number not in keys:
@@ -347,15 +426,15 @@ def _unit_done(out: pathlib.Path, number: int, key: str) -> bool:
     return bool(head["key"] == key and head["bytes"] == size)
 
 
-def _write_unit(job: tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any]]) -> str:
-    """Writes one shard and its rows, unless a run before this one has; returns its key."""
+def _write_unit(job: Job) -> tuple[int, str]:
+    """Writes one shard and its rows, unless a run before this one has; returns its number and key."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     out, number, recordings, parameters = job
     said = [_json(_said(recording)) for recording in recordings]
     key = _unit_key(recordings, parameters, said)
     if _unit_done(out, number, key):
-        return key
+        return number, key
     shard, side = _unit_paths(out, number)
     lines, count = [], 0
     try:
@@ -382,7 +461,7 @@ def _write_unit(job: tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any
         raise PrepareError(
             f"{shard}: could not be written: {error}; mend this and run again, what is done is kept"
         ) from None
-    return key
+    return number, key
 
 
 def _json(value: Any) -> str:
@@ -687,7 +766,7 @@ def _main(flags_: Any) -> None:
     started = time.perf_counter()
     manifest = prepare(
         flags_.dataset, flags_.source, flags_.out, flags_.sample_rate_hz, strict=flags_.strict,
-        workers=flags_.workers, num_shards=flags_.num_shards, shard_index=flags_.shard_index,
+        workers=flags_.workers, engine=flags_.engine, num_shards=flags_.num_shards, shard_index=flags_.shard_index,
         overwrite=flags_.overwrite,
     )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -708,6 +787,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("sample_rate_hz", 1000, "The rate to resample to, in Hz.", 100, 192_000)
     flags.DEFINE_bool("strict", False, "Fail when any file or table row cannot be used.")
     flags.DEFINE_integer("workers", None, "Processes that decode; default: one a core.", 1)
+    flags.DEFINE_enum("engine", "local", ENGINES, "Where: on this machine, or over a Ray cluster (RAY_ADDRESS).")
     flags.DEFINE_integer("num_shards", 1, "How many machines share the work.", 1)
     flags.DEFINE_integer("shard_index", 0, "Which of them this is, from 0.", 0)
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier call with other parameters wrote to --out.")

@@ -3,7 +3,8 @@
     python -m pcgjax.report RUN                        draws RUN/report.html again
     python -m pcgjax.report RUN RUN ... [--out=FILE]   compares runs in one page (comparison.html beside the first)
 
-RUN is a workdir of pcgjax.train. How such a page is made stands in pcgjax/page.py, what it shows here.
+RUN is a workdir of pcgjax.train, or for a comparison of pcgjax.audio_llm.train. How such a page is made stands in
+pcgjax/page.py, what that of a run shows here, and what that of several runs or of a population in pcgjax/compare.py.
 """
 
 from __future__ import annotations
@@ -19,17 +20,7 @@ import numpy as np
 
 from pcgjax import files, metrics, page
 from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE
-from pcgjax.page import BLUE, INK, LINE, MUTED, ORANGE, PURPLE, SERIES, TEAL
-
-# The CNN paper's Table 1 (Lamperti), for `compare`. 301 recordings are the size of the Challenge's `validation`
-# folder, whose files are copies of training recordings.
-CNN_PAPER = {
-    "source": "Lamperti, Binary Classification of Heart Sounds Using a 1D CNN, Table 1",
-    "note": "The paper judged 301 recordings (150 normal, 151 abnormal). That is the size of the Challenge's "
-    "validation folder, whose files are byte-identical copies of training recordings: its numbers are "
-    "probably contaminated and say little about people whom the model never heard.",
-    "results": {"Filter": {"accuracy": 0.9734, "auc": 0.9993, "precision": 1.0, "recall": 0.9470, "f1": 0.9728}},
-}
+from pcgjax.page import BLUE, INK, LINE, MUTED, ORANGE, PURPLE, TEAL
 
 WORDS = {
     "mean_database_auc": "Mean AUC over databases", "auc": "AUC", "auprc": "Average precision",
@@ -52,7 +43,6 @@ SEGMENTATION_WORDS = {
 }  # fmt: skip
 STATE_COLOURS = {"S1": (S1, BLUE), "systole": (SYSTOLE, TEAL), "S2": (S2, ORANGE), "diastole": (DIASTOLE, LINE)}
 HEADLINE = ("mean_database_auc", "auc", "mean_accuracy", "f1", "accuracy", "auprc", "sensitivity", "specificity")
-PAPER_METRICS = ("accuracy", "auc", "precision", "recall", "f1")
 PREDICTION_FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
 DECISIONS = ("normal", "abnormal")
 EXAMPLE_FIELDS = ("id", "samples", "sample_rate_hz", "truth", "predicted", "score")
@@ -82,8 +72,8 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
       ValueError: metrics.json is missing or any of the files is damaged, naming file, line or field, and fix.
     """
     workdir = pathlib.Path(workdir)
-    results = _results(workdir / "metrics.json")
-    config = _json(workdir / "config.json") if (workdir / "config.json").exists() else None
+    results = read_results(workdir / "metrics.json")
+    config = read_json(workdir / "config.json") if (workdir / "config.json").exists() else None
     history = read_history(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else None
     path = workdir / "report.html"
     if "segmentation" in results:
@@ -170,70 +160,12 @@ def surest(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[Mapp
     return chosen
 
 
-def compare_row(workdir: str | pathlib.Path, name: str | None = None) -> dict[str, Any]:
-    """A run as a row of `compare`, named after its folder unless a name is given.
-
-    Raises:
-      ValueError: metrics.json is missing or damaged.
-    """
-    workdir = pathlib.Path(workdir)
-    test = _results(workdir / "metrics.json")["test"]
-    return {
-        "name": name or workdir.resolve().name,
-        "metrics": _overall(test),
-        "trivial": test.get("trivial") or {},
-        "history": workdir / "metrics.jsonl",
-    }
-
-
-def compare(
-    rows: Sequence[Mapping[str, Any]], out: str | pathlib.Path, title: str, paper: Mapping[str, Any] | None = None
-) -> pathlib.Path:
-    """A page that sets runs side by side: bars of each score, loss curves, a table. Returns `out`.
-
-    Args:
-      rows: one a run, {"name", "metrics": {metric: {"value", "low", "high"}}, and optional "trivial":
-        {answer: {metric: number}} and "history": the path of its metrics.jsonl}.
-      paper: the paper's numbers to set beside, {"source", "note", "results": {a row's name: {metric: number}}}.
-
-    Raises:
-      ValueError: no rows, two of one name, a field missing, or a damaged history.
-    """
-    if not rows:
-        raise ValueError("rows: nothing to compare")
-    for i, row in enumerate(rows):
-        for field in ("name", "metrics"):
-            if field not in row:
-                raise ValueError(f"rows[{i}]: no field {field!r}")
-    names = [str(row["name"]) for row in rows]
-    if len(set(names)) < len(names):
-        raise ValueError(f"rows: two runs have one name among {', '.join(names)}; give each its own")
-    known = [m for m in WORDS if any(page.finite(row["metrics"].get(m)) is not None for row in rows)]
-    shown = [m for m in PAPER_METRICS if m in known] or known
-    table_metrics = shown + [m for m in ("mean_accuracy", "mean_database_auc") if m in known and m not in shown]
-    histories = {}
-    missing = []
-    for name, row in zip(names, rows, strict=True):
-        path = row.get("history")
-        if path is not None and pathlib.Path(path).exists():
-            histories[name] = read_history(pathlib.Path(path))
-        else:
-            missing.append(name)
-    sections = [
-        ("scores", "Scores", _compare_bars(rows, shown, paper)),
-        ("training", "Loss curves", _compare_losses(names, histories, missing)),
-        ("table", "All numbers", _compare_table(rows, table_metrics, paper)),
-    ]
-    files.write_text(pathlib.Path(out), page.document(title, page.count(len(rows), "run"), sections))
-    return pathlib.Path(out)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Reading a workdir
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -250,8 +182,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _results(path: pathlib.Path) -> dict[str, Any]:
-    results = _json(path)
+def read_results(path: pathlib.Path) -> dict[str, Any]:
+    results = read_json(path)
     if "runs" in results:
         raise ValueError(f"{path}: of an audio LLM, whose page python -m pcgjax.audio_llm.score draws")
     segmentation = results.get("segmentation")
@@ -371,7 +303,7 @@ def _segmented(path: pathlib.Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _overall(test: Mapping[str, Any]) -> dict[str, Any]:
+def overall_scores(test: Mapping[str, Any]) -> dict[str, Any]:
     """{metric: number or {"value", "low", "high"}}: a judgement's, or whatever scores another task left."""
     if "overall" not in test:
         return {k: v for k, v in test.items() if page.finite(v) is not None}
@@ -381,7 +313,7 @@ def _overall(test: Mapping[str, Any]) -> dict[str, Any]:
     return overall
 
 
-def _best_trivial(test: Mapping[str, Any], metric: str) -> tuple[str, float] | None:
+def best_trivial(test: Mapping[str, Any], metric: str) -> tuple[str, float] | None:
     """The trivial answer that does best by a score; none for a score of which a trivial answer gets everything."""
     if metric == "mean_database_auc":
         return "the database alone", 0.5
@@ -405,11 +337,11 @@ def _subtitle(test: Mapping[str, Any]) -> str:
 
 
 def _headline(test: Mapping[str, Any], shown: Sequence[str] = HEADLINE) -> str:
-    overall = _overall(test)
+    overall = overall_scores(test)
     cards = []
     for metric in [m for m in shown if m in overall] or list(overall)[:8]:
         value, low, high = (page.finite(overall[metric], key) for key in ("value", "low", "high"))
-        trivial = _best_trivial(test, metric)
+        trivial = best_trivial(test, metric)
         if trivial:
             clear = low is not None and low > trivial[1]
             kind, verdict = ("good", "clearly above") if clear else ("warn", "not clearly above")
@@ -420,7 +352,7 @@ def _headline(test: Mapping[str, Any], shown: Sequence[str] = HEADLINE) -> str:
             note = "&nbsp;"
         interval = f"95 % interval {page.interval(low, high)}" if low is not None else "no interval"
         cards.append(
-            f'<div class="card score"><h3>{page.escape(_word(metric))}</h3><p class="big">{page.number(value)}</p>'
+            f'<div class="card score"><h3>{page.escape(word_of(metric))}</h3><p class="big">{page.number(value)}</p>'
             f"{page.gauge(value, low, high, trivial[1] if trivial else None)}"
             f'<p class="small">{interval}</p><p class="small">{note}</p></div>'
         )
@@ -508,7 +440,7 @@ def _decision_figures(test: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 
 def _roc(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
     fpr, tpr, _ = metrics.roc_curve(y, p)
-    auc, se, sp = (page.finite(_overall(test).get(k)) for k in ("auc", "sensitivity", "specificity"))
+    auc, se, sp = (page.finite(overall_scores(test).get(k)) for k in ("auc", "sensitivity", "specificity"))
 
     def paint(figure: Any) -> None:
         ax = figure.subplots()
@@ -530,7 +462,7 @@ def _roc(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
 
 def _pr(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
     recall, precision, _ = metrics.pr_curve(y, p)
-    ap, re, pr = (page.finite(_overall(test).get(k)) for k in ("auprc", "recall", "precision"))
+    ap, re, pr = (page.finite(overall_scores(test).get(k)) for k in ("auprc", "recall", "precision"))
     share = float(y.mean())
 
     def paint(figure: Any) -> None:
@@ -573,7 +505,7 @@ def _confusion(test: Mapping[str, Any]) -> str:
 def _reliability(test: Mapping[str, Any]) -> str:
     bins = test["calibration"]["bins"]
     used = [b for b in bins if b["recordings"]]
-    ece, brier = page.finite(test["calibration"].get("ece")), page.finite(_overall(test).get("brier"))
+    ece, brier = page.finite(test["calibration"].get("ece")), page.finite(overall_scores(test).get("brier"))
 
     def paint(figure: Any) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -599,9 +531,9 @@ def training_curves(history: Sequence[Mapping[str, Any]] | None) -> str:
     """Loss and validation score by step, as HTML; history: of `read_history`."""
     if not history:
         return page.absent("No curves: the run left no metrics.jsonl.")
-    train, validation = (_curve(history, split, "loss") for split in ("train", "validation"))
+    train, validation = (curve_of(history, split, "loss") for split in ("train", "validation"))
     scores = (*HEADLINE, *SEGMENTATION_HEADLINE, *metrics.METRICS)
-    score = next((m for m in scores if len(_curve(history, "validation", m)[0]) > 1), None)
+    score = next((m for m in scores if len(curve_of(history, "validation", m)[0]) > 1), None)
     epochs = [h["epoch"] for h in history if isinstance(h.get("epoch"), int | float)]
     x_label = f"step ({len(set(epochs))} epochs)" if epochs else "step"
     if not len(train[0]) and not len(validation[0]) and score is None:
@@ -615,39 +547,39 @@ def training_curves(history: Sequence[Mapping[str, Any]] | None) -> str:
         if len(train[0]):
             few = slice(None, None, max(1, len(train[0]) // 1500))
             axes[0].plot(train[0][few], train[1][few], color=BLUE, alpha=0.25, linewidth=0.8)
-            axes[0].plot(*_smooth(train), color=BLUE, label="train")
+            axes[0].plot(*smoothed(train), color=BLUE, label="train")
         if len(validation[0]):
             axes[0].plot(*validation, color=ORANGE, **marks(validation), label="validation")
         axes[0].set_title("loss")
         axes[0].set_ylim(bottom=0)
         axes[0].legend(loc="upper right")
         if score:
-            x, y = _curve(history, "validation", score)
+            x, y = curve_of(history, "validation", score)
             axes[1].plot(x, y, color=ORANGE, **marks((x, y)))
             best = int(np.nanargmin(y) if score == "brier" else np.nanargmax(y)) if np.isfinite(y).any() else None
             if best is not None:
                 axes[1].plot([x[best]], [y[best]], "o", color=PURPLE, markersize=8)
                 axes[1].annotate(f"best {y[best]:.3f}", (x[best], y[best]), (0, 9), textcoords="offset points",
                                  color=PURPLE, ha="center")  # fmt: skip
-            axes[1].set_title(f"{_word(score)} on validation")
+            axes[1].set_title(f"{word_of(score)} on validation")
             axes[1].margins(y=0.18)
         for ax in axes:
             ax.set_xlabel(x_label)
 
-    both = {"training": _smooth(train), "validation": validation}
+    both = {"training": smoothed(train), "validation": validation}
     last = [f"{name} loss ends at {page.number(curve[1][-1])}" for name, curve in both.items() if len(curve[0])]
     caption = "; ".join(last).capitalize() + "." if last else ""
     return page.card("", page.svg(960, 300, f"Loss curves over steps. {caption}", paint), caption)
 
 
-def _curve(history: Iterable[Mapping[str, Any]], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def curve_of(history: Iterable[Mapping[str, Any]], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(step, value) of one metric, NaN where it was not finite."""
     points = [(h["step"], h[metric]) for h in history if h["split"] == split and metric in h]
     values = [float(v) if isinstance(v, int | float) and math.isfinite(v) else math.nan for _, v in points]
     return np.array([step for step, _ in points], float), np.array(values, float)
 
 
-def _smooth(curve: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def smoothed(curve: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Means of some 40 to 80 stretches, of a curve that has enough points for it."""
     width = len(curve[0]) // 40
     if width < 3:
@@ -695,7 +627,7 @@ def _databases(test: Mapping[str, Any]) -> str:
     told = "; ".join(f"{name} {page.number(page.finite(s.get('auc')))}" for name, s in per_database.items())
     figure = page.svg(960, height, f"AUC of each database with its interval: {told}", paint, free=True)
     columns = ("auc", "mean_accuracy", "sensitivity", "specificity", "f1", "brier")
-    head = ["Database", "Recordings", "People", "Abnormal", *(_word(c) for c in columns)]
+    head = ["Database", "Recordings", "People", "Abnormal", *(word_of(c) for c in columns)]
     body = [[page.escape(name), *(page.escape(s.get(k)) for k in ("recordings", "people", "positives")),
              *(page.score(s.get(c)) for c in columns)] for name, s in per_database.items()]  # fmt: skip
     return page.card("", figure, "Bars from chance; whiskers are 95 % intervals.") + page.table(head, body)
@@ -703,22 +635,22 @@ def _databases(test: Mapping[str, Any]) -> str:
 
 def _trivial(results: Mapping[str, Any]) -> str:
     """All scores in full: test, validation, any control, and the trivial answers on the test set."""
-    columns: list[tuple[str, Mapping[str, Any]]] = [("Test", _overall(results["test"]))]
+    columns: list[tuple[str, Mapping[str, Any]]] = [("Test", overall_scores(results["test"]))]
     if isinstance(results.get("validation"), dict):
-        columns.append(("Validation", _overall(results["validation"])))
+        columns.append(("Validation", overall_scores(results["validation"])))
     said = ""
     control = results.get("control")
     if isinstance(control, dict):
         named = {"Control": control} if "overall" in control else control
         judged = {name: v for name, v in named.items() if isinstance(v, dict) and "overall" in v}
-        columns += [(_word(name), _overall(v)) for name, v in judged.items()]
+        columns += [(word_of(name), overall_scores(v)) for name, v in judged.items()]
         rest = {k: v for k, v in control.items() if k not in judged and "overall" not in control}
         said = f"<h3>Control</h3>{page.facts(rest)}" if rest else ""
     trivial = results["test"].get("trivial") or {}
     # An answer that is the same within a database has AUC 0.5 there, whatever it is.
-    columns += [(_word(name).capitalize(), {"mean_database_auc": 0.5, **scores}) for name, scores in trivial.items()]
+    columns += [(word_of(name).capitalize(), {"mean_database_auc": 0.5, **scores}) for name, scores in trivial.items()]
     order = [m for m in (*HEADLINE, "precision", "brier") if m in columns[0][1]] or list(columns[0][1])
-    body = [[page.escape(_word(m)), *(page.score(scores.get(m)) for _, scores in columns)] for m in order]
+    body = [[page.escape(word_of(m)), *(page.score(scores.get(m)) for _, scores in columns)] for m in order]
     note = (
         "MAcc is the mean of sensitivity and specificity. Of the Brier score less is better. n/a is a score that is "
         "undefined, such as the precision of an answer that never says abnormal. "
@@ -810,9 +742,9 @@ def _segmentation_sections(
     known = (*SEGMENTATION_HEADLINE, "onset_f1_100ms", *SEGMENTATION_WORDS)
     order = [m for m in known if m in test["overall"]] + [m for m in test["overall"] if m not in known]
     trivial = {"metronome": "Trivial: a metronome", "always": "Trivial: always"}
-    head = ["Score", *(trivial.get(name) or _word(name).capitalize() for name in names)]
+    head = ["Score", *(trivial.get(name) or word_of(name).capitalize() for name in names)]
     body = [
-        [page.escape(SEGMENTATION_WORDS.get(m, _word(m))), *(page.score(answers[name].get(m)) for name in names)]
+        [page.escape(SEGMENTATION_WORDS.get(m, word_of(m))), *(page.score(answers[name].get(m)) for name in names)]
         for m in order
     ]
     note = (
@@ -834,7 +766,7 @@ def _segmented_databases(segmentation: Mapping[str, Any], trivial: Mapping[str, 
         return page.absent("The run did not judge its databases one by one.")
     beside = next(name for name in trivial if name in segmentation)
     shown = [m for m in ("onset_f1_60ms", "frame_accuracy", "f1") if m in segmentation["test"]]
-    head = ["Database", "Recordings", "People", *(h for m in shown for h in (_word(m), trivial[beside]))]
+    head = ["Database", "Recordings", "People", *(h for m in shown for h in (word_of(m), trivial[beside]))]
     body = [
         [page.escape(name), str(of["recordings"]), str(of["people"])]
         + [page.score(of[answer].get(m)) for m in shown for answer in ("test", beside)]
@@ -881,7 +813,7 @@ def _segmented_figure(example: Mapping[str, Any], kind: str) -> str:
         handles = [Patch(color=colour, label=name) for name, (_, colour) in STATE_COLOURS.items()]
         figure.legend(handles=handles, loc="outside upper right", ncols=4)
 
-    found = {_word(m): page.finite(example["score"].get(m)) for m in SEGMENTATION_HEADLINE[:2]}
+    found = {word_of(m): page.finite(example["score"].get(m)) for m in SEGMENTATION_HEADLINE[:2]}
     told = ", ".join(f"{name} {page.number(value)}" for name, value in found.items())
     alt = f"Waveform of recording {example['id']} with its true and predicted states: {told}"
     part = f" {end_s - begin_s:.0f} of {len(samples) / rate:.0f} s, from where the annotation begins."
@@ -909,7 +841,7 @@ def _setup(results: Mapping[str, Any], config: Mapping[str, Any] | None) -> str:
     return "".join(parts)
 
 
-def _word(metric: str) -> str:
+def word_of(metric: str) -> str:
     return WORDS.get(metric, metric.replace("_", " "))
 
 
@@ -922,134 +854,40 @@ def _unit_square(ax: Any, x: str | None, y: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Sections of a comparison
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _paper_number(paper: Mapping[str, Any] | None, name: str, metric: str) -> float | None:
-    return page.finite(((paper or {}).get("results") or {}).get(name, {}).get(metric))
-
-
-def _compare_bars(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], paper: Mapping[str, Any] | None) -> str:
-    if not shown:
-        return page.absent("None of the runs has a known score.")
-    width = 0.8 / len(rows)
-
-    def paint(figure: Any) -> None:
-        from matplotlib.lines import Line2D
-
-        ax = figure.subplots()
-        for i, row in enumerate(rows):
-            for j, metric in enumerate(shown):
-                s = row["metrics"].get(metric)
-                value, low, high = (page.finite(s, key) for key in ("value", "low", "high"))
-                x = j + (i - (len(rows) - 1) / 2) * width
-                label = str(row["name"]) if j == 0 else None
-                ax.bar(x, value or 0, width * 0.9, color=SERIES[i % len(SERIES)],
-                       alpha=0.8 if i < len(SERIES) else 0.4, label=label)  # fmt: skip
-                if low is not None:
-                    ax.plot([x, x], [low, high], color=INK, linewidth=1.2, marker="_", markersize=5)
-                number = _paper_number(paper, str(row["name"]), metric)
-                if number is not None:
-                    ax.plot([x], [number], marker="D", color=INK, markerfacecolor="none", markersize=8, linewidth=0)
-        ax.set_xticks(range(len(shown)), [_word(m) for m in shown])
-        ax.tick_params(axis="x", colors=INK, length=0)
-        ax.set_ylim(0, 1.04)
-        ax.grid(False, axis="x")
-        handles, labels = ax.get_legend_handles_labels()
-        if paper:
-            handles.append(Line2D([], [], marker="D", color=INK, markerfacecolor="none", markersize=8, linewidth=0))
-            labels.append("the paper")
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
-
-    told = []
-    for row in rows:
-        scores = (f"{_word(m)} {page.number(page.finite(row['metrics'].get(m)))}" for m in shown)
-        told.append(f"{row['name']}: {', '.join(scores)}")
-    figure = page.svg(960, 400, f"Scores of each run. {'; '.join(told)}", paint)
-    caption = "Whiskers are 95 % intervals over people. Where they overlap, the order of the bars may be chance."
-    card = page.card("", figure, caption)
-    return card + _paper_note(paper)
-
-
-def _paper_note(paper: Mapping[str, Any] | None) -> str:
-    if not paper:
-        return ""
-    return (
-        f'<div class="card prose"><h3>About the paper\'s numbers</h3><p>{page.escape(paper.get("note") or "")}</p>'
-        f'<p class="small">{page.escape(paper.get("source") or "")}</p></div>'
-    )
-
-
-def _compare_losses(names: Sequence[str], histories: Mapping[str, Any], missing: Sequence[str]) -> str:
-    parts = []
-    for split in ("train", "validation"):
-        curves = {name: _smooth(_curve(history, split, "loss")) for name, history in histories.items()}
-        curves = {name: curve for name, curve in curves.items() if len(curve[0])}
-        if not curves:
-            parts.append(page.absent(f"No {split} loss: no metrics.jsonl has one."))
-            continue
-
-        def paint(figure: Any, curves: Mapping[str, Any] = curves) -> None:
-            ax = figure.subplots()
-            for name, curve in curves.items():
-                ax.plot(*curve, color=SERIES[names.index(name) % len(SERIES)], label=name)
-            ax.set_xlabel("step")
-            ax.set_ylim(bottom=0)
-            ax.legend(loc="upper right")
-
-        last = "; ".join(f"{name} ends at {page.number(curve[1][-1])}" for name, curve in curves.items())
-        title = {"train": "Training loss", "validation": "Validation loss"}[split]
-        figure = page.svg(460, 320, f"{title} over steps. {last}", paint)
-        parts.append(page.card(title, figure, f"{page.escape(last)}."))
-    left_out = f"Without loss curves, as metrics.jsonl is missing: {', '.join(missing)}." if missing else ""
-    return f'<div class="grid two">{"".join(parts)}</div>' + (page.absent(left_out) if left_out else "")
-
-
-def _compare_table(rows: Sequence[Mapping[str, Any]], shown: Sequence[str], paper: Mapping[str, Any] | None) -> str:
-    def muted(text: str) -> str:
-        return f'<span class="muted">{text}</span>'
-
-    body: list[list[str]] = []
-    for row in rows:
-        name = str(row["name"])
-        body.append([f"<b>{page.escape(name)}</b>", *(page.score(row["metrics"].get(m)) for m in shown)])
-        numbers = [_paper_number(paper, name, m) for m in shown]
-        if any(number is not None for number in numbers):
-            body.append([muted("the paper"), *(muted(page.number(n, 4)) if n is not None else "" for n in numbers)])
-    # Runs judged on the same recordings have the same trivial answers: those are told once.
-    trivial = {str(row["name"]): row.get("trivial") or {} for row in rows}
-    same = len({json.dumps(t, sort_keys=True) for t in trivial.values()}) == 1
-    for name, answers in list(trivial.items())[: 1 if same else None]:
-        for answer, scores in answers.items():
-            label = _word(answer) if same else f"{_word(answer)} ({name})"
-            scores = {"mean_database_auc": 0.5, **scores}
-            body.append([muted(page.escape(label)), *(muted(page.score(scores.get(m))) for m in shown)])
-    note = "" if same else (
-        '<p class="small warn">The runs were not judged on the same recordings: their trivial answers differ, so '
-        "compare each with its own.</p>"
-    )  # fmt: skip
-    return page.table(["Run", *(_word(m) for m in shown)], body) + note
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _check_run(workdir: pathlib.Path) -> None:
+    if not workdir.is_dir():
+        raise ValueError(f"{workdir}: no such folder; RUN is the --workdir of a run")
+    if any((workdir / name).exists() for name in ("metrics.json", "population.json")):
+        return
+    if inner := sorted(str(path.parent) for path in workdir.glob("*/metrics.json")):
+        raise ValueError(f"{workdir}: not a run but a folder of runs: give {' '.join(inner)}")
+    if (workdir / "config.json").exists():
+        raise ValueError(f"{workdir}: the run has not ended, there is no metrics.json; its command goes on with it")
+    raise ValueError(f"{workdir}: not a run, there is no metrics.json; RUN is the --workdir of a run")
+
+
 def _main(runs: Sequence[str], out: str | None) -> None:
+    from pcgjax import compare
+
     if not runs:
         raise ValueError("no RUN given: python -m pcgjax.report RUN [RUN ...] [--out=FILE]; --help explains")
+    for run in runs:
+        _check_run(pathlib.Path(run))
     if len(runs) == 1:
         if out:
             raise ValueError("--out is for the comparison of several runs; one run is drawn to RUN/report.html")
-        path = write(runs[0])
+        population = (pathlib.Path(runs[0]) / "population.json").exists()
+        path = compare.population(runs[0]) if population else write(runs[0])
     else:
         beside = pathlib.Path(runs[0]).resolve().parent
-        rows = [compare_row(run) for run in runs]
+        rows = [compare.row(run) for run in runs]
         if len({row["name"] for row in rows}) < len(rows):  # a/cnn and b/cnn: the whole paths tell them apart
             rows = [{**row, "name": run.rstrip("/")} for row, run in zip(rows, runs, strict=True)]
-        path = compare(rows, out or beside / "comparison.html", "Comparison of runs")
+        path = compare.write(rows, out or beside / "comparison.html", "Comparison of runs")
     print(path)
 
 

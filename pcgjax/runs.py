@@ -1,4 +1,4 @@
-"""A run's folder and data: the corpus and its split, the config that must not change, the lines of its log.
+"""A run's folder and data: the corpus and its split, the config that must not change, what ran, the lines of its log.
 
 Shared by the trainers, `pcgjax.train` and `pcgjax.audio_llm.train`.
 """
@@ -6,16 +6,25 @@ Shared by the trainers, `pcgjax.train` and `pcgjax.audio_llm.train`.
 from __future__ import annotations
 
 import collections
+import datetime
+import importlib.metadata
 import json
 import logging as std_logging
 import pathlib
-from collections.abc import Iterable
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
+import pcgjax
 from pcgjax import checkpoint, files, input_pipeline, splits
 
 # Streams of randomness, each folded into the seed's key first.
@@ -113,7 +122,10 @@ def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Ite
     also_free: more (part, field) that may change.
     """
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
-            ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from")}  # fmt: skip
+            ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from"),
+            # Where it runs; the order of the data stays, and so does the arithmetic, up to rounding.
+            ("parallel", "strategy"), ("parallel", "fsdp"), ("train", "accumulate"), ("train", "remat"),
+            ("profile", "start"), ("profile", "steps")}  # fmt: skip
     free |= set(also_free)
     if now["optimizer"].get("schedule", "constant") != "constant":
         free.discard(("train", "epochs"))  # the schedule ends with them
@@ -125,10 +137,98 @@ def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Ite
             else [((part,), old, new)]
         )
         for name, before, after in pairs:
-            if before != after and name not in free:
+            # A field that the saved run's version had not yet is as good as off.
+            if before != after and (before is not None or after) and name not in free:
                 raise checkpoint.CheckpointError(
                     f"{workdir}: trained with {'.'.join(name)}={before}, now {after}; give another --workdir"
                 )
+
+
+def record(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    step: int = 0,
+    devices: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds this start to `workdir/run.json`, {"starts": [...]}, the newest last: what must be known to run it again.
+
+    Of each start: when, at which step, the command and the flags given, the whole config, `git_state` where there is
+    one, `versions`, device, devices, processes, platform and the first process' host. Nothing of the environment is
+    kept: it may hold secrets. Of many processes the first writes.
+
+    Args: step: that of the checkpoint from which the run goes on; devices: {"device": kind, "devices": n,
+      "processes": n} where JAX does not compute.
+    Raises:
+      ValueError: a run.json that is none.
+    """
+    if jax.process_index():
+        return
+    path = workdir / "run.json"
+    starts = _starts(path)
+    git = git_state()
+    start = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": shlex.join(sys.orig_argv),
+        "flags": _given_flags(),
+        **({"git": git} if git else {}),
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        **(devices or {}),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "config": plain_config(config),
+    }
+    files.write_text(path, json.dumps({"starts": [*starts, start]}, indent=1, default=str) + "\n")
+
+
+def _starts(path: pathlib.Path) -> list[dict]:
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_text())["starts"]
+        if not all(isinstance(start, dict) for start in starts):
+            raise TypeError("need a list of objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}, starts: not what a run wrote ({error}); remove the file") from None
+    return starts
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on; of PyTorch's packages where they are in use."""
+    names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"]
+    names += [name for name in ("torch", "transformers", "peft") if name in sys.modules]
+    found = {"pcgjax": pcgjax.__version__, "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in names}
+
+
+def git_state() -> dict[str, Any] | None:
+    """{"commit", "dirty"} of the checkout that pcgjax is imported from; None where it is from none, or without git.
+
+    dirty: a file that git knows differs from the commit, as of `git describe --dirty`.
+    """
+    file = pathlib.Path(__file__)
+
+    def ask(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(file.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", file.name)  # site-packages may lie in somebody else's checkout
+        changed = ask("status", "--porcelain", "--untracked-files=no")
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _given_flags() -> dict[str, Any]:
+    """The flags of the command line by name, and the path of a config instead of what is in it."""
+    if not flags.FLAGS.is_parsed():
+        return {}
+    given = {name: flags.FLAGS[name] for name in flags.FLAGS if flags.FLAGS[name].present}
+    return {name: getattr(flag, "config_filename", flag.value) for name, flag in given.items()}
 
 
 def history(path: pathlib.Path) -> list[dict]:
@@ -144,10 +244,39 @@ def history(path: pathlib.Path) -> list[dict]:
     return values
 
 
-def log_line(path: pathlib.Path, step: int, split: str, values: dict) -> None:
+def open_board(workdir: pathlib.Path, step: int = 0) -> Any:
+    """A TensorBoard writer to `workdir/tensorboard`, for `log_line`; None, and a warning, without tensorboardX.
+
+    step: that of the checkpoint from which the run goes on; what was written of later ones is no longer shown.
+    """
+    # It would import PyTorch, two seconds of every run, only to recognise its tensors.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tensorboardX
+    except ImportError as error:
+        logging.warning("no TensorBoard: %s; metrics.jsonl has the numbers", error)
+        return None
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    # Its files are named after the second: one more start within it must not write over them.
+    suffix = f".{time.time_ns()}"
+    return tensorboardX.SummaryWriter(
+        str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=1, filename_suffix=suffix
+    )
+
+
+def log_line(path: pathlib.Path, step: int, split: str, values: dict, board: Any = None) -> None:
+    """Adds a line to metrics.jsonl, and its finite numbers to the board (of `open_board`) as "split/name"."""
     finite = {k: (v if v is None or np.isfinite(v) else None) for k, v in values.items()}
     with path.open("a") as file:
         file.write(json.dumps({"step": step, "split": split} | finite) + "\n")
+    if board is not None:
+        for name, value in finite.items():
+            if value is not None:
+                board.add_scalar(f"{split}/{name}", value, step)
 
 
 def log_to(workdir: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from pcgjax.models.cnn1d import CNN1D
 from pcgjax.models.hinf_lstm import CNNLSTM
 from pcgjax.models.segmenter import PatchSegmenter, Segmenter
 from pcgjax.models.ssamba import PATCH, RECONSTRUCTION_WEIGHT, SSAMBA, pretrain_losses
+from pcgjax.traced import known, on
 
 FILTERS = ("none", "zero_phase", "causal")
 
@@ -32,6 +33,10 @@ class Counts(NamedTuple):
     loss: jax.Array
     correct: jax.Array
     samples: jax.Array
+
+
+def no_counts() -> Counts:
+    return Counts(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 Total = Callable[[jax.Array], jax.Array]  # sums an array over all device groups' shares of a batch
@@ -51,6 +56,7 @@ class Task(NamedTuple):
     labels: Callable[[Corpus], np.ndarray]  # (N, ...) of a corpus' recordings: what batch["labels"] holds
     classifies: bool = True  # recordings
     shapes: int = 8  # of batches, each compiled: more waste less, and take longer to compile
+    dtype: Any = jnp.float32  # of the model's arithmetic; parameters, and all sums over time, stay float32
 
 
 def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -67,7 +73,7 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     if window < 16 or hop < 1:
         raise ValueError(f"features.window_s={f.window_s} with features.overlap={f.overlap} is shorter than 16 samples")
     sos, lead, gap = _filter(f, (f.low_hz, f.high_hz), sample_rate_hz, "bandpass")
-    geometry = Geometry(window, hop, lead, gap)
+    geometry, dtype = Geometry(window, hop, lead, gap), _dtype(config.model)
 
     def forward(model: CNN1D, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         where = filters.packing(batch["lengths"], batch["samples"].shape[0], lead, gap)
@@ -77,12 +83,13 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         cut = _cut(filters.zscore_packed(x, where), where, geometry, capacity)
         recording = cut.recording
         if geometry.shared:
-            logits = model.half_overlapping(cut.samples)
+            logits = model.half_overlapping(cut.samples.astype(dtype))
             second = cut.real & (2 * cut.nth + 1 < cut.windows)
             mask = jnp.concatenate([cut.real & (2 * cut.nth < cut.windows), second[:-1]])
             recording = jnp.concatenate([recording, recording[:-1]])
         else:
-            logits, mask = model(cut.samples), cut.real & (cut.nth < cut.windows)
+            logits, mask = model(cut.samples.astype(dtype)), cut.real & (cut.nth < cut.windows)
+        logits = logits.astype(jnp.float32)
         log_p, log_q, _ = recording_log_probabilities(logits, recording, mask, len(batch["lengths"]))
         return log_p, log_q
 
@@ -97,7 +104,7 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         m = config.model
         return CNN1D(window, tuple(m.filters), m.kernel_size, m.hidden, rngs=rngs)
 
-    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target))
+    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target), dtype=dtype)
 
 
 def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -138,7 +145,7 @@ def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             f"features.window_s={f.window_s}: {clip} samples are too few for features.hop={f.hop} and "
             f"{len(config.model.blocks)} poolings"
         )
-    geometry = Geometry(clip, clip, lead, gap)
+    geometry, dtype = Geometry(clip, clip, lead, gap), _dtype(config.model)
 
     def logits_of(model: CNNLSTM, batch: dict, capacity: int, key: jax.Array, train: bool, total: Total):
         noise_key, drop_key = jax.random.split(key)
@@ -150,8 +157,8 @@ def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             x = filters.filter_packed(sos, x, where, zero_phase=f.filter == "zero_phase")
         cut = _cut(x, where, geometry, capacity)
         mel, mask = clip_features(f, cut.samples, cut.own * cut.real, sample_rate_hz)
-        logits = model(mel, mask, drop_key if train else None, total)
-        return logits, cut.recording, cut.real
+        logits = model(mel.astype(dtype), mask.astype(dtype), drop_key if train else None, total, config.model.dropout)
+        return logits.astype(jnp.float32), cut.recording, cut.real
 
     def forward(model: CNNLSTM, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, recording, real = logits_of(model, batch, capacity, key, False, lambda x: x)
@@ -168,7 +175,7 @@ def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         blocks = tuple(tuple(block) for block in m.blocks)
         return CNNLSTM(f.n_mels, blocks, m.hidden, m.cell, m.dropout, frozen, m.implementation, rngs=rngs)
 
-    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target))
+    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target), dtype=dtype)
 
 
 def clip_features(f: ml_collections.ConfigDict, clips_BxT: jax.Array, own_B: jax.Array, sample_rate_hz: int):
@@ -195,7 +202,7 @@ def clip_loss(loss_: ml_collections.ConfigDict, logits, labels, real, threshold,
     factor, own = penalty(log_p, labels, mask, threshold, loss_.alpha, loss_.normalize, loss_.slope, total)
     factor = jax.lax.stop_gradient(factor)
     objective = factor * summed
-    if loss_.slope:  # the product rule's other half; its value is zero
+    if on(loss_.slope):  # the product rule's other half; its value is zero
         objective += jax.lax.stop_gradient(total(summed)) * (own - jax.lax.stop_gradient(own))
     return objective, counts._replace(loss=jax.lax.stop_gradient(factor * summed))
 
@@ -210,9 +217,10 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     f, target = config.features, config.task.frames
     if target not in segmentation.TARGETS:
         raise ValueError(f"task.frames={target!r}: choose one of {', '.join(segmentation.TARGETS)}")
-    if not 0 <= f.stretch < 1 or (f.stretch and config.model.name == "ssamba"):
+    if known(f.stretch) and (not 0 <= f.stretch < 1 or (f.stretch and config.model.name == "ssamba")):
         raise ValueError(f"features.stretch={f.stretch}: at least 0 and below 1, and 0 with model.name=ssamba")
-    if not f.response_db >= 0 or (config.model.name == "ssamba" and (f.response_db or f.noise)):
+    quiet = known(f.response_db) and not (f.response_db or f.noise)
+    if (known(f.response_db) and not f.response_db >= 0) or (config.model.name == "ssamba" and not quiet):
         raise ValueError(
             f"features.response_db={f.response_db}, features.noise={f.noise}: at least 0, and with model.name=ssamba 0 "
             "and False: they are of frames whose level was taken off"
@@ -222,6 +230,8 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     if window < hop:
         raise ValueError(f"features.window_s={f.window_s} is shorter than features.step_s={f.step_s}")
     geometry = Geometry(window, window, halo, halo)
+    # SSAMBA chooses by itself what it computes in bfloat16.
+    dtype = jnp.float32 if config.model.name == "ssamba" else _dtype(config.model)
     wanted_of = segmentation.target_frames(np.arange(5), target).astype(np.int32)  # of each state
 
     def logits_of(model: Segmenter, batch: dict, capacity: int, key: jax.Array, train: bool):
@@ -239,10 +249,11 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         if train:
             features = recoloured(colour_key, features, real, f.response_db, f.noise)
             features = masked_bands(augment_key, features, f.masked_bands)
-            if f.stretch:
+            if on(f.stretch):
                 features, real, source = stretched(stretch_key, features, real, f.stretch)
                 at = at[source]
-        logits = model(features, drop_key if train else None)
+        dropout = config.model.get("dropout", 0.0)  # SSAMBA has none
+        logits = model(features.astype(dtype), drop_key if train else None, dropout).astype(jnp.float32)
         # An event is 8 * its sample + its state: the last one that is not after the frame's middle.
         events = batch["labels"][cut.recording]
         middle = 8 * (cut.begin[:, None] + at) + 7
@@ -285,7 +296,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             rngs=rngs,
         )  # fmt: skip
 
-    return Task(geometry, init, forward, loss, events, classifies=False, shapes=3)
+    return Task(geometry, init, forward, loss, events, classifies=False, shapes=3, dtype=dtype)
 
 
 def events(corpus: Corpus) -> np.ndarray:
@@ -482,7 +493,7 @@ def recoloured(key: jax.Array, x_BxTxF: jax.Array, real_BxT: jax.Array, response
     A frequency response that varies slowly over the bands, `response_db` dB its standard deviation at the edges;
     with `noise`, stationary noise of another such colour, from inaudible to as loud as the mean frame.
     """
-    if not response_db and not noise:
+    if not on(response_db) and not noise:
         return x_BxTxF
     batch, _, bands = x_BxTxF.shape
     response_key, colour_key, level_key, power_key = jax.random.split(key, 4)
@@ -507,7 +518,7 @@ def _filter(f: ml_collections.ConfigDict, cutoff_hz: Any, sample_rate_hz: int, k
     """(second-order sections or None, free samples before a recording, free samples after it)."""
     if f.filter not in FILTERS:
         raise ValueError(f"features.filter={f.filter!r}: choose one of {', '.join(FILTERS)}")
-    if not f.noise_snr_db > -float("inf"):
+    if known(f.noise_snr_db) and not f.noise_snr_db > -float("inf"):
         raise ValueError(f"features.noise_snr_db={f.noise_snr_db}: give decibels, or inf for no noise")
     if f.filter == "none":
         return None, 0, 0
@@ -523,7 +534,7 @@ def _filter(f: ml_collections.ConfigDict, cutoff_hz: Any, sample_rate_hz: int, k
 def _noisy(batch: dict, where: filters.Packing, snr_db: float, key: jax.Array) -> jax.Array:
     """A batch's samples as float32 with full scale at 1, and white noise where it is asked for."""
     x = batch["samples"].astype(jnp.float32) / 32767
-    return x if snr_db == float("inf") else filters.add_white_noise(x, where, snr_db, key)
+    return filters.add_white_noise(x, where, snr_db, key) if on(snr_db, off=float("inf")) else x
 
 
 class Cut(NamedTuple):
@@ -569,6 +580,15 @@ def split(model: nnx.Module) -> tuple[Any, Any, Any]:
     return graphdef, nnx.as_pure(params), nnx.as_pure(rest)
 
 
+def merged(task: Task, graphdef: Any, params: Any, rest: Any) -> Any:
+    """The model, its parameters in the type in which it computes; gradients come back in their own."""
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(task.dtype), params), rest)
+
+
+def _dtype(model: ml_collections.ConfigDict) -> Any:
+    return jnp.bfloat16 if model.get("bfloat16", False) else jnp.float32  # runs of earlier versions say nothing
+
+
 class TrainState(NamedTuple):
     """All that the next step depends on besides the data: what a checkpoint holds."""
 
@@ -580,10 +600,10 @@ class TrainState(NamedTuple):
 
 
 def initial_state(
-    task: Task, update: optax.GradientTransformation, seed: int, sapt: thresholds.State | None = None
+    task: Task, update: optax.GradientTransformation, seed: int | jax.Array, sapt: thresholds.State | None = None
 ) -> TrainState:
     """The state before the first step; without `sapt`, the threshold stays at 0.5."""
-    _, params, rest = split(task.init(nnx.Rngs(seed)))
+    _, params, rest = split(task.init(nnx.Rngs(jax.random.key(seed))))
     return TrainState(jnp.zeros((), jnp.int32), params, rest, update.init(params), sapt or thresholds.init(interval=0))
 
 

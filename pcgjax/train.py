@@ -10,7 +10,6 @@ end metrics.json, predictions.csv, examples.npz and report.html. A second start 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import pathlib
 import platform
@@ -18,7 +17,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,13 +28,17 @@ import optax
 import tqdm
 from absl import app, flags, logging
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-import pcgjax
 from pcgjax import (
     checkpoint,
+    compare,
+    costs,
+    distributed,
     evaluate,
     files,
+    goodput,
     input_pipeline,
     metrics,
     optimizer,
@@ -46,6 +49,7 @@ from pcgjax import (
     tasks,
     thresholds,
 )
+from pcgjax.features.filters import ALIGN
 from pcgjax.runs import EVALUATION, ORDER, STEP
 
 
@@ -58,6 +62,14 @@ class Totals(NamedTuple):
     bad_step: jax.Array  # the first step whose loss was not finite; -1: none
 
 
+# What the forward pass keeps for the backward one; all else is computed again.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def zero_totals() -> Totals:
     return Totals(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32))
 
@@ -68,42 +80,64 @@ def make_step(
     graphdef: Any,
     key: jax.Array,
     groups: int,
-    axis: str | None = None,
+    capacities: tuple[int, ...],
+    axes: tuple[str, ...] = (),
+    whole: Callable = lambda params: params,
+    summed: Callable | None = None,
+    remat: str = "none",
 ) -> tuple[Callable, Callable]:
-    """One training step in two halves, the same for jit and for pmap.
+    """One training step in two halves, the same for one device, a mesh and pmap.
 
-    groups: device groups in all; `axis`: pmap's axis, under which a batch holds this device's group alone.
-    Returns: ((state, totals), batch, capacity, i) -> sums over the batch; ((state, totals), sums) -> (state, totals).
+    The first, of which every device does its part: (params, rest, step, threshold, data, ids (G', R), capacity) ->
+    gradients, counts, rest; a device goes through its own groups G' one after the other. The second, of the whole
+    state: ((state, totals), what the first returned) -> (state, totals).
+
+    groups: device groups in all; axes: names of the device axes, over which is summed; `whole` and `summed`: as
+      `sharding` has them, where a device holds a part of the parameters.
     """
+    if remat not in REMAT:
+        raise ValueError(f"train.remat={remat!r}: choose one of {', '.join(REMAT)}")
+    total = (lambda x: jax.lax.psum(x, axes)) if axes else (lambda x: x)
+    summed = summed or functools.partial(jax.tree.map, total)
+    kept = REMAT[remat]
 
-    local = "local_groups"
+    def sums(params, rest, step, threshold, data, ids, choice):
+        if data["samples"].ndim == 3:  # this device's own block
+            data = jax.tree.map(lambda x: x[0], data)
+        own = len(ids)
+        first = jax.lax.axis_index(axes) * own if axes else 0
+        keys = jax.lax.dynamic_slice_in_dim(jax.random.split(jax.random.fold_in(key, step), groups), first, own)
+        full, own_part = jax.vjp(whole, params)
 
-    def sums(carry, batch, capacity, _):
-        state, _ = carry
-        keys = jax.random.split(jax.random.fold_in(key, state.step), groups)
-        if axis:
-            keys = keys[jax.lax.axis_index(axis)][None]
-        axes = tuple(name for name, there in ((axis, axis), (local, len(keys) > 1)) if there)
-        total = (lambda x: jax.lax.psum(x, axes)) if axes else (lambda x: x)
+        def of_group(rest, ids_R, key):
+            def compute(batch, capacity):
+                def loss(params):
+                    model = tasks.merged(task, graphdef, params, rest)
+                    objective, counts = task.loss(model, batch, capacity, key, threshold, total)
+                    return objective, (counts, tasks.split(model)[2])
 
-        def loss(params):
-            def one(b, k):
-                model = nnx.merge(graphdef, params, state.rest)
-                objective, counts = task.loss(model, b, capacity, k, state.sapt.threshold, total)
-                return objective, counts, tasks.split(model)[2]
+                loss = loss if kept is None else jax.checkpoint(loss, policy=kept)
+                (_, (counts, after)), grads = jax.value_and_grad(loss, has_aux=True)(full)
+                return grads, counts, after
 
-            objective, counts, rest = input_pipeline.each_group(one, batch, keys, local)
-            # Running averages come from sums over all groups: each has the same.
-            first = jax.tree.map(lambda x: x[0], rest)
-            return objective.sum(), (jax.tree.map(lambda x: x.sum(0), counts), first)
+            return input_pipeline.at_capacity(compute, data, ids_R, choice, capacities, task.geometry)
 
-        (_, (counts, rest)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return grads, counts, rest
+        if own == 1:
+            grads, counts, rest = of_group(rest, ids[0], keys[0])
+        else:
 
-    def apply(carry, summed):
+            def add(i, carry):
+                grads, counts, rest = carry
+                more, counted, rest = of_group(rest, ids[i], keys[i])
+                return *jax.tree.map(jnp.add, (grads, counts), (more, counted)), rest
+
+            none = jax.tree.map(jnp.zeros_like, full), tasks.no_counts()
+            grads, counts, rest = jax.lax.fori_loop(0, own, add, (*none, rest))
+        return summed(own_part(grads)[0]), jax.tree.map(total, counts), rest
+
+    def apply(carry, of_step):
         state, totals = carry
-        grads, counts, rest = summed
-        grads, counts = jax.lax.psum((grads, counts), axis) if axis else (grads, counts)
+        grads, counts, rest = of_step
         grads = jax.tree.map(lambda g: g / jnp.maximum(counts.samples, 1), grads)
         updates, opt_state = update.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -119,23 +153,103 @@ def make_step(
     return sums, apply
 
 
-def make_run(
-    step: tuple[Callable, Callable],
-    geometry: input_pipeline.Geometry,
-    capacities: tuple[int, ...],
-    constrain: Callable = lambda batch: batch,
-) -> Callable:
-    """Many steps as one program: (state, totals, data, ids, capacity, start, stop) -> (state, totals)."""
-    sums, apply = step
+def make_run(sums: Callable, apply: Callable) -> Callable:
+    """Many steps as one program: (state, totals, data, ids, capacity, start, stop) -> (state, totals).
 
-    def constrained(carry, batch, capacity, i):
-        return sums(carry, constrain(batch), capacity, i)
+    `ids` and `capacity` are a plan's arrays on the device, and the number of steps is data.
+    """
 
     def run(state, totals, data, ids, capacity, start, stop):
-        carry = (state, totals)
-        return input_pipeline.loop(data, ids, capacity, capacities, geometry, constrained, apply, carry, start, stop)
+        def step(i, carry):
+            s = carry[0]
+            of_step = sums(s.params, s.rest, s.step, s.sapt.threshold, data, ids[i], capacity[i])
+            return apply(carry, of_step)
+
+        return jax.lax.fori_loop(start, stop, step, (state, totals))
 
     return run
+
+
+def look_ahead(experiment: Experiment, run: Callable, abstract: Any, shardings: Any, seed: int, pmap: bool) -> dict:
+    """What a step of the compiled program costs, as `costs.summary` has it; nothing is put on the devices or run."""
+    mesh, task = experiment.mesh, experiment.task
+    plan = experiment.plan(seed, 0)
+    everywhere = sharding.replicated(mesh)
+    placed = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+    state = jax.tree.map(placed, abstract, shardings)
+    totals = jax.tree.map(lambda x: placed(x, everywhere), jax.eval_shape(zero_totals))
+    stacked = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype), tree)
+    if experiment.pipeline == "resident":
+        data = jax.tree.map(
+            lambda x: placed(x, None if pmap else everywhere),
+            input_pipeline.block_shapes(experiment.corpus, experiment.labels, np.arange(len(experiment.corpus.rows))),
+        )
+        ids = plan.ids
+    else:
+        first = next(input_pipeline.stream(experiment.corpus, experiment.labels, plan, 0, 1, mesh.size))
+        layout = None if pmap else NamedSharding(mesh, PartitionSpec(sharding.AXES))
+        of_all = lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape[1:]), x.dtype, sharding=layout)
+        data, ids = jax.tree.map(of_all, first[0]), np.zeros((len(first[1]), *plan.ids.shape[1:]), np.int32)
+        plan = plan._replace(capacity=first[2])
+    if pmap:
+        ids = ids.reshape(len(ids), mesh.size, -1, ids.shape[-1])
+    began = time.monotonic()
+    program = run.lower(*map(stacked, (state, totals)) if pmap else (state, totals), data, ids, plan.capacity, 0, 1)
+    compiled = program.compile()
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "averages": state.rest}
+    states = {name: costs.state_bytes(part) for name, part in parts.items()}
+    parameters, rest = states["parameters"][0], states["averages"][0]
+    rows = task.geometry.buffer_rows(max(experiment.capacities), plan.ids.shape[-1])
+    batch_bytes = 2 * ALIGN * rows * experiment.groups // mesh.size
+    shape = (mesh.shape["data"], mesh.shape["fsdp"])
+    # Of each moment and parameter a device reads and writes its own; averages are summed forward and backward.
+    return costs.summary(
+        costs.step_cost(compiled.as_text()),
+        costs.memory(compiled),
+        states,
+        costs.minimum(parameters, 2 * rest + _COUNTS_BYTES, shape),
+        2 * sum(device for _, device in states.values()) + batch_bytes,
+        shape,
+        "bfloat16" if task.dtype == jnp.bfloat16 else "float32",
+    ) | {"compile_s": time.monotonic() - began}
+
+
+_COUNTS_BYTES = 4 * len(tasks.Counts._fields)
+
+
+def compile_run(
+    task: tasks.Task,
+    update: optax.GradientTransformation,
+    graphdef: Any,
+    key: jax.Array,
+    capacities: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    shardings: tasks.TrainState,
+    groups: int,
+    streamed: bool,
+    pmap: bool = False,
+    remat: str = "none",
+) -> Callable:
+    """`make_run` for a mesh, jitted, or under pmap; state and totals are donated."""
+    if pmap:
+        step = make_step(task, update, graphdef, key, groups, capacities, sharding.GROUP, remat=remat)
+        # Each device is given its own groups of every batch; state and totals are one copy a device.
+        return jax.pmap(
+            make_run(*step), axis_name=sharding.GROUP[0], in_axes=(0, 0, 0 if streamed else None, 1, None, None, None),
+            donate_argnums=(0, 1),
+        )  # fmt: skip
+    specs = sharding.specs_of(shardings.params)
+    sums, apply = make_step(
+        task, update, graphdef, key, groups, capacities, sharding.AXES if mesh.size > 1 else (),
+        lambda params: sharding.whole(params, specs), lambda grads: sharding.summed(grads, specs, mesh), remat,
+    )  # fmt: skip
+    everywhere, spread = PartitionSpec(), PartitionSpec(sharding.AXES)
+    own = (specs, everywhere, everywhere, everywhere, spread if streamed else everywhere, spread, everywhere)
+    sums = sharding.over_devices(sums, mesh, own, (specs, everywhere, everywhere))
+    return jax.jit(
+        make_run(sums, apply), donate_argnums=(0, 1), compiler_options=sharding.compiler_options(),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )  # fmt: skip
 
 
 def choose_pipeline(name: str, corpus_bytes: int) -> str:
@@ -150,8 +264,14 @@ def choose_pipeline(name: str, corpus_bytes: int) -> str:
     else:
         import psutil
 
-        free = psutil.virtual_memory().available // 2  # the host's copy and the device's are in one memory
-    return "resident" if corpus_bytes < free / 3 else "stream"
+        # The host's copy and every device's are in one memory.
+        free = psutil.virtual_memory().available // (1 + jax.local_device_count())
+    fits = corpus_bytes < free / 3
+    if jax.process_count() > 1:  # all must choose the same
+        from jax.experimental import multihost_utils
+
+        fits = bool(multihost_utils.process_allgather(np.array(fits)).all())
+    return "resident" if fits else "stream"
 
 
 def balance_groups(balance: str, corpus, labels: np.ndarray, indices: np.ndarray) -> np.ndarray | None:
@@ -165,29 +285,68 @@ def balance_groups(balance: str, corpus, labels: np.ndarray, indices: np.ndarray
     raise ValueError(f"train.balance={balance!r}: choose none, class or database_class")
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run: bool = False) -> dict:
-    """Trains, evaluates and reports one run; returns what it writes to metrics.json.
+class Experiment(NamedTuple):
+    """What a config makes of the data and the devices, before any state."""
 
-    Raises:
-      ValueError (also PrepareError, SplitError, LeakError, CheckpointError): a config field, a prepared folder, a
-        split or a checkpoint that does not fit, naming it.
-      FloatingPointError: a loss that is not finite, naming the step and its recordings.
+    corpus: input_pipeline.Corpus
+    parts: dict[str, np.ndarray]  # train, validation, test: indices into the corpus
+    split: dict
+    task: tasks.Task
+    labels: np.ndarray
+    mesh: jax.sharding.Mesh
+    groups: int  # device groups that share a step's recordings, train.accumulate a device
+    order_of: Callable[[int, int], np.ndarray]  # (seed, epoch) -> ids (steps, G, R)
+    capacities: tuple[int, ...]
+    steps_an_epoch: int
+    digest: str  # of all that the order of the data depends on; not the number of devices
+    pipeline: str  # resident or stream
+
+    def plan(self, seed: int, epoch: int) -> input_pipeline.Plan:
+        order = self.order_of(seed, epoch)
+        return input_pipeline.plan(order, self.corpus.lengths, self.task.geometry, self.capacities)
+
+    def resident(self) -> dict | None:
+        """The whole corpus on every device, where the pipeline wants it there."""
+        if self.pipeline != "resident":
+            return None
+        everything = input_pipeline.block(self.corpus, self.labels, np.arange(len(self.corpus.rows)))
+        return sharding.put(self.mesh, everything)
+
+    def pieces(
+        self, resident: dict | None, plan: input_pipeline.Plan, start: int, stop: int, pmap: bool = False
+    ) -> Iterator:
+        """(data, ids, capacity, start, stop) of these steps of a plan: once when resident, else block by block.
+
+        pmap: ids (steps, D, G', R) of this process' D devices, and blocks (D, ...), from the host.
+        """
+        own, arguments = sharding.mine(self.mesh), (self.corpus, self.labels, plan, start, stop)
+        apart = lambda ids, devices: ids.reshape(len(ids), devices, -1, ids.shape[-1])
+        if resident is not None:
+            ids = apart(plan.ids, self.mesh.size)[:, own] if pmap else plan.ids
+            yield resident, ids, plan.capacity, start, stop
+        elif pmap:
+            for data, ids, capacity, steps in input_pipeline.stream(*arguments, self.mesh.size, own):
+                yield data, apart(ids, len(own)), capacity, 0, steps
+        else:
+            for data, ids, capacity, steps in input_pipeline.streamed(*arguments, self.mesh):
+                yield data, ids, capacity, 0, steps
+
+
+def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, seeds: Sequence[int] = ()) -> Experiment:
+    """Reads the data, makes or reuses the split, and plans the batches, for the config's seed or for all of `seeds`.
+
+    Raises: as `train`.
     """
-    began = time.monotonic()
-    workdir = pathlib.Path(workdir)
     t = config.train
     for part, field in (("train", "epochs"), ("train", "batch_recordings"), ("train", "checkpoint_steps"),
-                        ("evaluation", "batch_recordings"), ("evaluation", "resamples")):  # fmt: skip
+                        ("train", "accumulate"), ("evaluation", "batch_recordings"),
+                        ("evaluation", "resamples")):  # fmt: skip
         if config[part][field] < 1:
             raise ValueError(f"{part}.{field}={config[part][field]}: must be at least 1")
     if not 0 <= config.evaluation.threshold <= 1:
         raise ValueError(f"evaluation.threshold={config.evaluation.threshold}: must lie between 0 and 1")
-    workdir.mkdir(parents=True, exist_ok=True)
-
-    # ---------------------------------------------------------------------------------------------------- data
     mesh = sharding.make_mesh(config.parallel)
-    groups = mesh.size
-    key = jax.random.key(config.seed)
+    groups = mesh.size * t.accumulate
     corpus, parts, split = runs.load_data(config, workdir)
     task = tasks.make(config, corpus.sample_rate_hz)
     labels = task.labels(corpus)
@@ -203,111 +362,105 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         )
     balance = balance_groups(t.balance, corpus, labels, parts["train"])
 
-    @functools.cache
-    def order_of(epoch: int) -> np.ndarray:
-        order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
+    @functools.lru_cache(64)
+    def order_of(seed: int, epoch: int) -> np.ndarray:
+        order_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ORDER), epoch)
         return input_pipeline.epoch_order(parts["train"], balance, order_key, t.batch_recordings, groups)
 
-    needed = [input_pipeline.batch_units(order_of(e), corpus.lengths, task.geometry) for e in range(min(t.epochs, 50))]
+    seeds = tuple(seeds) or (config.seed,)
+    looked_at = min(t.epochs, max(50 // len(seeds), 1))
+    needed = [
+        input_pipeline.batch_units(order_of(seed, epoch), corpus.lengths, task.geometry)
+        for seed in seeds
+        for epoch in range(looked_at)
+    ]
     # The largest batch that any order can make, so that no later epoch finds its batches without a place.
-    largest = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-(t.batch_recordings // groups) :]
+    own = t.batch_recordings // groups
+    largest = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-own:]
     # Balanced epochs repeat recordings, so that a batch may hold the longest one several times.
-    units = largest.sum() if balance is None else largest[-1] * (t.batch_recordings // groups)
+    units = largest.sum() if balance is None else largest[-1] * own
     capacities = input_pipeline.choose_capacities(np.concatenate(needed), task.shapes)
-    capacities = (*capacities, int(units)) if t.epochs > 50 and units > capacities[-1] else capacities
-    steps_an_epoch = len(order_of(0))
-    last_step = t.epochs * steps_an_epoch
+    capacities = (*capacities, int(units)) if t.epochs > looked_at and units > capacities[-1] else capacities
     digest = input_pipeline.order_digest(
-        corpus, train=split["train"], seed=config.seed, batch=t.batch_recordings, groups=groups, balance=t.balance,
+        corpus, train=split["train"], seed=config.seed, batch=t.batch_recordings, balance=t.balance,
         target=config.task.target, shuffled=config.data.shuffle_labels,
     )  # fmt: skip
-    pipeline = choose_pipeline(config.data.pipeline, corpus.bytes)
-    resident = None
-    if pipeline == "resident":
-        everything = input_pipeline.block(corpus, labels, np.arange(len(corpus.rows)))
-        resident = jax.device_put(everything, sharding.replicated(mesh))
-        del everything
+    return Experiment(
+        corpus, parts, split, task, labels, mesh, groups, order_of, capacities, len(order_of(seeds[0], 0)), digest,
+        choose_pipeline(config.data.pipeline, corpus.bytes),
+    )  # fmt: skip
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run: bool = False) -> dict:
+    """Trains, evaluates and reports one run; returns what it writes to metrics.json.
+
+    Raises:
+      ValueError (also PrepareError, SplitError, LeakError, CheckpointError): a config field, a prepared folder, a
+        split or a checkpoint that does not fit, naming it.
+      FloatingPointError: a loss that is not finite, naming the step and its recordings.
+    """
+    clock, began = goodput.Clock(), time.monotonic()
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    t, seed = config.train, config.seed
+    first_process = jax.process_index() == 0  # the one that writes what all of them know
+    experiment = set_up(config, workdir)
+    corpus, parts, _, task, labels, mesh, groups = experiment[:7]
+    steps_an_epoch = experiment.steps_an_epoch
+    last_step = t.epochs * steps_an_epoch
+    trace = goodput.Trace(config.profile, workdir / "profile")
 
     # --------------------------------------------------------------------------------------------------- state
+    key = jax.random.key(seed)
     update = optimizer.make(config.optimizer, last_step)
-    graphdef = nnx.graphdef(task.init(nnx.Rngs(config.seed)))
-
+    graphdef = nnx.graphdef(task.init(nnx.Rngs(seed)))
     sapt = thresholds.init(config.evaluation.threshold, **config.get("sapt", {"interval": 0}))
-    init = functools.partial(tasks.initial_state, task, update, config.seed, sapt)
-    shardings = sharding.state_sharding(mesh, jax.eval_shape(init))
+    init = functools.partial(tasks.initial_state, task, update, seed, sapt)
+    abstract = jax.eval_shape(init)
+    shardings = sharding.state_sharding(mesh, abstract)
+
+    # ---------------------------------------------------------------------------------------- compiled programs
+    pmap, streamed = config.parallel.strategy == "pmap", experiment.pipeline == "stream"
+    run = compile_run(
+        task, update, graphdef, jax.random.fold_in(key, STEP), experiment.capacities, mesh, shardings, groups,
+        streamed, pmap, t.remat,
+    )  # fmt: skip
+    example = experiment.plan(seed, 0)
+    facts = {
+        "parameters": sum(x.size for x in jax.tree.leaves(abstract.params)),
+        "pipeline": experiment.pipeline,
+        "corpus_mib": corpus.bytes / 2**20,
+        "train_recordings": len(parts["train"]),
+        "steps_an_epoch": steps_an_epoch,
+        "capacities": list(experiment.capacities),
+        "padding_waste": input_pipeline.padding_waste(example, corpus.lengths, task.geometry),
+    }
+    logging.info("%s", json.dumps(facts))
+    if dry_run:
+        facts |= look_ahead(experiment, run, abstract, shardings, seed, pmap)
+        files.write_text(workdir / "dry_run.json", json.dumps(facts, indent=1))
+        print(costs.table(facts), f"\nwrote {workdir}/dry_run.json")
+        return facts
+
     state = jax.jit(init, out_shardings=shardings)()
     if t.get("start_from"):
         state = jax.device_put(carried_over(state, t.start_from, tuple(config.optimizer.frozen)), shardings)
     if config.model.get("checkpoint"):
         state = jax.device_put(with_encoder(state, graphdef, config.model.checkpoint), shardings)
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-
-    # ---------------------------------------------------------------------------------------- compiled programs
-    pmap = config.parallel.strategy == "pmap"
-    constrain = lambda batch: batch
-    if groups > 1 and not pmap:
-        constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.batch_sharding(mesh))
-    step_key = jax.random.fold_in(key, STEP)
-    step = make_step(task, update, graphdef, step_key, groups, axis="group" if pmap else None)
-    run = make_run(step, task.geometry, capacities, constrain)
-    if pmap:
-        # Each device is given its own group of every batch; state and totals are one copy a device.
-        all_groups = run
-        run = jax.pmap(
-            lambda s, o, data, ids, *rest: all_groups(s, o, data, ids[:, None], *rest),
-            axis_name="group", in_axes=(0, 0, None, 1, None, None, None), donate_argnums=(0, 1),
-        )  # fmt: skip
-    else:
-        run = jax.jit(run, donate_argnums=(0, 1), compiler_options=sharding.compiler_options())
-    # pmap wants its arrays from the host or laid out its own way; all the rest wants them laid out over the mesh.
-    spread = (lambda x: jax.tree.map(lambda a: np.stack([a] * groups), x)) if pmap else (lambda x: x)
-    one_copy = lambda x: jax.device_put(jax.tree.map(lambda a: a[0], x), sharding.replicated(mesh))
+    resident = experiment.resident()
+    # pmap has a copy of the state for each of this process' devices, all the rest one array laid out over the mesh.
+    copies = len(sharding.mine(mesh))
+    spread = (lambda x: jax.tree.map(lambda a: np.stack([np.asarray(a)] * copies), x)) if pmap else (lambda x: x)
+    first = lambda a: a[0] if isinstance(a, np.ndarray) else np.asarray(a.addressable_data(0)).reshape(a.shape[1:])
+    one_copy = lambda x: sharding.put(mesh, jax.tree.map(first, x))
     gathered = one_copy if pmap else (lambda x: x)
     predicts = {
         part: evaluate.make_predict(
-            task,
-            graphdef,
-            corpus,
-            parts[part],
-            config.evaluation.batch_recordings,
-            jax.random.fold_in(key, EVALUATION),
-            resident,
-            1 if pmap else groups,
-            constrain,
+            task, graphdef, corpus, parts[part], config.evaluation.batch_recordings,
+            jax.random.fold_in(key, EVALUATION), mesh, resident,
         )
         for part in ("validation", "test")
-    }
-
-    def pieces(plan, start, stop):
-        """What `run` is called with for these steps of an epoch: once when resident, else block by block."""
-        if resident is not None:
-            yield resident, plan.ids, plan.capacity, start, stop
-        else:
-            for data, ids, capacity, steps in input_pipeline.stream(corpus, labels, plan, start, stop):
-                yield data, ids, capacity, 0, steps
-
-    example = input_pipeline.plan(order_of(0), corpus.lengths, task.geometry, capacities)
-    facts = {
-        "parameters": parameters,
-        "pipeline": pipeline,
-        "corpus_mib": corpus.bytes / 2**20,
-        "train_recordings": len(parts["train"]),
-        "steps_an_epoch": steps_an_epoch,
-        "capacities": list(capacities),
-        "padding_waste": input_pipeline.padding_waste(example, corpus.lengths, task.geometry),
-    }
-    logging.info("%s", json.dumps(facts))
-    if dry_run:
-        compiled = run.lower(spread(state), spread(zero_totals()), *next(pieces(example, 0, 1))).compile()
-        memory = compiled.memory_analysis()
-        facts |= {
-            "flops": (compiled.cost_analysis() or {}).get("flops"),
-            "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
-            "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-        }
-        print(json.dumps(facts, indent=1))
-        return facts
-
+    }  # fmt: skip
     update_threshold = jax.jit(thresholds.sapt_update)
     if task.classifies and sapt.interval and len(set(labels[parts["validation"]])) < 2:
         logging.warning("validation has one class only: the threshold stays at %s", config.evaluation.threshold)
@@ -315,17 +468,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     # ------------------------------------------------------------------------------------------ start or resume
     log = workdir / "metrics.jsonl"
     plain = runs.plain_config(config)
-    meta = {"config": plain, "order_sha256": digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
+    meta = {"config": plain, "order_sha256": experiment.digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
     if config.task.name == "segmenter":
         meta["log_duration"] = segment.log_durations(corpus, parts["train"], config.features.step_s).tolist()
-    totals = jax.device_put(zero_totals(), sharding.replicated(mesh))
+    nothing = lambda: sharding.put(mesh, zero_totals())
+    totals = nothing()
     found = checkpoint.restore(workdir / "checkpoints" / "last")
     if found:
         saved = found[2]
         runs.refuse_changes(saved["config"], plain, workdir)
-        if saved["order_sha256"] != digest:
+        if saved["order_sha256"] != experiment.digest:
             raise checkpoint.CheckpointError(
-                f"{workdir}: its checkpoint was trained in another order of data (data, split or device count "
+                f"{workdir}: its checkpoint was trained in another order of data (data or split "
                 "changed); give another --workdir, or what it was trained with"
             )
         at, held, saved = checkpoint.require(workdir / "checkpoints" / "last", {"state": state, "totals": totals})
@@ -333,36 +487,48 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         meta["best"] = saved["best"]
         logging.info("resuming at step %d", at)
         kept = [line for line in runs.history(log) if line["step"] <= at and line["split"] != "test"]
-        files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
-    elif log.exists():
+        if first_process:
+            files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+    elif log.exists() and first_process:
         log.unlink()
-    files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
+    at = int(state.step)
+    board = runs.open_board(workdir, at) if first_process else None
+    tell = functools.partial(runs.log_line, log, board=board) if first_process else (lambda *_: None)
+    runs.record(workdir, config, at)
+    if first_process:
+        files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
     last, best = (checkpoint.manager(workdir / "checkpoints" / name) for name in ("last", "best"))
 
-    stopped = []
+    stopped: list[int] = []
     previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
 
     # ------------------------------------------------------------------------------------------------ the loop
-    at = int(state.step)
     state, totals = spread(state), spread(totals)
-    bar = tqdm.tqdm(total=last_step, initial=at, desc="train", unit="step", mininterval=1.0)
-    seconds = {"train": 0.0, "validate": 0.0, "save": 0.0}
+    stop = 0
+    bar = tqdm.tqdm(total=last_step, initial=at, desc="train", unit="step", mininterval=1.0, disable=not first_process)
     try:
-        while at < last_step and not stopped:
+        while at < last_step and not stop:
             epoch, within = divmod(at, steps_an_epoch)
-            plan = input_pipeline.plan(order_of(epoch), corpus.lengths, task.geometry, capacities)
+            plan = experiment.plan(seed, epoch)
+            trace.at(at)
             to_save = t.checkpoint_steps - at % t.checkpoint_steps
-            until = min(steps_an_epoch, within + to_save)
-            clock = time.monotonic()
-            for piece in pieces(plan, within, until):
-                state, totals = run(state, totals, *piece)
-            counted = jax.device_get(gathered(totals))  # waits for the device
-            seconds["train"] += time.monotonic() - clock
+            until = trace.until(at, min((epoch + 1) * steps_an_epoch, at + to_save)) - epoch * steps_an_epoch
+            pieces = experiment.pieces(resident, plan, within, until, pmap)
+            while True:
+                with clock("wait"):
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                with clock("train"):
+                    state, totals = run(state, totals, *piece)
+            with clock("train"):
+                counted = jax.device_get(gathered(totals))  # waits for the device
             bar.update(until - within)
             at += until - within
+            stop = distributed.stop_signal(stopped[0] if stopped else 0)
             if counted.bad_step >= 0:
                 bad = divmod(int(counted.bad_step), steps_an_epoch)
-                ids = order_of(bad[0])[bad[1]].reshape(-1)
+                ids = experiment.order_of(seed, bad[0])[bad[1]].reshape(-1)
                 names = ", ".join(corpus.rows[i]["id"] for i in ids if i >= 0)
                 raise FloatingPointError(
                     f"the loss was not finite at step {int(counted.bad_step)}, recordings {names}; "
@@ -371,62 +537,105 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             if until == steps_an_epoch:
                 n = max(int(counted.samples), 1)
                 values = {"loss": float(counted.loss) / n, "accuracy": float(counted.correct) / n}
-                runs.log_line(log, at, "train", values | {"epoch": epoch + 1, "seconds": seconds["train"]})
-                totals = spread(jax.device_put(zero_totals(), sharding.replicated(mesh)))
-                clock = time.monotonic()
-                held = gathered(state)
-                answers = predicts["validation"](held.params, held.rest)
-                y = labels[parts["validation"]]
-                threshold = float(held.sapt.threshold)
-                scores = evaluate.validation_scores(task, answers, y, threshold)
-                if task.classifies:
-                    sapt = update_threshold(held.sapt, np.exp(answers[:, 0]).clip(0, 1), y)
-                    state = state._replace(sapt=spread(jax.device_put(sapt, sharding.replicated(mesh))))
-                seconds["validate"] += time.monotonic() - clock
-                runs.log_line(log, at, "validation", scores | {"epoch": epoch + 1})
+                told = clock.told()
+                tell(at, "train", values | {"epoch": epoch + 1, "seconds": told["train"], "waited": told["wait"]})
+                with clock("validate"):
+                    totals = spread(nothing())
+                    held = gathered(state)
+                    answers = predicts["validation"](held.params, held.rest)
+                    y = labels[parts["validation"]]
+                    threshold = float(held.sapt.threshold)
+                    scores = evaluate.validation_scores(task, answers, y, threshold)
+                    if task.classifies:
+                        sapt = update_threshold(held.sapt, np.exp(answers[:, 0]).clip(0, 1), y)
+                        state = state._replace(sapt=spread(sharding.put(mesh, sapt)))
+                tell(at, "validation", scores | {"epoch": epoch + 1})
                 bar.set_postfix(loss=f"{values['loss']:.3f}", **{f"val_{t.select}": f"{scores[t.select]:.3f}"})
-                clock = time.monotonic()
                 better = -scores[t.select] if t.select in ("loss", "brier") else scores[t.select]
                 better = better if np.isfinite(better) else -np.inf
                 if meta["best"] is None or better > meta["best"]["score"]:
                     meta["best"] = {
                         "score": better, "step": at, "epoch": epoch + 1, "metric": t.select, "threshold": threshold,
                     }  # fmt: skip
-                    checkpoint.save(best, at, {"params": held.params, "rest": held.rest}, meta)
-                    best.wait_until_finished()
-            clock = time.monotonic()
+                    with clock("save"):
+                        checkpoint.save(best, at, {"params": held.params, "rest": held.rest}, meta)
+                        best.wait_until_finished()
             # Totals of a part of an epoch travel with the checkpoint: the epoch's line is the same after a resume.
-            if at % t.checkpoint_steps == 0 or until == steps_an_epoch or stopped:
-                checkpoint.save(last, at, {"state": gathered(state), "totals": gathered(totals)}, meta)
-            seconds["save"] += time.monotonic() - clock
+            if at % t.checkpoint_steps == 0 or until == steps_an_epoch or stop:
+                with clock("save"):
+                    checkpoint.save(last, at, {"state": gathered(state), "totals": gathered(totals)}, meta)
+        trace.stop()
     finally:
         bar.close()
-        last.wait_until_finished()
+        with clock("save"):
+            last.wait_until_finished()
         for number, handler in previous.items():
             signal.signal(number, handler)
     last.close()
     best.close()
-    if stopped:
-        logging.warning("stopped by signal %d at step %d, saved; the same command goes on", stopped[0], at)
-        sys.exit(128 + stopped[0])
+    seconds = clock.told()
+    logging.info("%s", goodput.sentence(seconds))
+    if stop:
+        if board:
+            board.close()
+        logging.warning("stopped by signal %d at step %d, saved; the same command goes on", stop, at)
+        sys.exit(128 + stop)
 
     # ---------------------------------------------------------------------------------------- the best, judged
     held = gathered(state)
     _, kept, saved = checkpoint.require(workdir / "checkpoints" / "best", {"params": held.params, "rest": held.rest})
+    answers = {part: predict(kept["params"], kept["rest"]) for part, predict in predicts.items()}
+    params, rest = jax.device_get(jax.jit(lambda *x: x, out_shardings=sharding.replicated(mesh))(*kept.values()))
+    if not first_process:
+        return {}
+    system = {
+        "device": str(jax.devices()[0].device_kind),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "wall_s": time.monotonic() - began,
+        "seconds": seconds,
+        "goodput": goodput.share(seconds),
+    }
+    results = conclude(config, workdir, experiment, graphdef, params, rest, saved, answers, facts, system, tell)
+    if board:
+        board.close()
+    return results
+
+
+def conclude(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    experiment: Experiment,
+    graphdef: Any,
+    params: Any,
+    rest: Any,
+    saved: dict,
+    answers: dict[str, np.ndarray],
+    facts: dict,
+    system: dict,
+    tell: Callable,
+) -> dict:
+    """Judges a run's best model by its answers to validation and test; writes and returns metrics.json, and all that
+    lies beside it.
+
+    params, rest: whole, on the host; saved: the meta of its checkpoint; answers: of `evaluate.make_predict`;
+    tell: (step, split, values), which writes a line of metrics.
+    """
+    corpus, parts, split, task, labels = experiment[:5]
+    step = config.train.epochs * experiment.steps_an_epoch
     config = config.copy_and_resolve_references()  # the caller's stays as it is
     config.evaluation.threshold = saved["best"]["threshold"]
     results: dict = {}
     rows: list[dict] = []
     if config.task.name == "segmenter":
         log_duration = np.array(saved["log_duration"], np.float32)
-        segmenter = segment.Model(config, graphdef, kept["params"], kept["rest"], corpus.sample_rate_hz, log_duration)
-    for part in ("validation", "test"):
-        log_p = predicts[part](kept["params"], kept["rest"])
+        segmenter = segment.Model(config, graphdef, params, rest, corpus.sample_rate_hz, log_duration)
+    for part, log_p in answers.items():
         y = labels[parts[part]]
         if not task.classifies:
             results[part] = evaluate.validation_scores(task, log_p, y, 0.5)
             if part == "test":
-                runs.log_line(log, at, "test", results[part])
+                tell(step, "test", results[part])
             if config.task.name == "segmenter":
                 judged, told, examples = segment.judge(segmenter, corpus, parts[part], part)
                 rows += told
@@ -440,22 +649,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         rows += evaluate.table(corpus, parts[part], y, log_p, config.evaluation.threshold, part)
         if part == "test":
             overall = {name: score["value"] for name, score in results[part]["overall"].items()}
-            runs.log_line(log, at, "test", overall | {"loss": evaluate.cross_entropy(log_p, y)})
+            tell(step, "test", overall | {"loss": evaluate.cross_entropy(log_p, y)})
     control = workdir / "control" / "metrics.json"
     if control.exists():
         results["control"] = json.loads(control.read_text())["test"]
-    results["best"], results["epochs"] = saved["best"], t.epochs
+    results["best"], results["epochs"] = saved["best"], config.train.epochs
     results["split"] = {k: split[k] for k in ("kind", "target", "notes", "counts", "people_apart", "leaks")}
     results["data"] = facts | {"prepared": config.data.prepared, "shuffled_labels": config.data.shuffle_labels}
-    results["system"] = {
+    results["system"] = system | {
         "command": shlex.join(["python", "-m", "pcgjax.train", *sys.argv[1:]]),
-        "device": str(jax.devices()[0].device_kind),
-        "devices": jax.device_count(),
         "platform": platform.platform(),
-        "wall_s": time.monotonic() - began,
-        "seconds": seconds,
-        "versions": {"pcgjax": pcgjax.__version__, "python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+        "versions": runs.versions(),
     }
     files.write_text(workdir / "metrics.json", json.dumps(results, indent=1))
     if rows:
@@ -463,7 +667,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     if config.task.name == "ssamba_pretrain":
         from pcgjax.models import ssamba
 
-        encoder = nnx.merge(graphdef, kept["params"], kept["rest"]).encoder
+        encoder = nnx.merge(graphdef, params, rest).encoder
         ssamba.save_torch_checkpoint(encoder, workdir / "ssamba.pth")
     if task.classifies:
         _save_examples(workdir, corpus, [row for row in rows if row["split"] == "test"])
@@ -535,10 +739,10 @@ def with_encoder(state: tasks.TrainState, graphdef: Any, path: str) -> tasks.Tra
 
 
 def one_of(config: ml_collections.ConfigDict, overrides: Any, split_file: str) -> ml_collections.ConfigDict:
-    """One run of a sweep or stage of a training: the config with `overrides`, and with the split that all share."""
+    """One variant, stage or member of a training: the config with `overrides`, and with the split that all share."""
     one = config.copy_and_resolve_references()
     with one.unlocked():
-        for part in ("sweep", "stages"):
+        for part in ("sweep", "variants", "stages"):
             if part in one:
                 one[part] = ml_collections.ConfigDict()
     with one.ignore_type():
@@ -572,20 +776,20 @@ def stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
     return train(final, workdir)
 
 
-def sweep(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> list[dict]:
-    """Runs each of `config.sweep`'s named overrides in a folder of its own and sets them side by side."""
+def variants(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> list[dict]:
+    """Runs each of `config.variants`' named overrides in a folder of its own and sets them side by side."""
     rows = []
-    for name, overrides in config.sweep.items():
+    for name, overrides in config.variants.items():
         one = one_of(config, overrides, str(workdir / "split.json"))  # one split for all
-        logging.info("sweep: %s", name)
+        logging.info("variant: %s", name)
         # A finished run is only judged again, and refused if its config has changed.
         train(one, workdir / name, dry_run)
         if dry_run:
             continue
-        rows.append(report.compare_row(workdir / name, name.replace("_", " ").capitalize()))
+        rows.append(compare.row(workdir / name, name.replace("_", " ").capitalize()))
     if dry_run:
         return rows
-    report.compare(rows, workdir / "report.html", "Four configurations", report.CNN_PAPER)
+    compare.write(rows, workdir / "report.html", "Four configurations", compare.CNN_PAPER)
     files.write_text(
         workdir / "table.json",
         json.dumps([{k: r[k] for k in ("name", "metrics", "trivial")} for r in rows], indent=1),
@@ -598,25 +802,46 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     workdir = pathlib.Path(FLAGS.workdir)
-    runs.log_to(workdir)
-    if len(CONFIG.value.sweep):
-        sweep(CONFIG.value, workdir, FLAGS.dry_run)
+    if FLAGS.devices:
         if not FLAGS.dry_run:
+            raise ValueError("--devices: for --dry_run alone; a run takes the devices that are there")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", FLAGS.devices)
+    with distributed.together():
+        if jax.process_index():
+            logging.set_verbosity(logging.WARNING)  # what all would say, process 0 says
+        else:
+            runs.log_to(workdir)
+        run_all(FLAGS.config, workdir, FLAGS.dry_run)
+
+
+def run_all(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
+    """What a config asks for: one run, stages of one, or several side by side."""
+    from pcgjax import population
+
+    if population.asked(config):
+        population.run(config, workdir, dry_run)
+        return
+    if len(config.get("variants", ())):
+        variants(config, workdir, dry_run)
+        if not dry_run:
             print(f"wrote {workdir}/report.html and table.json")
         return
-    run = stages if len(CONFIG.value.get("stages", ())) else train
-    results = run(CONFIG.value, workdir, FLAGS.dry_run)
-    if not FLAGS.dry_run:
+    run = stages if len(config.get("stages", ())) else train
+    results = run(config, workdir, dry_run)
+    if results and not dry_run:
         print(evaluate.summary(results))
         print(f"wrote {workdir}: metrics.json, predictions.csv, report.html, checkpoints/")
 
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment: a file below configs/; --config.a.b=v overrides."
-)
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment: a file below configs/; --config.a.b=v overrides.")
     flags.DEFINE_string("workdir", None, "The run's folder; a run that was stopped there is resumed.", required=True)
     flags.DEFINE_bool("dry_run", False, "Compile, print sizes and costs, and stop.")
+    flags.DEFINE_integer("devices", None, "With --dry_run: compile for so many devices, simulated on the CPU.", 1)
+    distributed.define_flags()
     flags.mark_flag_as_required("config")
+    # The configs import population, which imports this module: one of it, not two.
+    sys.modules["pcgjax.train"] = sys.modules["__main__"]
     files.run(main)

@@ -83,8 +83,8 @@ def test_the_clips_are_what_the_task_shows_its_model(corpus, ready):
     # All recordings in one batch, packed on the host, with the same key.
     plan = input_pipeline.evaluation_plan(np.arange(len(corpus.rows)), corpus.lengths, task.geometry, 28)
     (ids,), (size,) = plan.ids, plan.capacity
-    batch = input_pipeline.pack(corpus, labels, ids, plan.capacities[size], task.geometry)
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+    batch = input_pipeline.pack(corpus, labels, ids[0], plan.capacities[size], task.geometry)
+    batch = jax.tree.map(jnp.asarray, batch)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), ablation.NOISE), 0)
     forward = jax.jit(lambda batch, key: jnp.exp(task.forward(model, batch, plan.capacities[size], key)[0]))
     np.testing.assert_allclose(forward(batch, key), p[ids[0]], atol=2e-5)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
+
 import numpy as np
 import pytest
+import torch
 
 from pcgjax import input_pipeline, segmentation
 from pcgjax.audio_llm import batches
@@ -173,6 +178,54 @@ def test_answers_of_windows_are_combined_and_swapped_audio_is_anothers(corpus, t
     assert swapped[0].log_p != whole[0].log_p
     same = ask(batches.evaluation_clips(config, source, lengths, ids, 30.0), swap={0: 0, 1: 1, 2: 2})
     np.testing.assert_allclose([a.log_p for a in same], [a.log_p for a in whole], atol=1e-6)
+
+
+def test_batches_are_made_ahead_and_come_in_order():
+    made = [threading.Event() for _ in range(40)]
+
+    def make(number: int) -> int:
+        if number == 0:
+            assert made[1].wait(20)  # two at a time: the first waits for the second here
+        made[number].set()
+        return number
+
+    taken = batches.prefetched(make, 40)
+    for number, item in enumerate(itertools.islice(taken, 20)):
+        assert item == number
+        assert made[number + 1].wait(20)  # while this one is still in use
+    time.sleep(0.2)
+    assert not made[39].is_set()  # a few ahead, not all: they would fill the memory
+    assert list(taken) == list(range(20, 40))
+
+
+def test_an_error_comes_at_its_batch():
+    def make(number: int) -> int:
+        if number == 2:
+            raise ValueError("the third cannot be read")
+        return number
+
+    taken = batches.prefetched(make, 5)
+    assert [next(taken), next(taken)] == [0, 1]
+    with pytest.raises(ValueError, match="the third cannot be read"):
+        next(taken)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU takes batches from pinned memory")
+def test_a_gpu_is_trained_from_pinned_memory(prepared_16k, tiny_llm, make_config, tmp_path, monkeypatch):
+    from pcgjax.audio_llm import train
+
+    pinned, move = [], llm.Batch.to
+
+    def moved(batch: llm.Batch, device: torch.device) -> llm.Batch:
+        if torch.is_grad_enabled():  # a step of training
+            pinned.extend(x.is_pinned() for x in batch if isinstance(x, torch.Tensor))
+        return move(batch, device)
+
+    monkeypatch.setattr(llm.Batch, "to", moved)
+    config = make_config({"data.prepared": str(prepared_16k), "train.epochs": 1}, "audio_llm")
+    train.train(config, str(tiny_llm), tmp_path)
+    assert pinned
+    assert all(pinned)
 
 
 def test_learning_rate_rises_and_falls():

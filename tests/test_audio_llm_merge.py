@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from typing import Any
 
@@ -72,6 +73,37 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(legacy, tiny_llm, adapt
     assert {path.name for path in out.iterdir()} == {*others, "model.safetensors"}
     for name in others:
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_merged_checkpoint_has_the_type_it_was_stored_in(dtype, tiny_llm, make_config, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny_llm, tmp_path / "base")  # its config.json goes on to say float32
+    stored = {name: weight.to(dtype) for name, weight in load_file(tiny_llm / "model.safetensors").items()}
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    model = llm.add_lora(llm.load(base, "float32", "sdpa")[0], make_config({}, "audio_llm").lora)
+    changes = {}
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if hasattr(layer, "lora_B"):
+                layer.lora_B["default"].weight.normal_(std=0.1)
+                changes[name.removeprefix("base_model.model.") + ".weight"] = layer.get_delta_weight("default")
+    llm.save_adapter(model, tmp_path / "adapter")
+
+    merged = load_file(merge(base, tmp_path / "adapter", tmp_path / "merged") / "model.safetensors")
+    assert merged.keys() == stored.keys()
+    assert {weight.dtype for weight in merged.values()} == {dtype}
+    assert changes.keys() < stored.keys()
+    step = torch.finfo(dtype).eps
+    for name, weight in merged.items():
+        if name not in changes:
+            assert torch.equal(weight, stored[name]), name
+            continue
+        wanted = stored[name].float() + changes[name]
+        # Once the change, once the sum is rounded.
+        torch.testing.assert_close(weight.float(), wanted, rtol=step, atol=step * float(changes[name].abs().max()))
+        assert not torch.equal(weight, stored[name])
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_left(tiny_llm, adapter, tmp_path):

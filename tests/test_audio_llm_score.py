@@ -6,13 +6,15 @@ import collections
 import csv
 import json
 import math
+import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from pcgjax import datasets, input_pipeline, metrics, runs, segmentation, splits
-from pcgjax.audio_llm import batches, score
+from pcgjax import datasets, evaluate, input_pipeline, metrics, runs, segmentation, splits
+from pcgjax.audio_llm import batches, score, tables
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
 from pcgjax.datasets import synthetic
@@ -128,6 +130,9 @@ def test_a_patient_is_judged_by_the_mean_over_all_recordings():
     }  # fmt: skip
     # Of four patients with an outcome 11 and 20 are referred, of which 11 rightly, and 10 is missed.
     assert of["cost_patients"] == 4
+    # Paired: the baseline is counted on the very patients that are drawn.
+    assert of["excess"]["value"] == pytest.approx((5 + 3 + 1 - 10) / weight)
+    assert of["excess"]["low"] < 0 < of["excess"]["high"]
     r = 2 / 4
     assert of["cost"]["value"] == pytest.approx(35 + 397 * r - 1718 * r**2 + 11296 * r**4 + 10_000 / 4 + 50_000 / 4)
     assert of["trivial_cost"]["always Absent"] == pytest.approx(35 + 50_000 * 2 / 4)
@@ -139,6 +144,28 @@ def test_a_patient_is_judged_by_the_mean_over_all_recordings():
     # No outcome, no cost.
     nobody = {name: patient._replace(abnormal=None) for name, patient in patients.items()}
     assert score.judge(answers, trivial, nobody, 10, 0)["patients"]["cost"] is None
+
+
+def test_who_was_asked_what_is_told_apart():
+    rows = [row(f"{i}_MV", str(i), murmur_status="Absent") for i in range(4)]
+    rows.append(row("3_AV", "3", murmur_status="Absent"))
+
+    def asked(answers: list[batches.Answer], *elsewhere: batches.Answer) -> dict:
+        trivial = mc.trivial([], [answer.question for answer in answers])
+        return score.judge(answers, trivial, score.patients_of(rows), 0, 0, elsewhere)["asked"]
+
+    first = asked([said(one, "murmur") for one in rows[:3]])
+    # Neither what was answered matters, nor the order.
+    assert asked([said(one, "murmur", "Present") for one in rows[2::-1]]) == first
+    others = asked([said(one, "murmur") for one in rows[1:4]])
+    assert others["people"] != first["people"]
+    assert others["questions"] != first["questions"]
+    once, twice = asked([said(rows[3], "murmur")]), asked([said(one, "murmur") for one in rows[3:]])
+    assert once["people"] == twice["people"]
+    assert once["questions"] != twice["questions"]
+    assert asked([said(rows[3], "murmur")], said(rows[4], "murmur")) == twice
+    question = mc.ask(rows[3], "murmur", np.random.default_rng(9))  # its options stand in another order
+    assert asked([said(rows[3], "murmur")._replace(question=question)])["questions"] != once["questions"]
 
 
 def test_repeated_options_of_a_class_count_together():
@@ -268,6 +295,21 @@ def test_zero_shot_calls_present_and_unknown_abnormal(run_of, pascal):
     assert set(found) == {"pascal", "pascal-a", "pascal-b"}
 
 
+def test_a_data_set_is_heard_recording_by_recording(pascal):
+    recordings = [one for one in datasets.load("pascal", pascal)[0] if one.labels.get("abnormal") in ("0", "1")]
+    whole, _ = evaluate.decode(recordings, llm.RATE_HZ)
+    score.load_unheard("pascal", pascal)  # what it imports is not to be counted
+    tracemalloc.start()
+    corpus = score.load_unheard("pascal", pascal).corpus
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < whole.bytes / 4
+    assert corpus.rows == whole.rows
+    np.testing.assert_array_equal(corpus.lengths, whole.lengths)
+    for i in range(len(whole.rows)):
+        np.testing.assert_array_equal(corpus.read(i), whole.read(i))
+
+
 def test_segments_of_pascal_are_found_by_file_name(run_of, pascal, tmp_path):
     unheard = score.load_unheard("pascal", pascal)
     front_end = run_of({"front_end.kind": "crop"}).config.front_end
@@ -322,6 +364,7 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
     assert plain["test"]["letters"]["share"] != gated["test"]["letters"]["share"]  # they hear another thing
     assert plain["control"]["letters"]["share"] != plain["test"]["letters"]["share"]
     assert plain["split"]["people_apart"]
+    assert plain["test"]["asked"] == gated["test"]["asked"]
 
     with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -334,7 +377,7 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
         assert scores["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert {one["part"] for one in mine} >= {"test", "shuffled audio", "pascal"}
 
-    first, second, *_, third = score.tables([plain, gated])
+    first, second, *_, third = tables.tables([plain, gated])
     features = ["Timing", "Shape", "Grading", "Pitch", "Quality"]
     assert [line[0].removesuffix(" (one class)") for line in first.body] == features
     assert first.body[2][-3:] == [0.334, 0.334, 0.966]
@@ -348,6 +391,7 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
         assert {len(line) for line in table.body} == {len(table.head)}
 
     text = score.summary(results)
+    assert "cannot be compared" not in text
     assert "its weights are random, and accuracies say little" in " ".join(text.split())
     assert "gated, W.S (gate)" in text
     page = (tmp_path / "out" / "report.html").read_text()
@@ -355,6 +399,19 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
     assert "Table 3: normal or abnormal, zero-shot" in page
     assert 'class="gauge"' in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_runs_with_different_test_people_are_told_apart(workdirs, tiny_llm, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "_GENERATED", 2)
+    other = shutil.copytree(workdirs / "plain", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "seed": 1}))
+    split = splits.make(corpus.rows, "person", "murmur_status", 1, tuple(config["split"]["fractions"]))
+    splits.save(split, other / "split.json")
+    results = score.score(str(tiny_llm), [str(workdirs / "plain"), str(other)], tmp_path / "out")
+    said = "These runs were judged on different people: they cannot be compared with each other"
+    assert score.summary(results).count(said) == 3  # tables 1, 2 and the patients'
+    assert (tmp_path / "out" / "report.html").read_text().count(said) == 5  # scores and task by task, too
 
 
 def test_the_checkpoint_itself_can_be_scored(prepared_16k, tiny_llm, tmp_path, monkeypatch):

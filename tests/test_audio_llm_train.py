@@ -152,6 +152,39 @@ def test_two_processes_train_what_one_does_and_one_goes_on(words, fsdp, tmp_path
         np.testing.assert_allclose(found[name], wanted[name], atol=0.05 * moved, err_msg=name)
 
 
+@pytest.mark.slow
+def test_divided_bfloat16_weights_stopped_and_resumed_are_the_same_run(words, tmp_path):
+    """Two processes that hold half of every weight each, the frozen ones in bfloat16, the adapter's in float32."""
+    from safetensors.numpy import load_file
+
+    from pcgjax.audio_llm.train import newest
+
+    words = [*words, "--config.parallel.fsdp=2", "--config.model.dtype=bfloat16"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    done = run(words, straight, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = lines(straight)
+    assert found[2]["loss"] < found[0]["loss"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
+    process = subprocess.Popen([*launch, f"--workdir={stopped}"], env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_a_checkpoint(stopped, process)
+    process.terminate()
+    _, error = process.communicate(timeout=100)
+    assert "the same command goes on" in error, error[-3000:]
+    assert not (stopped / "metrics.json").exists()
+    done = run(words, stopped, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"resuming at step \d+", done.stderr)
+    assert lines(stopped) == lines(straight)
+    for file in ("adapter/adapter_model.safetensors", "optimizer.safetensors"):
+        wanted, same = (load_file(newest(folder, "last") / file) for folder in (straight, stopped))
+        assert wanted.keys() == same.keys()
+        for name in wanted:
+            assert wanted[name].dtype == np.float32
+            np.testing.assert_array_equal(same[name], wanted[name], err_msg=name)
+    assert any(np.abs(weight).max() > 1e-3 for name, weight in adapter(straight).items() if "lora_B" in name)
+
+
 def test_when_a_process_dies_the_others_stop(words, tmp_path):
     workdir = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -171,8 +171,7 @@ def test_forward_equals_libraries_one_recording_at_a_time(changes, make_config):
     task = tasks.make(config, rate)
     model = task.init(nnx.Rngs(0))
     plan = input_pipeline.evaluation_plan(np.arange(4), corpus.lengths, task.geometry, 4)
-    batch = input_pipeline.pack(corpus, np.zeros(4), plan.ids[0], 7, task.geometry)
-    one = {name: value[0] for name, value in batch.items()}
+    one = input_pipeline.pack(corpus, np.zeros(4), plan.ids[0, 0], 7, task.geometry)
     log_p, _ = jax.jit(lambda b: task.forward(model, b, 7, jax.random.key(0)))(one)
 
     sos = scipy.signal.butter(f.filter_order, f.high_hz, fs=rate, output="sos")

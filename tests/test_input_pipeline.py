@@ -106,7 +106,7 @@ def test_devices_divide_the_same_batches():
     four = input_pipeline.epoch_order(indices, None, jax.random.key(0), 8, 4)
     assert four.shape == (7, 4, 2)
     np.testing.assert_array_equal(four.reshape(one.shape), one)
-    with pytest.raises(ValueError, match=r"train\.batch_recordings=8 must be a multiple of the 3 devices"):
+    with pytest.raises(ValueError, match=r"train\.batch_recordings=8 must be a multiple of the 3 groups"):
         input_pipeline.epoch_order(indices, None, jax.random.key(0), 8, 3)
 
 
@@ -215,56 +215,83 @@ def test_evaluation_plan_holds_every_recording_once(count, batch, devices):
 
 
 def batches_of(corpus, labels, made, geometry, pipeline, start=0):
-    """Every batch of a plan, as the resident or the streamed pipeline gives it to a model."""
+    """Every batch of a plan, a list of its groups, as the resident or the streamed pipeline gives them to a model."""
     gather = jax.jit(input_pipeline.gather, static_argnums=(2, 3))
+    devices = made.ids.shape[1] if pipeline == "stream, a block a group" else 1
     if pipeline == "resident":
         data = jax.device_put(input_pipeline.block(corpus, labels, np.arange(len(corpus.rows))))
         for ids, choice in list(zip(made.ids, made.capacity, strict=True))[start:]:
-            yield gather(data, ids, made.capacities[choice], geometry)
+            yield [gather(data, of_group, made.capacities[choice], geometry) for of_group in ids]
     else:
-        pieces = input_pipeline.stream(corpus, labels, made, start, len(made.ids), mib=0.03, steps=3)
+        mine = range(devices)
+        pieces = input_pipeline.stream(corpus, labels, made, start, len(made.ids), devices, mine, mib=0.03, steps=3)
         for data, ids, capacity, steps in pieces:
+            blocks = [jax.tree.map(lambda x, d=d: x[d], data) for d in mine]
             for i in range(steps):
-                yield gather(data, ids[i], made.capacities[capacity[i]], geometry)
+                yield [
+                    gather(blocks[g * devices // len(ids[i])], ids[i, g], made.capacities[capacity[i]], geometry)
+                    for g in range(len(ids[i]))
+                ]
 
 
-@pytest.mark.parametrize("pipeline", ["resident", "stream"])
-@pytest.mark.parametrize(("batch", "devices"), [(1, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("pipeline", ["resident", "stream", "stream, a block a group"])
+@pytest.mark.parametrize(("batch", "groups"), [(1, 1), (8, 1), (8, 2)])
 @every_geometry
-def test_every_pipeline_gives_the_packed_batches(geometry, batch, devices, pipeline):
+def test_every_pipeline_gives_the_packed_batches(geometry, batch, groups, pipeline):
     lengths = np.random.default_rng(1).integers(100, 3000, 21)
     lengths[[3, 7]] = 64 * 20, geometry.window  # exact fits
     corpus = corpus_of(lengths)
     labels = np.arange(21, dtype=np.float32) / 21
     indices = np.random.default_rng(2).permutation(21)[:19].astype(np.int32)
-    order = input_pipeline.epoch_order(indices, None, jax.random.key(0), batch, devices)
+    order = input_pipeline.epoch_order(indices, None, jax.random.key(0), batch, groups)
     needed = input_pipeline.batch_units(order, corpus.lengths, geometry)
     made = input_pipeline.plan(order, corpus.lengths, geometry, input_pipeline.choose_capacities(needed, 2))
     for start in (0, len(order) // 2):
         batches = list(batches_of(corpus, labels, made, geometry, pipeline, start))
         assert len(batches) == len(order) - start
         for step, got in enumerate(batches, start):
-            expected = input_pipeline.pack(corpus, labels, order[step], made.capacities[made.capacity[step]], geometry)
-            # A streamed batch counts its recordings within its block.
-            np.testing.assert_array_equal(np.asarray(got["ids"]) >= 0, order[step] >= 0)
-            if pipeline == "resident":
-                np.testing.assert_array_equal(got["ids"], order[step])
-            for name in ("samples", "lengths", "labels"):
-                assert got[name].dtype == expected[name].dtype
-                np.testing.assert_array_equal(got[name], expected[name])
+            assert len(got) == groups
+            for ids, of_group in zip(order[step], got, strict=True):
+                expected = input_pipeline.pack(corpus, labels, ids, made.capacities[made.capacity[step]], geometry)
+                # A streamed batch counts its recordings within its block.
+                np.testing.assert_array_equal(np.asarray(of_group["ids"]) >= 0, ids >= 0)
+                if pipeline == "resident":
+                    np.testing.assert_array_equal(of_group["ids"], ids)
+                for name in ("samples", "lengths", "labels"):
+                    assert of_group[name].dtype == expected[name].dtype
+                    np.testing.assert_array_equal(of_group[name], expected[name])
+
+
+def test_a_process_reads_its_own_recordings_alone():
+    lengths = np.random.default_rng(3).integers(400, 900, 40)
+    corpus = corpus_of(lengths)
+    order = input_pipeline.epoch_order(np.arange(40, dtype=np.int32), None, jax.random.key(0), 8, 8)
+    made = input_pipeline.plan(order, corpus.lengths, APART, (2,))
+    seen = []
+    watched = input_pipeline.Corpus(
+        corpus.rows, 1000, corpus.lengths, lambda index: (seen.append(index), corpus.read(index))[1]
+    )
+    labels = np.zeros(40, np.float32)
+    pieces = list(input_pipeline.stream(watched, labels, made, 0, len(order), devices=4, mine=(2, 3), mib=0.03))
+    assert sorted(seen) == sorted(order[:, 4:].reshape(-1))
+    assert pieces[0][0]["samples"].shape[0] == 2
+    assert pieces[0][1].shape[1:] == (4, 1)
+    # All processes come to blocks of one shape, whatever they hold.
+    other = list(input_pipeline.stream(corpus, labels, made, 0, len(order), devices=4, mine=(0, 1), mib=0.03))
+    shapes = lambda found: [str(jax.tree.map(np.shape, piece)) for piece in found]
+    assert shapes(pieces) == shapes(other)
 
 
 def test_packed_samples_are_where_the_filters_look():
     lengths = [500, 1200, 64, 999]
     corpus = corpus_of(lengths)
-    ids = np.array([[2, -1, 0], [1, 3, -1]])
-    batch = input_pipeline.pack(corpus, np.ones(4, np.float32), ids, 12, FILTERED)
-    assert batch["labels"].tolist() == [[1, 0, 1], [1, 1, 0]]
-    for g in range(2):
-        buffer = batch["samples"][g]
-        where = filters.packing(jnp.asarray(batch["lengths"][g]), len(buffer), FILTERED.lead, FILTERED.gap)
+    for ids, labels in (([2, -1, 0], [1, 0, 1]), ([1, 3, -1], [1, 1, 0])):
+        batch = input_pipeline.pack(corpus, np.ones(4, np.float32), np.array(ids), 12, FILTERED)
+        assert batch["labels"].tolist() == labels
+        buffer = batch["samples"]
+        where = filters.packing(jnp.asarray(batch["lengths"]), len(buffer), FILTERED.lead, FILTERED.gap)
         recording, inside = np.asarray(where.recording), np.asarray(where.inside)
-        for place, index in enumerate(ids[g]):
+        for place, index in enumerate(ids):
             own = inside & (recording == place)[:, None]
             np.testing.assert_array_equal(buffer[own], corpus.read(index) if index >= 0 else [])
         assert not buffer[~inside].any()
@@ -316,8 +343,7 @@ def test_forward_equals_scipy_one_recording_at_a_time(filter_, overlap, window_s
     ids = np.array([[0, 1, -1, 2, 3, 4, 5]])
     used = np.where(ids >= 0, corpus.lengths[ids], 0)
     capacity = int(task.geometry.units(used).sum()) + 3
-    packed = input_pipeline.pack(corpus, np.zeros(6, np.float32), ids, capacity, task.geometry)
-    batch = jax.tree.map(lambda x: x[0], packed)
+    batch = input_pipeline.pack(corpus, np.zeros(6, np.float32), ids[0], capacity, task.geometry)
     graphdef, params = nnx.split(model)
     forward = jax.jit(lambda p, b: task.forward(nnx.merge(graphdef, p), b, capacity, jax.random.key(0)))
     log_p, log_q = forward(params, batch)
@@ -351,9 +377,8 @@ def test_noise_is_added_before_the_filter(make_config):
             return task.forward(nnx.merge(graphdef, params), batch, 4, key)[0][0]
 
         for index, seed in itertools.product((0, 1), (0, 1)):
-            batch = input_pipeline.pack(corpus, np.zeros(2, np.float32), np.array([[index]]), 4, task.geometry)
-            one = jax.tree.map(lambda x: x[0], batch)
-            answers[snr_db, index, seed] = float(forward(params, one, jax.random.key(seed)))
+            batch = input_pipeline.pack(corpus, np.zeros(2, np.float32), np.array([index]), 4, task.geometry)
+            answers[snr_db, index, seed] = float(forward(params, batch, jax.random.key(seed)))
     clean, noisy = float("inf"), -60.0
     assert answers[clean, 0, 0] == answers[clean, 0, 1] != answers[clean, 1, 0]
     assert answers[noisy, 0, 0] == pytest.approx(answers[noisy, 1, 0], rel=0.02)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -166,6 +168,103 @@ def test_two_machines_share_the_work(corpus: pathlib.Path, tmp_path: pathlib.Pat
         prepare.prepare("cinc2016", corpus, out, num_shards=2, shard_index=2)
     with pytest.raises(prepare.PrepareError, match="overwrite"):
         prepare.prepare("cinc2016", corpus, out, num_shards=2, shard_index=0, overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------------------- Ray
+
+
+def same_files(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether two prepared folders hold the same files, byte for byte."""
+    found = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, other)]
+    return found[0] == found[1] and "manifest.json" in found[0]
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's processes start Ray clusters of their own, whatever the machine is part of."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip('Ray is not installed: pip install -c constraints.txt -e ".[ray]"')
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes_and_takes_up_the_rest(ray_cluster, run_python, corpus, tmp_path) -> None:
+    prepare.prepare("cinc2016", corpus, tmp_path / "local", workers=1)
+    out = tmp_path / "ray"
+    prepare.prepare("cinc2016", corpus, out, workers=1, num_shards=2, shard_index=1)  # the second of three shards
+    written = (out / "shard-00001.array_record").stat().st_mtime_ns
+    program = """
+import pathlib, sys
+import ray
+from pcgjax import prepare
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+source, out, blocked = sys.argv[1:]
+prepare.prepare("cinc2016", source, out, engine="ray")
+assert ray.is_initialized()  # the caller's cluster stays
+(pathlib.Path(blocked) / "shard-00001.array_record").mkdir(parents=True)
+try:
+    prepare.prepare("cinc2016", source, blocked, engine="ray")
+except prepare.PrepareError as error:
+    print(error)
+"""
+    done = run_python(program, str(corpus), str(out), str(tmp_path / "blocked"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "shard-00001.array_record: could not be written" in done.stdout
+    assert "(on " in done.stdout  # the machine
+    assert not (tmp_path / "blocked" / "manifest.json").exists()
+    assert same_files(tmp_path / "local", out)
+    assert (out / "shard-00001.array_record").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_a_killed_ray_run_is_taken_up(ray_cluster, tmp_path: pathlib.Path) -> None:
+    source = write_corpus(tmp_path / "source", {f"e{i:05d}": noise(i, 3) for i in range(640)})  # ten shards
+    prepare.prepare("cinc2016", source, tmp_path / "local", workers=1)
+    out = tmp_path / "ray"
+    arguments = command(f"--source={source}", f"--out={out}", "--engine=ray", "--workers=1")
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    while not list(out.glob("parts/*.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert same_files(tmp_path / "local", out)
+
+
+def test_a_ray_machine_that_sees_something_else_says_what(tmp_path: pathlib.Path) -> None:
+    source = write_corpus(tmp_path / "source", {f"e{i:05d}": noise(i) for i in range(3)})
+    recordings, _ = datasets.load("cinc2016", source)
+    parameters = {"dataset": "cinc2016", "sample_rate_hz": 1000, "resampler": "soxr HQ"}
+    out = tmp_path / "out"
+
+    def there(versions: dict[str, str]) -> str:
+        job = out, 0, recordings, parameters
+        return prepare._write_unit_there({"job": pickle.dumps((job, key, versions))})["problem"]
+
+    key = prepare._unit_key(recordings, parameters)
+    assert re.search(r"/out: not there on .*--out must be a folder that all machines share", there(prepare._versions()))
+    (out / "parts").mkdir(parents=True)
+    assert "'soxr': '0'" in there({**prepare._versions(), "soxr": "0"})
+    os.utime(source / "training-e" / "e00000.wav", (0, 0))
+    assert re.search(r"e00000.wav to .*e00002.wav: other sizes or times on ", there(prepare._versions()))
+    (source / "training-e" / "e00001.wav").unlink()
+    found = there(prepare._versions())
+    assert re.search(r"training-e/e00001.wav: not there on .*--source must be a folder that all machines share", found)
+    assert not list(out.glob("shard*"))
+
+
+def test_without_ray_the_error_says_how_to_have_it(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as when it is not installed
+    with pytest.raises(prepare.PrepareError, match=r"--engine=ray needs Ray Data.*pip install .*\[ray\]"):
+        prepare.prepare("cinc2016", corpus, tmp_path, engine="ray")
+    with pytest.raises(prepare.PrepareError, match="--engine=beam: must be one of local, ray"):
+        prepare.prepare("cinc2016", corpus, tmp_path, engine="beam")
 
 
 def test_command_line_is_idempotent_and_workers_do_not_matter(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""report.html: its numbers, that it stands alone, its errors, and that a browser really draws it."""
+"""The pages of runs and populations: their numbers, that they stand alone, their errors, and what a browser draws."""
 
 import csv
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from pcgjax import metrics, report, segmentation
+from pcgjax import compare, metrics, report, segmentation
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RATE = 1000
@@ -318,10 +318,10 @@ def test_segmented_recordings_from_best_to_worst(segmenter):
 def test_segmenter_without_examples(segmenter, tmp_path):
     (tmp_path / "metrics.json").write_text((segmenter[0].parent / "metrics.json").read_text())
     assert "no segments.npz" in report.write(tmp_path).read_text()
-    rows = [report.compare_row(tmp_path, name) for name in "ab"]
-    page = report.compare(rows, tmp_path / "both.html", "t").read_text()
+    rows = [compare.row(tmp_path, name) for name in "ab"]
+    page = compare.write(rows, tmp_path / "both.html", "t").read_text()
     told = cells(page, '<span class="muted">a metronome</span>')
-    assert [f"{segmenter[1]['metronome']['onset_f1_60ms']['value']:.3f}"] == told[0]
+    assert [f"{segmenter[1]['metronome']['onset_f1_60ms']['value']:.3f}"] in told
 
 
 @pytest.mark.parametrize(
@@ -424,34 +424,37 @@ def test_surest():
 def comparison(run, tmp_path_factory):
     base = tmp_path_factory.mktemp("sweep")
     other = make_run(base / "other", seed=1)
-    rows = [report.compare_row(run, "Filter"), report.compare_row(other, "Filter + <Noise>")]
-    return rows, report.compare(rows, base / "page.html", "Four & more", report.CNN_PAPER).read_text()
+    rows = [compare.row(run, "Filter"), compare.row(other, "Filter + <Noise>")]
+    return rows, compare.write(rows, base / "page.html", "Four & more", compare.CNN_PAPER).read_text()
 
 
 def test_comparison_shows_runs_beside_the_paper(comparison):
     rows, page = comparison
     for row, name in zip(rows, ("Filter", "Filter + &lt;Noise&gt;"), strict=True):
-        columns = (*report.PAPER_METRICS, "mean_accuracy", "mean_database_auc")
-        assert [c[0] for c in cells(page, name)] == [f"{row['metrics'][m]['value']:.3f}" for m in columns]
-    paper = cells(page, '<span class="muted">the paper</span>')
+        rest = [m for m in report.WORDS if m in row["metrics"] and m not in compare.PAPER_METRICS]
+        want = [f"{row['metrics'][m]['value']:.3f}" for m in (*compare.PAPER_METRICS, *rest)]
+        assert [c[0] for c in table_row(page, "table", name)] == want
+    paper = table_row(page, "table", "the paper")
     assert [c[0] for c in paper[:5]] == ["0.9734", "0.9993", "1.0000", "0.9470", "0.9728"]
     assert page.count(">the paper<") >= 2  # in the figure's legend and in the table, of the one run it has
     assert "301 recordings" in page
     assert "probably contaminated" in page
     assert "their trivial answers differ" in page
     assert "Four &amp; more" in page
-    assert re.search("Training loss over steps. Filter ends at 0.3", page)
+    assert re.search("Training loss over steps. Filter ends at 0.3", page)  # not every line has an epoch
     assert re.search("Validation loss over steps. Filter ends at 0.4", page)
+    assert re.search("AUC on validation over steps. Filter ends at 0.75", page)
     assert "http" not in page.replace("http-equiv", "")
 
 
 def test_comparison_without_paper_or_history(comparison, tmp_path):
     rows, _ = comparison
     rows = [{**rows[0], "history": tmp_path / "none.jsonl"}, {"name": "bare", "metrics": {"auc": {"value": 0.75}}}]
-    page = report.compare(rows, tmp_path / "page.html", "t").read_text()
+    page = compare.write(rows, tmp_path / "page.html", "t").read_text()
     assert "metrics.jsonl is missing: Filter, bare" in page
-    assert cells(page, "bare")[1] == ["0.750"]
-    assert cells(page, "bare")[0] == ["n/a"]
+    assert table_row(page, "table", "bare")[:2] == [["–"], ["0.750"]]
+    assert "config.json is missing: bare" in page
+    assert "run.json is missing: bare" in page
     assert "paper" not in page.split("<body>")[1].lower()
 
 
@@ -462,8 +465,176 @@ def test_comparison_refuses_bad_rows(tmp_path):
     }  # fmt: skip
     for message, rows in refused.items():
         with pytest.raises(ValueError, match=message):
-            report.compare(rows, tmp_path / "page.html", "t")
+            compare.write(rows, tmp_path / "page.html", "t")
     assert not list(tmp_path.iterdir())
+
+
+def table_row(page, of, first):
+    """Like `cells`, of a section's own tables; the heading as it is read."""
+    for head, row in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', section(page, of), re.S):
+        if re.sub("<.*?>", "", head) == first:
+            return [re.sub("<.*?>", " ", cell).split() for cell in re.findall("<td.*?>(.*?)</td>", row, re.S)]
+    raise AssertionError(f"no row {first} in {of}")
+
+
+def section(page, name):
+    return page.split(f'<section id="{name}">')[1].split("</section>")[0]
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_comparison_shows_what_differs_and_what_it_took(run, tmp_path):
+    a, b = (shutil.copytree(run, tmp_path / name) for name in "ab")
+    start = {"versions": {"jax": "0.10.2", "numpy": "2.0"}, "device": "cpu", "git": {"commit": 40 * "a", "dirty": True}}
+    for folder, rate, numpy, epoch in ((a, 0.01, "2.0", 7), (b, 0.03, "2.1", 9)):
+        config = {"seed": 0, "optimizer": {"learning_rate": rate}, "train": {"epochs": 9, "batch_recordings": 4}}
+        (folder / "config.json").write_text(json.dumps(config | ({"only": "<b>"} if folder == b else {})))
+        change(folder / "metrics.json", best={"epoch": epoch, "metric": "loss", "score": -0.4321}, epochs=9,
+               data={"train_recordings": 30, "steps_an_epoch": 10},
+               system={"seconds": {"train": 7.25, "wait": 1.5}, "goodput": 0.934, "wall_s": 20.0})  # fmt: skip
+        last = start | {"versions": start["versions"] | {"numpy": numpy}, "command": f"train --x={rate}"}
+        (folder / "run.json").write_text(json.dumps({"starts": [start, last]}))
+        lines = [{"step": 10 * e, "split": "train", "loss": 1 / e, "epoch": e, "seconds": s}
+                 for e, s in ((1, 60.0), (2, 62.0), (3, 64.0), (4, 1.0), (5, 3.0))]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = compare.write([compare.row(a), compare.row(b)], tmp_path / "page.html", "t").read_text()
+    assert table_row(page, "differences", "optimizer.learning_rate") == [["0.01"], ["0.03"]]
+    assert table_row(page, "differences", "only") == [["–"], ["&lt;b&gt;"]]
+    assert "train.epochs" not in section(page, "differences")
+    # Three times ten steps of three recordings took two seconds; the first line has the compiling, the fourth is the
+    # first after a resume.
+    chosen = ["7", "of", "9", "loss", "0.432", "on", "validation"]
+    taken = [["15.0"], ["7.2"], ["1.5"], ["20.0"], ["93%"], ["2", "times"]]
+    assert table_row(page, "speed", "a") == [chosen, *taken]
+    heads = re.findall('<th scope="col">(.*?)</th>', section(page, "speed"))
+    assert heads[3:7] == ["Train (s)", "Data wait (s)", "In all (s)", "Goodput"]
+    assert table_row(page, "setup", "versions.numpy") == [["2.0"], ["2.1"]]
+    assert "versions.jax" in section(page, "setup").split("The same in all")[1]
+    assert "aaaaaaaaaaaa and changes" in section(page, "setup").split("The same in all")[1]
+    assert "<pre>train --x=0.03</pre>" in page
+    assert "Training loss over epochs. a ends at 0.200" in page
+    assert "not judged on the same" not in page
+
+
+def test_comparison_warns_where_the_people_differ(run, tmp_path):
+    other = make_run(tmp_path / "other", seed=5)
+    page = compare.write([compare.row(run), compare.row(other)], tmp_path / "page.html", "t").read_text()
+    people = []
+    for folder in (run, other):
+        with (folder / "predictions.csv").open() as file:
+            people.append({(r["database"], r["person"]) for r in csv.DictReader(file) if r["split"] == "test"})
+    assert people[0] != people[1]
+    said = f"cnn on {len(people[0])}, other on {len(people[1])}; {len(people[0] & people[1])} in common"
+    assert said in page
+    assert "not judged on the same people" in page
+
+
+def test_runs_of_every_kind_stand_side_by_side(run, segmenter, tmp_path):
+    pretrained, llm = tmp_path / "pretrained", tmp_path / "llm"
+    for folder in (pretrained, llm):
+        folder.mkdir()
+    (pretrained / "metrics.json").write_text(json.dumps({"test": {"loss": 0.25, "accuracy": 0.75}}))
+    score = {"value": 0.5, "low": 0.4, "high": 0.6}
+    judged = {"test": {"mean": {"accuracy": score, "majority_accuracy": 0.45},
+                       "patients": {"weighted_accuracy": None}}}  # fmt: skip
+    (llm / "metrics.json").write_text(json.dumps({"runs": {"llm": judged}}))
+    write_population(tmp_path / "seeds")
+    folders = (run, segmenter[0].parent, pretrained, llm, tmp_path / "seeds")
+    rows = [compare.row(folder) for folder in folders]
+    page = compare.write(rows, tmp_path / "page.html", "t").read_text()
+    heads = re.findall('<th scope="col">(.*?)</th>', section(page, "table"))[1:]
+    names = ("segmenter", "pretrained", "llm", "seeds (mean of 6)", "the commoner class (llm)")
+    shown = {name: dict(zip(heads, table_row(page, "table", name), strict=True)) for name in names}
+    assert shown["llm"]["Mean accuracy over tasks"] == ["0.500", "0.400–0.600"]
+    assert shown["the commoner class (llm)"]["Mean accuracy over tasks"] == ["0.450"]
+    assert shown["llm"]["AUC"] == ["–"]
+    assert shown["pretrained"]["loss"] == ["0.250"]
+    assert shown["pretrained"]["Accuracy"] == ["0.750"]
+    assert shown["segmenter"]["Onset F1 (60 ms)"][0] == f"{segmenter[1]['test']['onset_f1_60ms']['value']:.3f}"
+    assert shown["seeds (mean of 6)"]["AUC"] == ["0.700", "0.650–0.750"]
+
+    (llm / "metrics.json").write_text(json.dumps({"runs": {"a": judged, "b": judged}}))
+    with pytest.raises(ValueError, match="2 audio LLMs side by side already"):
+        compare.row(llm)
+    (llm / "metrics.json").write_text(json.dumps({"runs": {"a": {}}}))
+    with pytest.raises(ValueError, match=r"metrics\.json, runs: not what"):
+        compare.row(llm)
+
+
+# --- populations
+
+
+def write_population(workdir, fields=("seed", "optimizer.learning_rate")):
+    """Six members, 2 seeds x 3 learning rates; the fifth is the best by validation."""
+    workdir.mkdir()
+    members = []
+    for i in range(6):
+        own = {"seed": i % 2, "optimizer.learning_rate": 10.0 ** (i // 2 - 3), "model.name": "<cnn>"}
+        score = (0.5, 0.52, 0.6, 0.62, 0.8, 0.7)[i]
+        members.append({
+            "fields": {field: own[field] for field in fields},
+            "best": {"epoch": i + 1, "score": score}, "validation": {"auc": score, "loss": 0.5},
+            "test": {"auc": score - 0.01, "accuracy": None if i == 0 else 0.9},
+            "curve": {"loss": [0.7, None, 0.5, 0.4, 0.3, 0.2 + i / 100], "validation": [score] * 6},
+        })  # fmt: skip
+    summary = {"auc": {"mean": 0.7, "deviation": 0.05, "low": 0.65, "high": 0.75, "n": 6}}
+    trivial = {"all_abnormal": {"auc": 0.5}, "database_prior": {"auc": 0.66}}
+    found = {"members": members, "selected": 4, "select": "auc", "trivial": trivial, "summary": summary}
+    (workdir / "population.json").write_text(json.dumps(found))
+    return workdir
+
+
+def test_population_page(tmp_path, capsys):
+    report._main([str(write_population(tmp_path / "sweep"))], None)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "sweep" / "report.html")
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "6 members · seed, optimizer.learning_rate" in page
+    assert '<h3>AUC</h3><p class="big">0.700 <span class="small">± 0.050</span>' in page
+    assert '<span class="warn">not clearly above</span> the database alone (0.660)' in page
+    assert table_row(page, "members", "4 ★ best by validation") == [["0"], ["0.1"], ["5"], ["0.800"], ["0.790"]]
+    rows = re.findall('<tr><th scope="row">(.*?)</th>', section(page, "members"))
+    assert [re.sub("<.*?>", "", row)[:1] for row in rows[:6]] == ["4", "5", "3", "2", "1", "0"]
+    # Of 0.5, 0.52, 0.6, 0.62, 0.8, 0.7.
+    assert table_row(page, "members", "Mean")[3] == ["0.623", "±", "0.113"]
+    assert table_row(page, "swept", "learning_rate 0.1") == [["2"], ["0.750", "±", "0.071"], ["0.740", "±", "0.071"]]
+    assert "AUC on validation of each member against optimizer.learning_rate" in page
+    assert "against seed" not in page
+    assert "Training loss of each member over epochs. Ends between 0.200 and 0.250." in page
+    words = re.findall(r"<text[^>]*>([^<]+)</text>", section(page, "swept"))
+    assert {"0.001", "0.01", "0.1"} <= set(words)
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_population_of_seeds_and_of_words(tmp_path):
+    page = compare.population(write_population(tmp_path / "seeds", ("seed",))).read_text()
+    assert 'id="swept"' not in page
+    workdir = write_population(tmp_path / "words", ("model.name",))
+    found = json.loads((workdir / "population.json").read_text())
+    for member in found["members"][:3]:
+        member["fields"]["model.name"] = "lstm"
+    (workdir / "population.json").write_text(json.dumps(found))
+    page = compare.population(workdir).read_text()
+    assert table_row(page, "swept", "name &lt;cnn&gt;")[0] == ["3"]
+    assert "against model.name" not in page
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"members": None}, "population.json, members: need a list, found None"),
+        ({"members": [{"fields": {}}]}, r"population.json, members\[0\]: no object `best`"),
+        ({"selected": 6}, "population.json, selected: 6 is none of 6 members"),
+        ({"select": 1}, "population.json, select: need a str, found 1"),
+    ],
+)
+def test_damage_of_a_population_is_named(tmp_path, values, message):
+    workdir = write_population(tmp_path / "sweep")
+    change(workdir / "population.json", **values)
+    with pytest.raises(ValueError, match=message):
+        compare.population(workdir)
+    assert not (workdir / "report.html").exists()
 
 
 def test_command_line(run, tmp_path, capsys):
@@ -474,8 +645,14 @@ def test_command_line(run, tmp_path, capsys):
     assert f"<b>{b}</b>" in page  # two runs called cnn are told apart by their paths
     with pytest.raises(ValueError, match="RUN"):
         report._main([], None)
-    with pytest.raises(ValueError, match="no such file"):
-        report._main([str(tmp_path / "none")], None)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    for name, message in {"none": "no such folder", "unfinished": "has not ended", "other": "not a run, there is no",
+                          "a": r"a folder of runs: give \S+a/cnn$"}.items():  # fmt: skip
+        for arguments in ([name], [name, "b/cnn"]):
+            with pytest.raises(ValueError, match=message):
+                report._main([str(tmp_path / a) for a in arguments], None)
 
 
 def test_command_line_as_a_user_runs_it(run, tmp_path):

@@ -38,7 +38,7 @@ def config_of(**changes) -> ml_collections.ConfigDict:
 )
 def test_mesh_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
-        sharding.make_mesh(config_of(**changes), devices=8)
+        sharding.check(config_of(**changes), 8)
 
 
 def test_mesh_of_one_device():
@@ -52,15 +52,19 @@ def test_where_parameters_live(run_python):
         """
 import jax, json, ml_collections
 from jax.sharding import PartitionSpec
-from pcgjax import sharding
+from pcgjax import sharding, tasks
 shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in
           {"kernel": (6, 16), "tall": (16, 6), "odd": (5, 3), "scalar": (), "bias": (4,), "short": (2, 3)}.items()}
+state = tasks.TrainState(shapes["scalar"], shapes, {"mean": shapes["kernel"]}, {"mu": shapes}, shapes["kernel"])
 told = {}
 for fsdp in (1, 4):
     mesh = sharding.make_mesh(ml_collections.ConfigDict({"strategy": "jit", "fsdp": fsdp}))
     assert dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp}
-    told[fsdp] = {name: list(s.spec) for name, s in sharding.state_sharding(mesh, shapes).items()}
-    assert sharding.batch_sharding(mesh).shard_shape((8, 3, 64)) == (1, 3, 64)
+    assert sharding.mine(mesh) == list(range(8))
+    layout = sharding.state_sharding(mesh, state)
+    told[fsdp] = {name: list(s.spec) for name, s in layout.params.items()}
+    assert {name: list(s.spec) for name, s in layout.opt_state["mu"].items()} == told[fsdp]
+    assert not any(s.spec for s in (layout.step, layout.rest["mean"], layout.sapt))
 print(json.dumps(told))
 """,
         **EIGHT,

@@ -36,8 +36,7 @@ def corpus_of(lengths, seed=0):
 def batch_of(task, corpus, ids):
     ids = np.array([ids], np.int32)
     capacity = int(input_pipeline.batch_units(ids[None], corpus.lengths, task.geometry)[0])
-    batch = input_pipeline.pack(corpus, task.labels(corpus), ids, capacity, task.geometry)
-    return {name: value[0] for name, value in batch.items()}, capacity
+    return input_pipeline.pack(corpus, task.labels(corpus), ids[0], capacity, task.geometry), capacity
 
 
 def direct(config, model):

@@ -17,7 +17,7 @@ from pcgjax import input_pipeline, metrics, prepare, report, runs, splits, train
 from pcgjax.checkpoint import CheckpointError
 
 
-def lines_of(workdir, without=("seconds",)):
+def lines_of(workdir, without=("seconds", "waited")):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in without} for line in lines]
 
@@ -56,10 +56,10 @@ def test_what_a_run_writes(trained):
     written = {path.name for path in trained.iterdir()}
     assert written == {
         "checkpoints", "config.json", "examples.npz", "metrics.json", "metrics.jsonl", "predictions.csv",
-        "report.html", "split.json",
+        "report.html", "run.json", "split.json", "tensorboard",
     }  # fmt: skip
     config = json.loads((trained / "config.json").read_text())
-    assert config["model"] == {"filters": [4, 8], "kernel_size": 5, "hidden": 8}
+    assert config["model"] == {"filters": [4, 8], "kernel_size": 5, "hidden": 8, "bfloat16": False}
     split = json.loads((trained / "split.json").read_text())
     steps_an_epoch = -(-len(split["train"]) // 3)
     lines = lines_of(trained, without=())
@@ -188,7 +188,7 @@ def test_other_split_in_the_same_workdir(make_config, trained, tmp_path):
     split = json.loads((workdir / "split.json").read_text())
     split["train"], split["test"] = split["test"], split["train"]
     (workdir / "split.json").write_text(json.dumps(split))
-    with pytest.raises(CheckpointError, match=r"another order of data \(data, split"):
+    with pytest.raises(CheckpointError, match=r"another order of data \(data or split"):
         train.train(make_config(), workdir)
 
 
@@ -426,22 +426,26 @@ def test_argument_that_does_not_exist(argument, message, run_command, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_dry_run(make_config, tmp_path, capsys):
-    train.train(make_config({"features.filter": "none"}), tmp_path, dry_run=True)
-    facts = json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize("pipeline", ["resident", "stream"])
+def test_dry_run(pipeline, make_config, tmp_path, capsys):
+    facts = train.train(make_config({"features.filter": "none", "data.pipeline": pipeline}), tmp_path, dry_run=True)
     assert facts["parameters"] == 4 * 5 + 4 + 8 * 20 + 8 + 8 * (8 * 122 + 1) + 9
-    assert facts["flops"] > 0
+    assert facts["state_bytes"]["parameters"] == {"total": 32068, "device": 32068, "share": 1.0}
+    assert facts["step"]["flops"] > 0
+    assert facts["step"]["wire_bytes"] == facts["step"]["minimum_wire_bytes"] == 0
+    assert json.loads((tmp_path / "dry_run.json").read_text()) == facts
+    assert "1 devices: data 1 x fsdp 1" in capsys.readouterr().out
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_sweep(make_config, tmp_path, capsys):
+def test_variants(make_config, tmp_path, capsys):
     config = make_config({"train.epochs": 1})
     with config.unlocked():
-        config.sweep = {"a": {"features": {"filter": "none"}}, "b": {"features": {"filter": "causal"}}}
-    train.sweep(config, tmp_path, dry_run=True)
-    assert capsys.readouterr().out.count('"parameters"') == 2
+        config.variants = {"a": {"features": {"filter": "none"}}, "b": {"features": {"filter": "causal"}}}
+    train.variants(config, tmp_path, dry_run=True)
+    assert capsys.readouterr().out.count("1 devices: data 1 x fsdp 1") == 2
     assert not list(tmp_path.rglob("checkpoints"))
-    rows = train.sweep(config, tmp_path)
+    rows = train.variants(config, tmp_path)
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in rows] == [row["name"] for row in table] == ["A", "B"]
     assert "<svg" in (tmp_path / "report.html").read_text()
@@ -451,9 +455,9 @@ def test_sweep(make_config, tmp_path, capsys):
         assert table["ab".index(name)]["metrics"]["auc"] == scored
     # Again: finished runs are judged, not trained; a changed config is refused.
     before = (tmp_path / "a" / "predictions.csv").read_text()
-    train.sweep(config, tmp_path)
+    train.variants(config, tmp_path)
     assert (tmp_path / "a" / "predictions.csv").read_text() == before
     assert len([line for line in lines_of(tmp_path / "a") if line["split"] == "train"]) == 1
     config.train.batch_recordings = 2
     with pytest.raises(CheckpointError, match=r"train.batch_recordings=3, now 2"):
-        train.sweep(config, tmp_path)
+        train.variants(config, tmp_path)

@@ -5,7 +5,6 @@ python -m pcgjax.audio_llm.merge --model=DIR --adapter=RUN/checkpoints/best-STEP
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 import tempfile
@@ -23,13 +22,15 @@ _LEFT_OUT = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", 
 def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pathlib.Path) -> pathlib.Path:
     """Writes the folder `out`, whole or not at all, and returns it.
 
-    W + alpha / rank B A for every adapted W, in the type that `model` is stored in and under the names it has there;
-    all files of `model` but its weights are copied as they are.
+    W + alpha / rank B A for every adapted W, in the type that the weights of `model` are stored in (bfloat16, float16,
+    else float32) and under the names they have there; all its other files are copied as they are. float16 takes twice
+    its size in memory.
 
     Raises:
       ValueError: `out` is a file, or a folder with something in it.
       ModelError: as `model.load` and `model.with_adapter`.
     """
+    import torch
     from safetensors import safe_open
 
     folder, out = pathlib.Path(model), pathlib.Path(out)
@@ -41,8 +42,10 @@ def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pat
             raise llm.ModelError(
                 f"{path}: no {needed} there; --model takes a checkpoint, --adapter what training wrote"
             )
-    base, _ = llm.load(folder, _stored_type(folder), "sdpa")
-    merged = llm.with_adapter(base, adapter).merge_and_unload()
+    stored = _stored_type(folder)
+    # float16 is no type to load in here: float32 holds all of its values.
+    base, _ = llm.load(folder, "float32" if stored == "float16" else stored, "sdpa")
+    merged = llm.with_adapter(base, adapter).merge_and_unload().to(getattr(torch, stored))
     with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
         older = not any(name.startswith("model.") for name in file.keys())  # noqa: SIM118
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,12 +60,18 @@ def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pat
 
 
 def _stored_type(folder: pathlib.Path) -> str:
+    """The type that all weights of a checkpoint have on disk, whatever its config.json says: float32, bfloat16 or
+    float16. float32 where they have several, or another."""
+    from safetensors import SafetensorError, safe_open
+
+    found = set()
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError:
-        config = {}  # `model.load` says what is wrong with it
-    found = config.get("dtype") or config.get("torch_dtype")
-    return found if found in ("float32", "bfloat16") else "float32"
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        pass  # `model.load` says what is wrong with it
+    return {("BF16",): "bfloat16", ("F16",): "float16"}.get(tuple(found), "float32")
 
 
 def main(argv: list[str]) -> None:

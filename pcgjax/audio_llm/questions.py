@@ -112,13 +112,12 @@ TASKS: dict[str, Task] = {
     for phase in ("systolic", "diastolic")
     for feature in _CLASSES
 }
-# What fills a task's options up to six: classes of other tasks, of another kind or of the other phase, so that they
-# cannot be right. Not the free grades IV/VI to VI/VI, which III/VI may stand for, nor I/IV beside I/VI, which would
+# What fills a task's options up to six: classes of another kind, so that they cannot be right. Not the free grades IV/VI to VI/VI, which III/VI may stand for, nor I/IV beside I/VI, which would
 # ask for Roman numerals instead of hearing.
 OTHERS: dict[str, tuple[str, ...]] = {
     "murmur": ("Crescendo", "Harsh", "Medium"),
-    "systolic_timing": ("Early-diastolic", "Holodiastolic"),
-    "diastolic_timing": ("Early-systolic", "Holosystolic"),
+    "systolic_timing": ("Diamond", "Harsh"),
+    "diastolic_timing": ("Diamond", "Harsh"),
     "systolic_shape": ("Low", "Blowing"),
     "diastolic_shape": ("Low", "Blowing"),
     "systolic_grading": ("Plateau", "Low", "Harsh"),

@@ -259,17 +259,15 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
             "trained": sum(p.numel() for p in weights.values()),
             "train_recordings": len(train_ids), "steps_an_epoch": steps_an_epoch, "processes": world,
         }))  # fmt: skip
-    board: Any = None
+    board = None
     if rank == 0:
-        import tensorboardX
-
-        board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=at + 1)
+        board = runs.open_board(workdir, at)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        runs.record(workdir, config, at, {"device": name, "devices": world, "processes": world})
 
     def told(step: int, part: str, values: dict) -> None:
         if rank == 0:
-            runs.log_line(log, step, part, values)
-            for name, value in values.items():
-                board.add_scalar(f"{part}/{name}", value, step)
+            runs.log_line(log, step, part, values, board)
 
     def keep(kind: str, step: int) -> None:
         meta = {"state": state, "config": plain, "base": model.base_fingerprint, "order": order}

@@ -10,6 +10,7 @@ from flax import nnx
 
 from pcgjax.kernels.hinf_lstm import hinf_lstm, lstm
 from pcgjax.models.cnn1d import larger
+from pcgjax.traced import on
 
 UPDATES = ("lstm", "convex", "forget")
 POOL = 2
@@ -52,6 +53,7 @@ class CNNLSTM(nnx.Module):
         mask_BxT: jax.Array,
         key: jax.Array | None = None,
         total: Callable[[jax.Array], jax.Array] = lambda x: x,
+        dropout: float | jax.Array | None = None,
     ) -> jax.Array:
         """Log-mel clips (B, F, T), 0 where there is silence -> logits (B,).
 
@@ -59,10 +61,12 @@ class CNNLSTM(nnx.Module):
           mask_BxT: 1 on the frames of the recording, 0 on padding after it, which changes nothing.
           key: of the dropout, and the sign of training: batch norm then uses the batch and updates its averages.
           total: sums over all devices' shares of the batch.
+          dropout: in place of the model's own, which cannot be traced.
         """
+        dropout = self.dropout if dropout is None else dropout
         keys = (None, None) if key is None else jax.random.split(key)
-        h_BxTxD, mask_BxT = self.cnn(x_BxFxT, mask_BxT, keys[0], total)
-        return self.recurrent(h_BxTxD, mask_BxT, keys[1], self.dropout, self.implementation)
+        h_BxTxD, mask_BxT = self.cnn(x_BxFxT, mask_BxT, keys[0], total, dropout)
+        return self.recurrent(h_BxTxD, mask_BxT, keys[1], dropout, self.implementation)
 
 
 class CNN(nnx.Module):
@@ -82,7 +86,7 @@ class CNN(nnx.Module):
         self.depths = tuple(len(block) for block in blocks)
         self.kernels, self.biases, self.norms = nnx.List(kernels), nnx.List(biases), nnx.List(norms)
 
-    def __call__(self, x_BxFxT, mask_BxT, key, total):
+    def __call__(self, x_BxFxT, mask_BxT, key, total, dropout=None):
         if self.frozen:
             key = None
         h = jnp.where(mask_BxT[:, None] > 0, x_BxFxT, 0).swapaxes(1, 2)[..., None]
@@ -97,7 +101,7 @@ class CNN(nnx.Module):
             h, mask_BxT = _pool(h), _pool_mask(mask_BxT)
             if key is not None:
                 key, own = jax.random.split(key)
-                h = _drop(h, self.dropout, own)
+                h = _drop(h, self.dropout if dropout is None else dropout, own)
         h = h.reshape(*h.shape[:2], -1)
         return (jax.lax.stop_gradient(h) if self.frozen else h), mask_BxT
 
@@ -141,16 +145,18 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x_BxTxFxC: jax.Array, mask_BxTx1x1: jax.Array, train: bool, total: Callable) -> jax.Array:
         if train:
-            x, axes = x_BxTxFxC, (0, 1, 2)
-            count = jnp.maximum(total(mask_BxTx1x1.sum() * x.shape[2]), 1)
-            mean = total((x * mask_BxTx1x1).sum(axes)) / count
-            var = total((jnp.square(x - mean) * mask_BxTx1x1).sum(axes)) / count
+            # In float32: a sum over thousands of steps has no place in bfloat16's eight bits.
+            x, mask, axes = x_BxTxFxC.astype(jnp.float32), mask_BxTx1x1.astype(jnp.float32), (0, 1, 2)
+            count = jnp.maximum(total(mask.sum() * x.shape[2]), 1)
+            mean = total((x * mask).sum(axes)) / count
+            var = total((jnp.square(x - mean) * mask).sum(axes)) / count
             self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * jax.lax.stop_gradient(mean)
             self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * jax.lax.stop_gradient(var)
         else:
             mean, var = self.mean[...], self.var[...]
         scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
-        return x_BxTxFxC * scale + (self.bias[...] - mean * scale)
+        shift = self.bias[...] - mean * scale
+        return x_BxTxFxC * scale.astype(x_BxTxFxC.dtype) + shift.astype(x_BxTxFxC.dtype)
 
 
 def _convolve(x_BxTxFxC: jax.Array, kernel_3x3xCxO: jax.Array) -> jax.Array:
@@ -203,5 +209,5 @@ def _pool_mask(mask_BxT: jax.Array) -> jax.Array:
     return jnp.minimum(mask_BxT[:, :time:2], mask_BxT[:, 1:time:2]).at[:, 0].set(mask_BxT[:, 0])
 
 
-def _drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0) if rate else x
+def _drop(x: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0) if on(rate) else x

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pcgjax.models.ssamba import SSAMBA, Mixer
+from pcgjax.traced import on
 
 
 class Segmenter(nnx.Module):
@@ -53,14 +54,20 @@ class Segmenter(nnx.Module):
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.head = nnx.Linear(width, outputs, rngs=rngs)
 
-    def __call__(self, x_BxTxF: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """(B, T, bands) -> logits (B, T, outputs); with a `key`, dropout of each mixer's output."""
+    def __call__(
+        self, x_BxTxF: jax.Array, key: jax.Array | None = None, dropout: float | jax.Array | None = None
+    ) -> jax.Array:
+        """(B, T, bands) -> logits (B, T, outputs); with a `key`, dropout of each mixer's output.
+
+        dropout: in place of the model's own, which cannot be traced.
+        """
+        dropout = self.dropout if dropout is None else dropout
         x = self.embed(x_BxTxF)
         for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
             y = mixer(norm(x))
-            if key is not None and self.dropout:
-                kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - self.dropout, y.shape)
-                y = jnp.where(kept, y / (1 - self.dropout), 0)
+            if key is not None and on(dropout):
+                kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, y.shape)
+                y = jnp.where(kept, y / (1 - dropout), 0)
             x = x + y
         return self.head(self.norm(x))
 
@@ -91,8 +98,8 @@ class PatchSegmenter(nnx.Module):
         self.head = nnx.Linear(width, outputs, rngs=rngs)
         self.bfloat16 = bfloat16
 
-    def __call__(self, fbank_BxTxF: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """SSAMBA's normalised filter bank (B, frames, 128) -> logits (B, T', outputs). There is no dropout to key."""
+    def __call__(self, fbank_BxTxF: jax.Array, key: jax.Array | None = None, dropout: float = 0.0) -> jax.Array:
+        """SSAMBA's normalised filter bank (B, frames, 128) -> logits (B, T', outputs). Nothing is dropped."""
         x = fbank_BxTxF.astype(jnp.bfloat16) if self.bfloat16 else fbank_BxTxF
         tokens = self.encoder.encode(x)[:, 1:]
         tokens = tokens.reshape(len(x), *self.encoder.grid, -1).mean(1)

@@ -1,0 +1,339 @@
+"""What was judged, drawn: the paper's tables, the same for a terminal, and the page.
+
+All of it is drawn from the results alone that `score.score_part` and `score.zero_shot` return.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pcgjax import page, report
+from pcgjax.audio_llm import model as llm
+from pcgjax.audio_llm import questions as mc
+
+# The paper's figures: without segmentation (N.S), with it (W.S), and those it quotes of others.
+PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
+    "systolic_timing": (1.0, 1.0, 0.966), "systolic_shape": (0.997, 1.0, 0.963),
+    "systolic_grading": (0.334, 0.334, 0.966), "systolic_pitch": (0.997, 1.0, 0.966),
+    "systolic_quality": (0.992, 1.0, 0.965),
+    "diastolic_timing": (1.0, 1.0, None), "diastolic_shape": (0.999, 1.0, None),
+    "diastolic_grading": (0.395, 0.427, None), "diastolic_pitch": (1.0, 1.0, None),
+    "diastolic_quality": (1.0, 1.0, None),
+    "weighted_accuracy": (0.637, 0.756, 0.832),
+    "cinc2016/accuracy": (0.1963, 0.6633, None),
+    "pascal-a/precision_normal": (0.487, 0.483, None), "pascal-a/precision_abnormal": (0.0, 1.0, None),
+    "pascal-b/precision_normal": (0.737, 0.753, None), "pascal-b/precision_abnormal": (0.40, 0.625, None),
+}  # fmt: skip
+ZERO_SHOT_SCORES = ("accuracy", "precision_normal", "precision_abnormal", "mean_accuracy", "auc")
+_TINY = 1e9  # parameters: Qwen2-Audio has 8.4e9
+
+
+class Table(NamedTuple):
+    """A cell is a text, a number, S = {"value", "low", "high"}, or None for what was not judged."""
+
+    title: str
+    head: tuple[str, ...]
+    body: list[list[Any]]
+    note: str
+
+
+def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The paper's Tables 1 to 3 with these runs side by side, and the Challenge's scores.
+
+    Args: results: of `score_part`, one a run, with what `zero_shot` found in "zero_shot".
+    """
+    names = [f"{one['name']}, {one['front_end']}" for one in results]
+    columns = [name for run in names for name in (run, "shuffled audio", "majority")]
+    found = []
+    for number, phase, quoted in ((1, "systolic", "Deep CardioSound"), (2, "diastolic", "M2D + AST")):
+        tasks = [task for task in mc.TASKS if task.startswith(phase)]
+        body = [_task_row(task, task.split("_")[1].capitalize(), results) for task in tasks]
+        title, note = f"Table {number}: {phase} murmurs", "Majority: always the class of most people in training."
+        if any("one class" in row[0] for row in body):
+            note += " Where one class alone occurs among these people, 100 % means nothing."
+        note = " ".join(filter(None, (note, differences(results))))
+        if number == 2:
+            title += ", and the murmur itself"
+            note += " W.acc: patients, Present counting 5, Unknown 3, Absent 1; its majority is always Present."
+            cells: list[Any] = []
+            for one in results:
+                cells += [_patients(one, part).get("weighted_accuracy") for part in ("test", "control")]
+                cells.append(_patients(one, "test").get("trivial_weighted_accuracy", {}).get("always Present"))
+            body += [_task_row("murmur", "Murmur", results), ["W.acc", *cells, *PAPER["weighted_accuracy"]]]
+        found.append(Table(title, ("", *columns, "paper N.S", "paper W.S", quoted), body, note))
+    if any(one["test"]["patients"] for one in results):
+        found.append(_patients_table(results, names))
+    if any(one["zero_shot"] for one in results):
+        found += _zero_shot_tables(results, names)
+    return found
+
+
+def differences(results: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence to be said of runs that were not judged on the same people and questions, else nothing."""
+    for what, said in (("people", "judged on different people"), ("questions", "asked different questions")):
+        if len({one["test"]["asked"][what] for one in results}) > 1:
+            return f"These runs were {said}: they cannot be compared with each other, only each with its own majority."
+    return ""
+
+
+def _task_row(task: str, name: str, results: Sequence[Mapping[str, Any]]) -> list[Any]:
+    cells: list[Any] = []
+    for one in results:
+        test, control = ((one[part] or {"tasks": {}})["tasks"].get(task, {}) for part in ("test", "control"))
+        cells += [test.get("accuracy"), control.get("accuracy"), test.get("majority_accuracy")]
+        if test.get("informative") is False and "one class" not in name:
+            name += " (one class)"
+    return [name, *cells, *PAPER.get(task, (None, None, None))]
+
+
+def _patients(result: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    return (result[part] or {}).get("patients") or {}
+
+
+def _patients_table(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    body: list[list[Any]] = []
+    for one, name in zip(results, names, strict=True):
+        for part, who in (("test", name), ("control", f"{name}: shuffled audio")):
+            if scores := _patients(one, part):
+                cost = scores["cost"] or {}
+                between = [f"{cost[end]:,.0f}" for end in ("low", "high") if cost.get(end) is not None]
+                money = f"{cost['value']:,.0f}" + f" ({' to '.join(between)})" * bool(between) if cost else None
+                body.append([who, scores["weighted_accuracy"], scores["excess"], money, scores["patients"]])
+        scores = _patients(one, "test")
+        for answer, value in scores.get("trivial_weighted_accuracy", {}).items():
+            cost = scores["trivial_cost"][answer]
+            money = None if cost is None else f"{cost:,.0f}"
+            body.append([f"{name}: {answer}", value, None, money, scores["patients"]])
+    note = (
+        "The Challenge's formulas of 2022; of the cost less is better. A patient's murmur is the likeliest on the mean "
+        "over all recordings of that patient, audible there or not. No outcome is asked for: Absent counts as Normal."
+    )
+    note = " ".join(filter(None, (note, differences(results))))
+    head = ("", "W.acc", "Over always Present", "Cost a patient", "Patients")
+    return Table("Patients, by the official formulas", head, body, note)
+
+
+def _zero_shot_tables(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Table]:
+    head = ("", *(name for run in names for name in (run, "majority")), "paper N.S", "paper W.S")
+    databases = list(dict.fromkeys(name for one in results for name in one["zero_shot"]))
+    first = [name for name in ("cinc2016", "pascal-a", "pascal-b") if name in databases]
+
+    def body(shown: Sequence[str]) -> list[list[Any]]:
+        rows = []
+        for database in shown:
+            known = [one["zero_shot"].get(database, {}) for one in results]
+            count = next(scores["recordings"] for scores in known if scores)
+            for score in ZERO_SHOT_SCORES:
+                cells: list[Any] = []
+                for one in known:
+                    cells += [one.get(score), one.get("majority_accuracy") if score == "accuracy" else None]
+                paper = PAPER.get(f"{database}/{score}", (None, None, None))[:2]
+                rows.append([f"{database} ({count:,}): {score.replace('_', ' ')}", *cells, *paper])
+        return rows
+
+    note = (
+        "Normal against abnormal by the murmur question alone; nobody here was trained on. Present or Unknown as the "
+        "likeliest class means abnormal. Precision: how many of those called so are so. Majority: the commoner class "
+        "of the same recordings; what does not listen has a mean accuracy and an AUC of 0.5."
+    )
+    found = [Table("Table 3: normal or abnormal, zero-shot", head, body(first), note)]
+    # PASCAL's two sets are the paper's; of both together it says nothing.
+    if rest := [name for name in databases if name not in (*first, "pascal")]:
+        found.append(Table("Zero-shot, the other databases one by one", head, body(rest), ""))
+    return found
+
+
+def as_text(table: Table) -> str:
+    """A table for a terminal."""
+
+    def text(cell: Any) -> str:
+        return (cell or "-") if cell is None or isinstance(cell, str) else _spoken(cell)
+
+    lines = [list(table.head), *([text(cell) for cell in row] for row in table.body)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+    rows = ("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join([table.title, *rows, *([table.note] if table.note else [])])
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """What metrics.json says, for a terminal."""
+    judged = list(results["runs"].values())
+    said = [as_text(table) for table in tables(judged)]
+    for one in judged:
+        said.append(f"{one['name']}: " + " ".join(_remarks(one)))
+    return "\n\n".join(said)
+
+
+def _remarks(result: Mapping[str, Any]) -> list[str]:
+    """What else must be said of a run, as sentences."""
+    test, mean, control = result["test"], result["test"]["mean"], result["control"]
+    said = []
+    if result["base"]["parameters"] < _TINY:
+        said.append(
+            f"The base model has {result['base']['parameters']:,} parameters, not the 8.4e9 of Qwen2-Audio: its "
+            "weights are random, and accuracies say little."
+        )
+    said.append(
+        f"{page.count(test['questions'], 'question')} about {page.count(test['recordings'], 'recording')} of "
+        f"{page.count(test['people'], 'person', 'people')} ({result['part']})."
+    )
+    if mean["accuracy"]:
+        shuffled = f", with shuffled audio {page.number(control['mean']['accuracy'])}" if control else ""
+        said.append(
+            f"Mean over the {len(mean['tasks'])} tasks with more than one class: {_spoken(mean['accuracy'])}, majority "
+            f"{page.number(mean['majority_accuracy'])}{shuffled}; over the majority {_spoken(mean['excess'])}."
+        )
+    else:
+        said.append("No task has more than one class here: no accuracy means anything.")
+    if control is None:
+        said.append("No control with shuffled audio: it needs recordings of two people.")
+    if any(scores["majority_from"] == "test" for scores in test["tasks"].values()):
+        said.append("Without training questions the majority is that of the test questions themselves.")
+    said.append(f"Probability on the six letters together: {page.number(test['letters']['share'])}.")
+    if (found := result["agreement"]) and found["questions"]:
+        said.append(
+            f"generate gave the same letter to {found['same']:.0%} of {found['questions']} questions, and any letter "
+            f"to {found['a_letter']:.0%}."
+        )
+    heard = {result["part"]: result, **result["zero_shot"]}
+    for name, windows in ((name, one["windows"]) for name, one in heard.items() if "windows" in one):
+        if windows["longer"]:
+            said.append(
+                f"{name}: {windows['longer']:,} of {windows['recordings']:,} recordings are longer than "
+                f"{llm.CLIP_S:g} s; each was divided into clips, of whose probabilities the mean counts."
+            )
+    for name, scores in result["zero_shot"].items():
+        if scores.get("left_out"):
+            said.append(
+                f"{name}: {page.count(scores['left_out'], 'recording')} without a label or unreadable, left out."
+            )
+    if split := result.get("split"):
+        apart = split["people_apart"] and result["part"] != "train"
+        said.append("Nobody judged was heard in training." if apart else "People judged were heard in training, too.")
+        if result["part"] == "validation":
+            said.append("The adapter was chosen by its accuracy on these very people.")
+        said += split["notes"]
+    return said
+
+
+def _spoken(score: Any) -> str:
+    low, high = page.finite(score, "low"), page.finite(score, "high")
+    return page.number(score) + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def document(results: Sequence[Mapping[str, Any]], log: pathlib.Path) -> str:
+    """The page of these runs, HTML in one file.
+
+    Args:
+      results: as metrics.json has them, one a run.
+      log: the metrics.jsonl whose curves are shown; it need not be there.
+    """
+    shown = "".join(_html(table) for table in tables(results))
+    apart = f'<p class="warn">{page.escape(said)}</p>' if (said := differences(results)) else ""
+    sections = [
+        ("scores", "Scores", apart + "".join(map(_headline, results))),
+        ("tasks", "Task by task", apart + _task_by_task(results)),
+        ("tables", "Beside the paper's figures", shown),
+        ("letters", "Letters", _letters(results)),
+        *([("training", "Training", report.training_curves(report.read_history(log)))] if log.exists() else []),
+        ("setup", "Setup", _setup(results)),
+    ]
+    counted = page.count(len(results), "run") + " · " + page.count(results[0]["test"]["people"], "person", "people")
+    return page.document("Audio LLM: eleven features of a murmur", counted, sections)
+
+
+def _html(table: Table) -> str:
+    def cell(value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return page.escape(value or "–")
+        return page.number(value) if isinstance(value, int) else page.score(value)
+
+    note = f'<p class="small">{page.escape(table.note)}</p>' if table.note else ""
+    return (
+        f"<h3>{page.escape(table.title)}</h3>{page.table(table.head, [[*map(cell, row)] for row in table.body])}{note}"
+    )
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    test, control = result["test"], result["control"] or {"mean": {}}
+    patients = _patients(result, "test")
+    always = (patients.get("trivial_weighted_accuracy") or {}).get("always Present")
+    cards = [
+        ("Mean accuracy over tasks", test["mean"], "accuracy", test["mean"]["majority_accuracy"], "majority",
+         control["mean"].get("accuracy")),
+        ("Weighted murmur accuracy", patients, "weighted_accuracy", always, "always Present",
+         _patients(result, "control").get("weighted_accuracy")),
+    ]  # fmt: skip
+    drawn = ""
+    for title, scores, key, trivial, name, shuffled in cards:
+        value, low, high = (page.finite(scores.get(key), end) for end in ("value", "low", "high"))
+        if value is None:
+            continue
+        # Of the excess: both are counted on the same people, which its interval knows and the accuracy's does not.
+        excess, least, most = (page.finite(scores["excess"], end) for end in ("value", "low", "high"))
+        above = least is not None and least > 0
+        verdict = f'<span class="{"good" if above else "warn"}">{"clearly" if above else "not clearly"} above</span>'
+        drawn += (
+            f'<div class="card score"><h3>{title}</h3><p class="big">{page.number(value)}</p>'
+            f'{page.gauge(value, low, high, trivial)}<p class="small">95 % interval {page.interval(low, high) or "n/a"}'
+            f'</p><p class="small">{verdict} {name} ({page.number(trivial)}): {excess:+.3f}, 95 % interval '
+            f"{page.interval(least, most) or 'n/a'}</p>"
+            f'<p class="small">with shuffled audio {page.number(shuffled)}</p></div>'
+        )
+    remarks = "".join(f"<li>{page.escape(said)}</li>" for said in _remarks(result))
+    return (
+        f"<h3>{page.escape(result['name'])}, {page.escape(result['front_end'])}</h3>"
+        f'<div class="cards">{drawn}</div><div class="card prose"><ul>{remarks}</ul></div>'
+    )
+
+
+def _task_by_task(results: Sequence[Mapping[str, Any]]) -> str:
+    """Each task's accuracy as a gauge, whose tick is the majority."""
+    body = []
+    for task in mc.TASKS:
+        for one in results:
+            scores = one["test"]["tasks"].get(task)
+            if scores is None:
+                continue
+            control = ((one["control"] or {"tasks": {}})["tasks"].get(task) or {}).get("accuracy")
+            value, low, high = (page.finite(scores["accuracy"], key) for key in ("value", "low", "high"))
+            above = (page.finite(scores["excess"], "low") or 0) > 0
+            excess = f'<span class="{"good" if above else "warn"}">{page.score(scores["excess"])}</span>'
+            body.append([
+                f"{task.replace('_', ' ')}<small>{page.escape(one['name'])}, {page.escape(one['front_end'])}</small>",
+                page.score(scores["accuracy"]) + page.gauge(value, low, high, scores["majority_accuracy"]),
+                f"{page.number(scores['majority_accuracy'])}<small>{page.escape(scores['majority'])}</small>",
+                page.score(control),
+                excess if scores["informative"] else "one class",
+                f"{scores['questions']:,}<small>{page.count(scores['people'], 'person', 'people')}</small>",
+            ])  # fmt: skip
+    head = ("Task", "Accuracy", "Majority", "Shuffled audio", "Over the majority", "Questions")
+    note = (
+        "Intervals hold 95 % of the scores when people are drawn anew. The orange tick is the majority, the class of "
+        "most people in training; what an answer is worth is what it has over the majority. Where one class alone "
+        "occurs among these people, no accuracy means anything."
+    )
+    return page.table(head, body) + f'<p class="small">{note}</p>'
+
+
+def _letters(results: Sequence[Mapping[str, Any]]) -> str:
+    body = []
+    for one in results:
+        counts = one["test"]["letters"]
+        for kind, name in (("answered", "answered"), ("right", "right")):
+            body.append([page.escape(f"{one['name']}: {name}"), *(f"{counts[kind][x]:,}" for x in mc.LETTERS)])
+    note = (
+        '<p class="small">How often each letter was answered, and how often it was right: options stand shuffled.</p>'
+    )
+    return page.table(["", *mc.LETTERS], body) + note
+
+
+def _setup(results: Sequence[Mapping[str, Any]]) -> str:
+    cards = ""
+    for one in results:
+        facts = {"model": one["base"], "part": one["part"], "split": one.get("split"), "windows": one["windows"],
+                 "intervals": one["test"]["intervals"]}  # fmt: skip
+        cards += f'<div class="card"><h3>{page.escape(one["name"])}</h3>{page.facts(facts)}</div>'
+    return f'<div class="grid two">{cards}</div>'

@@ -1,0 +1,694 @@
+"""Draws what several trainings are worth side by side: runs of any kind, or the members of a population.
+
+`python -m pcgjax.report RUN RUN ...` sets runs beside each other, `python -m pcgjax.report RUN` draws a population's
+page again.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pcgjax import files, page, report
+from pcgjax.page import BLUE, INK, MUTED, ORANGE, SERIES
+
+# The CNN paper's Table 1 (Lamperti). 301 recordings are the size of the Challenge's `validation` folder, whose files
+# are copies of training recordings.
+CNN_PAPER = {
+    "source": "Lamperti, Binary Classification of Heart Sounds Using a 1D CNN, Table 1",
+    "note": "The paper judged 301 recordings (150 normal, 151 abnormal). That is the size of the Challenge's "
+    "validation folder, whose files are byte-identical copies of training recordings: its numbers are "
+    "probably contaminated and say little about people whom the model never heard.",
+    "results": {"Filter": {"accuracy": 0.9734, "auc": 0.9993, "precision": 1.0, "recall": 0.9470, "f1": 0.9728}},
+}
+
+PAPER_METRICS = ("accuracy", "auc", "precision", "recall", "f1")
+LLM_WORDS = {"task_accuracy": "Mean accuracy over tasks", "weighted_accuracy": "Weighted murmur accuracy"}
+WORDS = {**report.WORDS, **LLM_WORDS}
+_LESS_IS_BETTER = ("loss", "brier")
+_DASHES = ("-", "--", ":", "-.")  # six colours, then the next kind of line
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What callers use
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def row(workdir: str | pathlib.Path, name: str | None = None) -> dict[str, Any]:
+    """A finished run, or a population, as a row of `write`, named after its folder unless a name is given.
+
+    Reads metrics.json or population.json and, where they are there, config.json, run.json, predictions.csv and
+    split.json.
+    Raises:
+      ValueError: there is neither of the first two, or a file is damaged.
+    """
+    workdir = pathlib.Path(workdir)
+    name = name or workdir.resolve().name
+    read = lambda file: report.read_json(workdir / file) if (workdir / file).exists() else {}
+    best: dict[str, Any] = {}
+    system: dict[str, Any] = {}
+    if (workdir / "population.json").exists():
+        found = _population(workdir / "population.json")
+        scores = {m: {**s, "value": s.get("mean")} for m, s in found["summary"].items()}
+        trivial, name = found["trivial"], f"{name} (mean of {len(found['members'])})"
+        results: dict[str, Any] = {}
+    elif "runs" in (results := report.read_json(workdir / "metrics.json")):
+        scores, trivial = _llm_scores(workdir / "metrics.json", results["runs"])
+    else:
+        results = report.read_results(workdir / "metrics.json")
+        scores, trivial = report.overall_scores(results["test"]), results["test"].get("trivial") or {}
+        best, system = results.get("best") or {}, results.get("system") or {}
+    starts = read("run.json").get("starts") or []
+    last = {k: system[k] for k in ("versions", "device", "devices", "platform", "command") if k in system}
+    data = results.get("data") or {}
+    return {
+        "name": name,
+        "metrics": scores,
+        "trivial": trivial,
+        "history": workdir / "metrics.jsonl",
+        "config": read("config.json"),
+        "best": best,
+        "epochs": results.get("epochs"),
+        "system": system,
+        "a_step": data["train_recordings"] / data["steps_an_epoch"] if data.get("steps_an_epoch") else None,
+        "starts": starts or ([last] if last else []),
+        "heard": _judged_on(workdir),
+    }
+
+
+def write(
+    rows: Sequence[Mapping[str, Any]], out: str | pathlib.Path, title: str, paper: Mapping[str, Any] | None = None
+) -> pathlib.Path:
+    """A page that sets runs side by side: scores, the fields in which they differ, curves, speed. Returns `out`.
+
+    Args:
+      rows: one a run, of `row`; or {"name", "metrics": {metric: {"value", "low", "high"}}} alone, the rest is left out.
+      paper: the paper's numbers to set beside, {"source", "note", "results": {a row's name: {metric: number}}}.
+
+    Raises:
+      ValueError: no rows, two of one name, a field missing, or a damaged history.
+    """
+    if not rows:
+        raise ValueError("rows: nothing to compare")
+    for i, one in enumerate(rows):
+        for field in ("name", "metrics"):
+            if field not in one:
+                raise ValueError(f"rows[{i}]: no field {field!r}")
+    names = [str(one["name"]) for one in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"rows: two runs have one name among {', '.join(names)}; give each its own")
+    histories = {}
+    for name, one in zip(names, rows, strict=True):
+        path = one.get("history")
+        if path is not None and pathlib.Path(path).exists():
+            histories[name] = report.read_history(pathlib.Path(path))
+    sections = [
+        ("scores", "Scores", _people(rows) + _bars(rows, paper)),
+        ("differences", "What differs", _differences(rows)),
+        ("training", "Learning curves", _curves(rows, histories)),
+        ("table", "All numbers", _table(rows, paper)),
+        ("speed", "Training and speed", _speed(rows, histories)),
+        ("setup", "What ran", _what_ran(rows)),
+    ]
+    files.write_text(pathlib.Path(out), page.document(title, page.count(len(rows), "run"), sections))
+    return pathlib.Path(out)
+
+
+def population(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Draws `workdir/report.html` of a population from its population.json, and returns its path.
+
+    population.json: {"members": [{"fields": {config field: value}, "best": {"epoch", "score"}, "validation": {metric:
+    number}, "test": {metric: number}, "curve": {"loss": one an epoch, "validation": one an epoch, of `select`}}],
+    "selected": the index of the best by validation, "select": a metric, "trivial": {answer: {metric: number}},
+    "summary": {metric: {"mean", "deviation", "low", "high", "n"}} of the test scores over the members}.
+
+    Raises:
+      ValueError: the file is missing or damaged, naming the field.
+    """
+    workdir = pathlib.Path(workdir)
+    found = _population(workdir / "population.json")
+    members = found["members"]
+    varied = _varied([member["fields"] for member in members])
+    settings = [field for field in varied if field != "seed"]
+    sections = [
+        ("scores", "Scores", _summary(found)),
+        ("training", "Learning curves", _member_curves(found, settings)),
+        *([("swept", "What the settings do", _swept(found, settings))] if settings else []),
+        ("members", "Members", _members(found, varied)),
+    ]
+    config = workdir / "config.json"
+    if config.exists():
+        text = json.dumps(report.read_json(config), indent=2, ensure_ascii=False)
+        shown = f"<details><summary>config.json</summary><pre>{page.escape(text)}</pre></details>"
+        sections.append(("setup", "Setup", shown))
+    counted = page.count(len(members), "member") + (f" · {', '.join(varied)}" if varied else "")
+    path = workdir / "report.html"
+    files.write_text(path, page.document(f"Population {workdir.resolve().name}", counted, sections))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _llm_scores(path: pathlib.Path, judged: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two headline scores of an audio LLM, and what answers without listening have of them."""
+    if len(judged) != 1:
+        raise ValueError(
+            f"{path}, runs: holds {len(judged)} audio LLMs side by side already, see its report.html; give the "
+            "workdirs of pcgjax.audio_llm.train"
+        )
+    try:
+        test = next(iter(judged.values()))["test"]
+        patients = test.get("patients") or {}
+        scores = {"task_accuracy": test["mean"]["accuracy"], "weighted_accuracy": patients.get("weighted_accuracy")}
+        trivial = {"majority": {"task_accuracy": test["mean"]["majority_accuracy"]}}
+        for answer, value in (patients.get("trivial_weighted_accuracy") or {}).items():
+            trivial.setdefault(answer, {})["weighted_accuracy"] = value
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}, runs: not what pcgjax.audio_llm.score writes ({error!r}); score again") from None
+    return {m: s for m, s in scores.items() if page.finite(s) is not None}, trivial
+
+
+def _judged_on(workdir: pathlib.Path) -> tuple[str, frozenset] | None:
+    """("people" or "recordings", who they are) of the test set; None where no file says it."""
+    path = workdir / "predictions.csv"
+    if path.exists():
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            reader = csv.DictReader(file)
+            part = "split" if "split" in (reader.fieldnames or ()) else "part"  # an audio LLM's rows are of a part
+            who = frozenset((r.get("database"), r["person"]) for r in reader if r.get(part) == "test" and "person" in r)
+        if who:
+            return "people", who
+    if (workdir / "split.json").exists():
+        ids = report.read_json(workdir / "split.json").get("test")
+        if isinstance(ids, list):
+            return "recordings", frozenset(map(str, ids))
+    return None
+
+
+def _population(path: pathlib.Path) -> dict[str, Any]:
+    found = report.read_json(path)
+    fix = "write it again with pcgjax.train"
+    kinds = {"members": list, "selected": int, "select": str, "trivial": dict, "summary": dict}
+    for field, kind in kinds.items():
+        if not isinstance(found.get(field), kind):
+            raise ValueError(f"{path}, {field}: need a {kind.__name__}, found {found.get(field)!r:.60}; {fix}")
+    for i, member in enumerate(found["members"]):
+        for field in ("fields", "best", "validation", "test", "curve"):
+            if not isinstance(member, dict) or not isinstance(member.get(field), dict):
+                raise ValueError(f"{path}, members[{i}]: no object `{field}`; {fix}")
+    if not 0 <= found["selected"] < len(found["members"]):
+        raise ValueError(f"{path}, selected: {found['selected']} is none of {len(found['members'])} members; {fix}")
+    return found
+
+
+def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields of flat configs that are not the same in all, in their order."""
+    fields = list(dict.fromkeys(field for config in configs for field in config))
+    return [f for f in fields if len({json.dumps(c.get(f, "n/a"), sort_keys=True) for c in configs}) > 1]
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested fields as {"model.hidden": 64, ...}."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{above}{key}.") if isinstance(inner, Mapping) and inner else {f"{above}{key}": inner}
+    return found
+
+
+def _text(value: Any) -> str:
+    """A field's value as a reader writes it."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "(" + ", ".join(map(_text, value)) + ")"
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sections of a comparison
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _known(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that at least one row has, in the order of a run's page; other tasks' loss last."""
+    return [m for m in (*WORDS, "loss") if any(page.finite(one["metrics"].get(m)) is not None for one in rows)]
+
+
+def _word(metric: str) -> str:
+    return WORDS.get(metric, metric.replace("_", " "))
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": SERIES[i % len(SERIES)], "linestyle": _DASHES[i // len(SERIES) % len(_DASHES)]}
+
+
+def _people(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A warning where the runs were not judged on the same people."""
+    says = []
+    known = {str(one["name"]): one["heard"] for one in rows if one.get("heard")}
+    for kind in ("people", "recordings"):
+        heard = {name: who for name, (k, who) in known.items() if k == kind}
+        if len(set(heard.values())) > 1:
+            counts = ", ".join(f"{page.escape(name)} on {len(who):,}" for name, who in heard.items())
+            says.append(
+                f'<span class="warn">The runs were not judged on the same {kind}</span>: {counts}; '
+                f"{len(frozenset.intersection(*heard.values())):,} in common. Their scores differ for that alone: give "
+                "the runs one split with config.split.file."
+            )
+    if known and (unknown := [str(one["name"]) for one in rows if str(one["name"]) not in known]):
+        says.append(f"Whom it was judged on is not known of {page.escape(', '.join(unknown))}.")
+    return f'<div class="card prose">{"".join(f"<p>{said}</p>" for said in says)}</div>' if says else ""
+
+
+def _paper_number(paper: Mapping[str, Any] | None, name: str, metric: str) -> float | None:
+    return page.finite(((paper or {}).get("results") or {}).get(name, {}).get(metric))
+
+
+def _bars(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> str:
+    first = PAPER_METRICS if paper else (*report.HEADLINE, *report.SEGMENTATION_HEADLINE, *LLM_WORDS)
+    known = [m for m in _known(rows) if m != "loss"]
+    shown = [m for m in first if m in known] or known
+    if not shown:
+        return page.absent("None of the runs has a known score.")
+    width = 0.8 / len(rows)
+
+    def paint(figure: Any) -> None:
+        from matplotlib.lines import Line2D
+
+        ax = figure.subplots()
+        for i, one in enumerate(rows):
+            label: str | None = str(one["name"])
+            for j, metric in enumerate(shown):
+                s = one["metrics"].get(metric)
+                value, low, high = (page.finite(s, key) for key in ("value", "low", "high"))
+                x = j + (i - (len(rows) - 1) / 2) * width
+                ax.bar(x, value or 0, width * 0.9, color=SERIES[i % len(SERIES)],
+                       alpha=0.8 if i < len(SERIES) else 0.4, label=label)  # fmt: skip
+                label = None
+                if low is not None:
+                    ax.plot([x, x], [low, high], color=INK, linewidth=1.2, marker="_", markersize=5)
+                number = _paper_number(paper, str(one["name"]), metric)
+                if number is not None:
+                    ax.plot([x], [number], marker="D", color=INK, markerfacecolor="none", markersize=8, linewidth=0)
+        ax.set_xticks(range(len(shown)), [_word(m).replace(" over ", "\nover ") for m in shown])
+        if len(shown) > len(report.HEADLINE):  # runs of several kinds
+            ax.tick_params(axis="x", rotation=35)
+        ax.tick_params(axis="x", colors=INK, length=0)
+        ax.set_ylim(0, 1.04)
+        ax.grid(False, axis="x")
+        handles, labels = ax.get_legend_handles_labels()
+        if paper:
+            handles.append(Line2D([], [], marker="D", color=INK, markerfacecolor="none", markersize=8, linewidth=0))
+            labels.append("the paper")
+        figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
+
+    told = []
+    for one in rows:
+        scores = (f"{_word(m)} {page.number(page.finite(one['metrics'].get(m)))}" for m in shown)
+        told.append(f"{one['name']}: {', '.join(scores)}")
+    figure = page.svg(960, 400, f"Scores of each run. {'; '.join(told)}", paint)
+    caption = (
+        "Whiskers are 95 % intervals over people, of a population over its members. Where they overlap, the order of "
+        "the bars may be chance."
+    )
+    return page.card("", figure, caption) + _paper_note(paper)
+
+
+def _paper_note(paper: Mapping[str, Any] | None) -> str:
+    if not paper:
+        return ""
+    return (
+        f'<div class="card prose"><h3>About the paper\'s numbers</h3><p>{page.escape(paper.get("note") or "")}</p>'
+        f'<p class="small">{page.escape(paper.get("source") or "")}</p></div>'
+    )
+
+
+def _beside(rows: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> str:
+    """A table of fields by runs, where a run lacks a field with a dash."""
+    body = [
+        [page.escape(field), *(page.escape(_text(of[field])) if field in of else "–" for of in fields)]
+        for field in differing
+    ]
+    return page.table(["", *(str(one["name"]) for one in rows)], body)
+
+
+def _differences(rows: Sequence[Mapping[str, Any]]) -> str:
+    having = [one for one in rows if one.get("config")]
+    lacking = [str(one["name"]) for one in rows if not one.get("config")]
+    left_out = page.absent(f"Not compared, as config.json is missing: {', '.join(lacking)}.") if lacking else ""
+    configs = [_flat(one["config"]) for one in having]
+    differing = _varied(configs)
+    if not differing:
+        same = "No field of the config differs." if len(having) > 1 else ""
+        return (f"<p>{same}</p>" if same else "") + left_out
+    # Of runs of different kinds most fields are of one kind alone: they do not hide the others.
+    shared = [field for field in differing if all(field in config for config in configs)]
+    rest = [field for field in differing if field not in shared]
+    parts = [_beside(having, configs, shared)] if shared else []
+    if rest:
+        summary = page.count(len(rest), "field that not all have", "fields that not all have")
+        parts.append(f"<details><summary>{summary}</summary>{_beside(having, configs, rest)}</details>")
+    return "".join(parts) + left_out
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> str:
+    names = [str(one["name"]) for one in rows]
+    lines = [line for history in histories.values() for line in history if line["split"] != "test"]
+    by_epoch = all(page.finite(line.get("epoch")) is not None for line in lines)
+    x_label = "epoch" if by_epoch else "step"
+
+    def drawn(history: Sequence[Mapping[str, Any]], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        if by_epoch:  # of an epoch its last line
+            history = list({(h["split"], h["epoch"]): {**h, "step": h["epoch"]} for h in history if metric in h
+                            and "epoch" in h}.values())  # fmt: skip
+        return report.smoothed(report.curve_of(history, split, metric))
+
+    selected = [(one.get("best") or {}).get("metric") for one in rows]
+    logged = {key for line in lines if line["split"] == "validation" for key in line}
+    preferred = (*filter(None, selected), *report.HEADLINE, *report.SEGMENTATION_HEADLINE, "loss")
+    # The metric by which most runs chose their best epoch, so far as it is not the loss, which is shown anyway.
+    score = next((m for m in sorted(preferred, key=lambda m: -selected.count(m)) if m in logged and m != "loss"), None)
+    wanted = [("train", "loss", "Training loss"), ("validation", "loss", "Validation loss")]
+    wanted += [("validation", score, f"{_word(score)} on validation")] if score else []
+    parts = []
+    for split, metric, title in wanted:
+        curves = {name: drawn(history, split, metric) for name, history in histories.items()}
+        curves = {name: curve for name, curve in curves.items() if np.isfinite(curve[1]).any()}
+        if not curves:
+            parts.append(page.absent(f"No {split} {metric}: no metrics.jsonl has one."))
+            continue
+
+        def paint(figure: Any, curves: Mapping[str, Any] = curves, loss: bool = metric == "loss") -> None:
+            ax = figure.subplots()
+            for name, curve in curves.items():
+                marks = {"marker": "o", "markersize": 3} if len(curve[0]) < 40 else {}
+                ax.plot(*curve, **_style(names.index(name)), **marks, label=name)
+            ax.set_xlabel(x_label)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            if loss:
+                ax.set_ylim(bottom=0)
+            figure.legend(loc="outside lower center", ncols=3)
+
+        last = "; ".join(f"{name} ends at {page.number(curve[1][-1])}" for name, curve in curves.items())
+        figure = page.svg(460, 320, f"{title} over {x_label}s. {last}", paint)
+        parts.append(page.card(title, figure, f"{page.escape(last)}."))
+    missing = [name for name in names if name not in histories]
+    left_out = f"Without curves, as metrics.jsonl is missing: {', '.join(missing)}." if missing else ""
+    return f'<div class="grid two">{"".join(parts)}</div>' + (page.absent(left_out) if left_out else "")
+
+
+def _muted(text: str) -> str:
+    return f'<span class="muted">{text}</span>'
+
+
+def _table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> str:
+    shown = _known(rows)
+    if paper:
+        shown = [m for m in PAPER_METRICS if m in shown] + [m for m in shown if m not in PAPER_METRICS]
+
+    def cells(scores: Mapping[str, Any]) -> list[str]:
+        return [page.score(scores[m]) if m in scores else "–" for m in shown]
+
+    body: list[list[str]] = []
+    alike: dict[str, list[str]] = {}
+    for one in rows:
+        name = str(one["name"])
+        body.append([f"<b>{page.escape(name)}</b>", *cells(one["metrics"])])
+        numbers = [_paper_number(paper, name, m) for m in shown]
+        if any(number is not None for number in numbers):
+            body.append([_muted("the paper"), *(_muted(page.number(n, 4)) if n is not None else "" for n in numbers)])
+        alike.setdefault(json.dumps(one.get("trivial") or {}, sort_keys=True), []).append(name)
+    # Runs judged on the same recordings have the same trivial answers: those are told once.
+    for answers, names in alike.items():
+        for answer, scores in json.loads(answers).items():
+            label = _word(answer) + (f" ({', '.join(names)})" if len(alike) > 1 else "")
+            scores = {"mean_database_auc": 0.5, **scores} if "auc" in scores else scores
+            body.append([_muted(page.escape(label)), *map(_muted, cells(scores))])
+    note = "" if len(alike) == 1 else (
+        '<p class="small warn">The runs were not judged on the same recordings: their trivial answers differ, so '
+        "compare each with its own.</p>"
+    )  # fmt: skip
+    return page.table(["Run", *(_word(m) for m in shown)], body) + note
+
+
+def _recordings_per_s(one: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Between the train lines of the log, so that what the first had to compile is not counted."""
+    a_step = one.get("a_step") or page.finite(((one.get("config") or {}).get("train") or {}).get("batch_recordings"))
+    lines = [line for line in history if line["split"] == "train" and page.finite(line.get("seconds")) is not None]
+    steps = seconds = 0.0
+    for before, after in itertools.pairwise(lines):
+        if after["seconds"] > before["seconds"]:  # else the run was resumed in between, its clock began anew
+            steps, seconds = steps + after["step"] - before["step"], seconds + after["seconds"] - before["seconds"]
+    return a_step * steps / seconds if a_step and seconds else None
+
+
+def _speed(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> str:
+    systems = [one.get("system") or {} for one in rows]
+    parts = list(dict.fromkeys(part for system in systems for part in system.get("seconds") or {}))
+    goodput = any(page.finite(system.get("goodput")) is not None for system in systems)
+    body = []
+    for one, system in zip(rows, systems, strict=True):
+        best = one.get("best") or {}
+        epoch, metric, score = best.get("epoch"), best.get("metric"), page.finite(best.get("score"))
+        chosen = page.number(epoch) + (f" of {one['epochs']}" if one.get("epochs") else "") if epoch else "n/a"
+        if metric and score is not None:  # the score is so turned that more is better
+            shown = page.number(-score if metric in _LESS_IS_BETTER else score)
+            chosen += f"<small>{page.escape(_word(metric))} {shown} on validation</small>"
+        rate = _recordings_per_s(one, histories.get(str(one["name"]), ()))
+        seconds = system.get("seconds") or {}
+        body.append([
+            f"<b>{page.escape(one['name'])}</b>", chosen, page.number(rate, 1 if rate and rate < 100 else 0),
+            *(page.number(page.finite(seconds.get(part)), 1) for part in parts),
+            page.number(page.finite(system.get("wall_s")), 1),
+            *([page.share(system.get("goodput"))] if goodput else []),
+            page.count(len(one.get("starts") or ()) or None, "time") or "n/a",
+        ])  # fmt: skip
+    spent = [f"{'Data wait' if part == 'wait' else part.capitalize()} (s)" for part in parts]
+    shared = ["Goodput"] if goodput else []
+    head = ["Run", "Best epoch", "Recordings/s trained", *spent, "In all (s)", *shared, "Started"]
+    note = (
+        '<p class="small">Seconds are those of the last start. Recordings a second are counted between the lines of '
+        "metrics.jsonl, without what was compiled before the first.</p>"
+    )
+    return page.table(head, body) + note
+
+
+def _what_ran(rows: Sequence[Mapping[str, Any]]) -> str:
+    apart = ("command", "config", "flags", "git", "step")
+    facts = {}
+    for one in rows:
+        starts = one.get("starts") or [{}]
+        states = [start["git"] for start in starts if "git" in start]
+        commits = [str(git["commit"])[:12] + (" and changes" if git.get("dirty") else "") for git in states]
+        last = _flat({key: value for key, value in starts[-1].items() if key not in apart})
+        facts[str(one["name"])] = ({"commit": ", then ".join(dict.fromkeys(commits))} if commits else {}) | last
+    having = [one for one in rows if facts[str(one["name"])]]
+    lacking = [name for name, found in facts.items() if not found]
+    parts = []
+    if having:
+        found = [facts[str(one["name"])] for one in having]
+        differing = _varied(found)
+        same = {key: value for key, value in found[0].items() if key not in differing}
+        parts.append(_beside(having, found, differing) if differing else "")
+        parts.append(f'<div class="card"><h3>The same in all</h3>{page.facts(same)}</div>' if same else "")
+    if lacking:
+        parts.append(page.absent(f"Not known, as run.json is missing: {', '.join(lacking)}."))
+    for one in rows:
+        if command := (one.get("starts") or [{}])[-1].get("command"):
+            command = " ".join(map(str, command)) if isinstance(command, list) else command
+            parts.append(f"<h3>{page.escape(one['name'])}</h3><pre>{page.escape(command)}</pre>")
+    return "".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sections of a population's page
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _on_validation(found: Mapping[str, Any], member: Mapping[str, Any]) -> float | None:
+    return page.finite(member["validation"].get(found["select"]))
+
+
+def _shown(found: Mapping[str, Any]) -> list[str]:
+    """The test metrics to show, at most eight."""
+    first = (*report.HEADLINE, *report.SEGMENTATION_HEADLINE, "loss")
+    return ([m for m in first if m in found["summary"]] or list(found["summary"]))[:8]
+
+
+def _summary(found: Mapping[str, Any]) -> str:
+    n = len(found["members"])
+    best = found["members"][found["selected"]]
+    cards = []
+    for metric in _shown(found):
+        s = found["summary"][metric]
+        mean, deviation, low, high = (page.finite(s, key) for key in ("mean", "deviation", "low", "high"))
+        trivial = report.best_trivial(found, metric) if metric not in _LESS_IS_BETTER else None
+        note = "&nbsp;"
+        if trivial:
+            clear = low is not None and low > trivial[1]
+            kind, verdict = ("good", "clearly above") if clear else ("warn", "not clearly above")
+            note = f'<span class="{kind}">{verdict}</span> {page.escape(trivial[0])} ({page.number(trivial[1])})'
+        between = f"95 % interval {page.interval(low, high)}" if low is not None else "no interval"
+        spread = f' <span class="small">± {page.number(deviation)}</span>' if deviation is not None else ""
+        cards.append(
+            f'<div class="card score"><h3>{page.escape(_word(metric))}</h3><p class="big">{page.number(mean)}{spread}'
+            f"</p>{page.gauge(mean, low, high, trivial[1] if trivial else None)}"
+            f'<p class="small">{between}</p><p class="small">best by validation '
+            f'{page.number(page.finite(best["test"].get(metric)))}</p><p class="small">{note}</p></div>'
+        )
+    says = [
+        f"Large numbers are means of the {n} members' test scores, ± their standard deviation.",
+        "Intervals hold the mean with 95 % certainty when members are trained anew with other seeds, not when other "
+        "people are judged: each member is judged on the same ones. Where members differ in more than the seed, they "
+        "mix good settings and bad.",
+        f"Member {found['selected']} is the best by {page.escape(_word(found['select']))} on validation. The best of "
+        f"{n} is so partly by luck: its validation score is too high, its test score is not.",
+    ]
+    prose = "".join(f"<li>{said}</li>" for said in says)
+    return (
+        f'<div class="cards">{"".join(cards)}</div><div class="card prose"><h3>How to read this</h3><ul>{prose}</ul>'
+        "</div>"
+    )
+
+
+def _setting(member: Mapping[str, Any], settings: Sequence[str]) -> str:
+    """Such as "learning_rate 0.01, dropout 0.2"."""
+    return ", ".join(f"{f.rpartition('.')[2]} {_text(member['fields'].get(f))}" for f in settings)
+
+
+def _member_curves(found: Mapping[str, Any], settings: Sequence[str]) -> str:
+    members = found["members"]
+    labels = list(dict.fromkeys(_setting(member, settings) for member in members))
+    coloured = 1 < len(labels) <= len(SERIES)
+    parts = []
+    for key, title in (("loss", "Training loss"), ("validation", f"{_word(found['select'])} on validation")):
+        curves = [np.array([math.nan if page.finite(v) is None else v for v in member["curve"].get(key) or ()], float)
+                  for member in members]  # fmt: skip
+        if not any(np.isfinite(curve).any() for curve in curves):
+            parts.append(page.absent(f"No curves: the members have no `curve.{key}`."))
+            continue
+
+        def paint(figure: Any, curves: Sequence[np.ndarray] = curves, key: str = key) -> None:
+            ax = figure.subplots()
+            told = set()
+            for i, curve in enumerate(curves):
+                label = _setting(members[i], settings) if coloured else ""
+                colour = SERIES[labels.index(label)] if coloured else BLUE
+                x = np.arange(1, len(curve) + 1)
+                ax.plot(x, curve, color=colour, linewidth=1.2, alpha=0.6, marker="o" if len(curve) == 1 else None,
+                        label=label if label and label not in told else None)  # fmt: skip
+                told.add(label)
+            best, epoch = curves[found["selected"]], members[found["selected"]]["best"].get("epoch")
+            ax.plot(np.arange(1, len(best) + 1), best, color=INK, linewidth=2.2, label="the best by validation")
+            if isinstance(epoch, int) and 0 < epoch <= len(best):
+                ax.plot([epoch], [best[epoch - 1]], "o", color=INK, markersize=7)
+            ax.set_xlabel("epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            if key == "loss":
+                ax.set_ylim(bottom=0)
+            figure.legend(loc="outside lower center", ncols=2)
+
+        ends = [curve[-1] for curve in curves if len(curve) and math.isfinite(curve[-1])]
+        told = f"Ends between {min(ends):.3f} and {max(ends):.3f}." if ends else "No curve ends in a number."
+        figure = page.svg(460, 340, f"{title} of each member over epochs. {told}", paint)
+        parts.append(page.card(title, figure, told))
+    return f'<div class="grid two">{"".join(parts)}</div>'
+
+
+def _swept(found: Mapping[str, Any], settings: Sequence[str]) -> str:
+    """A scatter of each numeric field, and a table of the settings that several members share."""
+    members = found["members"]
+    y = np.array([math.nan if (v := _on_validation(found, m)) is None else v for m in members])
+    title = f"{_word(found['select'])} on validation"
+    parts = []
+    for field in settings:
+        x = [page.finite(member["fields"].get(field)) for member in members]
+        if any(value is None for value in x):
+            continue
+
+        def paint(figure: Any, field: str = field, x: np.ndarray = np.array(x, float)) -> None:  # noqa: B008
+            ax = figure.subplots()
+            ax.plot(x, y, "o", color=BLUE, alpha=0.6, markersize=6)
+            for value in np.unique(x):
+                if (same := np.isfinite(y) & (x == value)).sum() > 1:
+                    ax.plot([value], [y[same].mean()], "_", color=INK, markersize=20, markeredgewidth=2)
+            best = found["selected"]
+            ax.plot([x[best]], [y[best]], "o", color=ORANGE, markerfacecolor="none", markersize=12, markeredgewidth=2)
+            if x.min() > 0 and x.max() >= 20 * x.min():
+                ax.set_xscale("log")
+                ax.minorticks_off()
+                ax.xaxis.set_major_formatter("{x:g}")
+            if len(np.unique(x)) <= 8:
+                ax.set_xticks(np.unique(x))
+            ax.set_xlabel(field)
+            ax.set_title(title, color=MUTED, fontweight="normal", fontsize=11)
+            ax.margins(0.08)
+
+        alt = f"{title} of each member against {field}"
+        caption = "Ringed: the best by validation. Dashes: means of one value."
+        parts.append(page.card(field, page.svg(460, 300, alt, paint), caption))
+    # An empty cell keeps a single figure at half the page.
+    scatters = f'<div class="grid two">{"".join(parts)}<div></div></div>' if parts else ""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for member in members:
+        groups.setdefault(_setting(member, settings), []).append(member)
+    if len(groups) == len(members):
+        return scatters or page.absent("No numeric field was swept.")
+    columns = _shown(found)
+    body = []
+    for label, own in groups.items():
+        numbers = [
+            [_on_validation(found, m) for m in own],
+            *([page.finite(m["test"].get(c)) for m in own] for c in columns),
+        ]
+        body.append([page.escape(label), str(len(own)), *map(_mean, numbers)])
+    head = ["Setting", "Members", title, *(f"{_word(c)} on test" for c in columns)]
+    return scatters + page.table(head, body) + '<p class="small">Means, and beneath them standard deviations.</p>'
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    there = np.array([value for value in values if value is not None])
+    if not len(there):
+        return "n/a"
+    return page.number(there.mean()) + (f"<small>± {there.std(ddof=1):.3f}</small>" if len(there) > 1 else "")
+
+
+def _members(found: Mapping[str, Any], varied: Sequence[str]) -> str:
+    members, columns = found["members"], _shown(found)
+    sign = 1 if found["select"] in _LESS_IS_BETTER else -1
+
+    def rank(i: int) -> tuple[bool, bool, float]:
+        value = _on_validation(found, members[i])
+        return i != found["selected"], value is None, sign * (value or 0.0)
+
+    body = []
+    for i in sorted(range(len(members)), key=rank):
+        member = members[i]
+        name = f'<b>{i}</b> <span class="good">★ best by validation</span>' if i == found["selected"] else str(i)
+        body.append([
+            name, *(page.escape(_text(member["fields"].get(field))) for field in varied),
+            page.number(member["best"].get("epoch")), page.number(_on_validation(found, member)),
+            *(page.number(page.finite(member["test"].get(m))) for m in columns),
+        ])  # fmt: skip
+    numbers = [[_on_validation(found, member) for member in members],
+               *([page.finite(member["test"].get(m)) for member in members] for m in columns)]  # fmt: skip
+    body.append(["<b>Mean</b>", *[""] * (len(varied) + 1), *map(_mean, numbers)])
+    answers = {name: scores for name, scores in found["trivial"].items() if isinstance(scores, dict)}
+    for name, scores in answers.items():
+        scores = {"mean_database_auc": 0.5, **scores} if "auc" in scores else scores
+        shown = (_muted(page.number(page.finite(scores.get(m)))) for m in columns)
+        body.append([_muted(page.escape(_word(name))), *[""] * (len(varied) + 2), *shown])
+    head = ["Member", *varied, "Best epoch", f"{_word(found['select'])} on validation",
+            *(f"{_word(m)} on test" for m in columns)]  # fmt: skip
+    note = "The best first. Beneath the mean is the standard deviation of the members."
+    return page.table(head, body) + f'<p class="small">{note}</p>'

@@ -1,0 +1,712 @@
+"""Populations: seeds, and values of any swept fields, trained side by side, each device its share of the members.
+
+    python -m pcgjax.train --config=configs/cnn.py --workdir=runs/cnn_seeds --config.data.prepared=data/cinc2016 \
+        --config.sweep.seed=0,1,2,3 --config.sweep.optimizer.learning_rate=0.01,0.03
+
+trains a member for each combination, here 8. A member is the run that its config would be alone on one device: same
+parameters at the start, same order of recordings, same noise and dropout. What the data are, the split, a share of it
+or shuffled labels, goes by the config's own seed and is the same for all.
+
+Members that differ in their seeds and in TRACED fields are one compiled program; those that differ in others, such as
+`model.hidden`, are further programs, which run one after the other. WORKDIR receives config.json, split.json,
+metrics.jsonl (a line a member), checkpoints/ of all members on the way, and at the end population.json, table.csv,
+report.html and best/, a workdir of the member that is best by validation. A second start resumes.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import csv
+import functools
+import itertools
+import json
+import math
+import pathlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+from absl import logging
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+
+from pcgjax import (
+    checkpoint,
+    compare,
+    distributed,
+    evaluate,
+    files,
+    goodput,
+    input_pipeline,
+    metrics,
+    optimizer,
+    runs,
+    segment,
+    sharding,
+    tasks,
+    thresholds,
+    train,
+)
+from pcgjax.runs import EVALUATION, STEP
+
+# What can be swept: parts of a config, and single fields.
+SWEPT = ("seed", "features", "model", "loss", "sapt", "optimizer")
+# Numbers that change no shape, so that one program takes them as data. A field that is not here is still swept, as
+# programs of its own. Where such a number is off (0, or no noise), nothing of it is in the program, as in a lone run.
+TRACED = (
+    "features.noise_snr_db", "features.response_db", "features.stretch", "features.top_db", "loss.alpha", "loss.slope",
+    "model.dropout", "optimizer.clip_norm", "optimizer.learning_rate", "optimizer.momentum", "optimizer.weight_decay",
+)  # fmt: skip
+FREE = ("seed", "train.start_from")  # and these are no part of a program
+AXIS = "member"
+Fields = dict[str, Any]  # "optimizer.learning_rate" -> value
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def fields(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A config's `sweep`: every field that can be swept, as an empty string."""
+    empty = lambda value: {k: empty(v) for k, v in value.items()} if isinstance(value, Mapping) else ""
+    kept = {part: empty(config[part].to_dict() if part != "seed" else 0) for part in SWEPT if part in config}
+    return ml_collections.ConfigDict(kept)
+
+
+def asked(config: ml_collections.ConfigDict) -> dict[str, list]:
+    """The fields that `config.sweep` gives values, and these; {} where nothing is swept.
+
+    Raises:
+      ValueError: values that the field cannot have, or one twice.
+    """
+    found = {}
+    for field, text in _flat(config.get("sweep", {})).items():
+        if not text:
+            continue
+        now = functools.reduce(lambda part, name: part[name], field.split("."), config)
+        try:
+            found[field] = _values(text, now)
+        except (ValueError, SyntaxError, KeyError, TypeError):
+            raise ValueError(f"sweep.{field}={text}: give values such as {now}, with commas between") from None
+        if len(set(found[field])) < len(found[field]):
+            raise ValueError(f"sweep.{field}={text}: the same value twice")
+    return found
+
+
+def _flat(value: Any, above: str = "") -> Fields:
+    found: Fields = {}
+    for key, inner in value.items():
+        nested = isinstance(inner, Mapping | ml_collections.ConfigDict)
+        found |= _flat(inner, f"{above}{key}.") if nested else {f"{above}{key}": inner}
+    return found
+
+
+def _values(text: str, like: Any) -> list:
+    if isinstance(like, tuple | list):
+        values = ast.literal_eval(f"[{text}]")
+        if not all(isinstance(value, tuple) for value in values):
+            raise ValueError("need tuples")
+        return values
+    words = [word.strip() for word in text.split(",")]
+    if isinstance(like, bool):
+        return [{"true": True, "false": False}[word.lower()] for word in words]
+    return [type(like)(word) for word in words]
+
+
+def with_fields(config: ml_collections.ConfigDict, changes: Fields) -> ml_collections.ConfigDict:
+    one = config.copy_and_resolve_references()
+    with one.ignore_type():
+        one.update_from_flattened_dict(changes)
+    return one
+
+
+def programs(members: Sequence[Fields]) -> list[list[int]]:
+    """The members, by number, that each program trains."""
+    together = collections.defaultdict(list)
+    for number, member in enumerate(members):
+        own = lambda field, value: field not in FREE and not (field in TRACED and value not in (0.0, math.inf))
+        together[repr([(f, v if own(f, v) else None) for f, v in member.items()])].append(number)
+    return list(together.values())
+
+
+# ----------------------------------------------------------------------------------------------------- one program
+
+
+def over_members(function: Callable, mesh: jax.sharding.Mesh, together: bool) -> Callable:
+    """function(a member's own, what all share) -> a function of (own, leading with members; shared).
+
+    A device takes its share of the members together, as one batch; or, not `together`, one after the other: on CPU
+    they do not fit its caches all at once, and then each has batches of its own capacity.
+    """
+
+    def here(own, shared):
+        one = lambda own: function(own, shared)
+        return jax.vmap(one)(own) if together else jax.lax.map(one, own)
+
+    if mesh.size == 1:
+        return here
+    own, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(here, mesh=mesh, in_specs=(own, everywhere), out_specs=own, check_vma=False)
+
+
+class Spread(NamedTuple):
+    """Members dealt out to all devices, so many to each; the last one again where they do not come out even."""
+
+    mesh: jax.sharding.Mesh
+    members: int
+
+    @property
+    def layout(self) -> jax.sharding.NamedSharding:
+        return jax.sharding.NamedSharding(self.mesh, PartitionSpec(AXIS))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Which member this process' devices have in each of their places."""
+        share = -(-self.members // self.mesh.size)
+        own = [np.arange(d * share, (d + 1) * share) for d in sharding.mine(self.mesh)]
+        return np.concatenate(own).clip(max=self.members - 1)
+
+    def put(self, values: Any) -> Any:
+        """Host arrays that lead with the members, each member's on its device."""
+        return sharding.put(self.mesh, jax.tree.map(lambda x: np.asarray(x)[self.rows], values), PartitionSpec(AXIS))
+
+    def get(self, values: Any) -> Any:
+        """The members' values on the host, on all processes."""
+        whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))(values)
+        return jax.tree.map(lambda x: np.asarray(x)[: self.members], whole)
+
+    def one(self, values: Any, member: int) -> Any:
+        """One member's values, on every device."""
+        take = lambda tree: jax.tree.map(lambda x: x[member], tree)
+        return jax.jit(take, out_shardings=sharding.replicated(self.mesh))(values)
+
+
+class Held(NamedTuple):
+    """What a checkpoint holds of the members; every array leads with them."""
+
+    state: tasks.TrainState
+    totals: train.Totals
+    kept: tuple[Any, Any]  # parameters and the rest of the best epoch so far
+
+
+class Program:
+    """Members that one compiled program trains: their data, their functions, and what is theirs alone."""
+
+    def __init__(
+        self, base: ml_collections.ConfigDict, members: Sequence[Fields], workdir: pathlib.Path, together: bool
+    ):
+        """base: the config without what is swept; members: the fields in which each differs from it."""
+        self.members, self.together = members, together
+        self.configs = [with_fields(base, member) for member in members]
+        self.seeds = [config.seed for config in self.configs]
+        # The split and what else is drawn of the data go by the base's seed.
+        structure = {field: value for field, value in members[0].items() if field != "seed"}
+        self.config = with_fields(base, structure)
+        # Each member is a run on one device.
+        devices = np.array(jax.devices())
+        alone = jax.sharding.Mesh(np.array([[jax.local_devices()[0]]]), sharding.AXES)
+        self.own_seeds = len(set(self.seeds)) > 1
+        experiment = train.set_up(self.config, workdir, sorted(set(self.seeds)), alone)
+        if self.own_seeds and experiment.pipeline == "stream":
+            raise ValueError(
+                f"data.pipeline={self.config.data.pipeline}: members with seeds of their own have orders of their own, "
+                "which cannot be streamed at once; choose resident, or sweep no seed"
+            )
+        self.spread = Spread(jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,)), len(members))
+        self.alone, self.experiment = experiment, experiment._replace(mesh=self.spread.mesh)
+        self.last_step = self.config.train.epochs * experiment.steps_an_epoch
+        for config in self.configs:
+            self.built(config)  # each number is checked while it can be looked at
+        self.task, self.update = self.built(self.configs[0])
+        self.graphdefs = {}
+        for config in self.configs:
+            # All of a program have one structure; a model's own checks are of its numbers.
+            dropout = config.model.get("dropout", 0.0)
+            if dropout not in self.graphdefs:
+                task = self.built(config)[0]
+                self.graphdefs[dropout] = nnx.graphdef(nnx.eval_shape(lambda task=task: task.init(nnx.Rngs(0))))
+        self.sapt = thresholds.init(self.config.evaluation.threshold, **self.config.get("sapt", {"interval": 0}))
+        varied = [f for f in members[0] if f in TRACED and len({member[f] for member in members}) > 1]
+        self.varied = {f: np.array([member[f] for member in members], np.float32) for f in varied}
+        seeds = {"seed": np.array(self.seeds, np.uint32)} if self.own_seeds else {}
+        self.own = self.spread.put({"fields": self.varied, **seeds})
+        self.shared = {} if self.own_seeds else {"seed": np.uint32(self.seeds[0])}
+        self.order = functools.lru_cache(1)(self._order)
+        self.steps = self._compiled(self._steps)
+        self.judged = {part: self._judge(part) for part in ("validation", "test")}
+
+    def built(self, config: ml_collections.ConfigDict) -> tuple[tasks.Task, Any]:
+        task = tasks.make(config, self.experiment.corpus.sample_rate_hz)
+        return task, optimizer.make(config.optimizer, self.last_step)
+
+    def graphdef(self, number: int) -> Any:
+        return self.graphdefs[self.configs[number].model.get("dropout", 0.0)]
+
+    def _compiled(self, function: Callable) -> Callable:
+        """function(all that a member is given) -> a compiled one of (carried and donated, own, shared)."""
+        each = over_members(lambda own, shared: function({**shared, **own}), self.spread.mesh, self.together)
+        return jax.jit(
+            lambda carried, own, shared: each({**carried, **own}, shared), donate_argnums=0,
+            out_shardings=self.spread.layout, compiler_options=sharding.compiler_options(),
+        )  # fmt: skip
+
+    def _of(self, given: dict) -> tuple[tasks.Task, Any, jax.Array]:
+        """(task, update, key) of a member, where the numbers in which members differ are traced."""
+        return *self.built(with_fields(self.configs[0], given["fields"])), jax.random.key(given["seed"])
+
+    def _steps(self, given: dict) -> tuple[tasks.TrainState, train.Totals]:
+        task, update, key = self._of(given)
+        step = train.make_step(
+            task, update, self.graphdef(0), jax.random.fold_in(key, STEP), self.experiment.groups,
+            self.experiment.capacities, remat=self.config.train.remat,
+        )  # fmt: skip
+        # The step is the same for all, and so is then what depends on it and on no seed.
+        state = given["state"]._replace(step=given["step"])
+        batches = given["data"], given["ids"], given["capacity"], given["start"], given["stop"]
+        return train.make_run(*step)(state, given["totals"], *batches)
+
+    def _order(self, epoch: int) -> tuple[dict, dict]:
+        """(own, shared) of an epoch: ids and capacity of each step of members with seeds of their own."""
+        plans = {seed: self.experiment.plan(seed, epoch) for seed in set(self.seeds)}
+        ids = np.stack([plans[seed].ids for seed in self.seeds])
+        capacity = np.stack([plans[seed].capacity for seed in self.seeds])
+        if self.together:
+            # One that differs from member to member would have every capacity computed for all of them.
+            return self.spread.put({"ids": ids}), {"capacity": capacity.max(0)}
+        return self.spread.put({"ids": ids, "capacity": capacity}), {}
+
+    def pieces(self, resident: dict | None, at: int, until: int) -> Iterator[tuple[dict, dict]]:
+        """(own, shared) for `steps` from step `at` to `until` of one epoch."""
+        epoch, within = divmod(at, self.experiment.steps_an_epoch)
+        stop = within + until - at
+        if self.own_seeds:
+            own, shared = self.order(epoch)
+            yield self.own | own, {**shared, "data": resident, "start": within, "stop": stop, "step": np.int32(at)}
+            return
+        plan = self.alone.plan(self.seeds[0], epoch)
+        for data, ids, capacity, start, end in self.alone.pieces(resident, plan, within, stop):
+            batches = {
+                "data": data,
+                "ids": ids,
+                "capacity": capacity,
+                "start": start,
+                "stop": end,
+                "step": np.int32(at),
+            }
+            yield self.own, self.shared | batches
+            at += end - start
+
+    def start(self) -> Held:
+        """What the members are before the first step."""
+        make = jax.jit(lambda seed: tasks.initial_state(self.task, self.update, seed, self.sapt))
+        states = []
+        # One by one: LAPACK's batched QR, of orthogonal kernels, can wait forever for the threads that it runs on.
+        for number, config in enumerate(self.configs):
+            state = make(np.uint32(config.seed))
+            if config.train.get("start_from"):
+                state = train.carried_over(state, config.train.start_from, tuple(config.optimizer.frozen))
+            if config.model.get("checkpoint"):
+                state = train.with_encoder(state, self.graphdef(number), config.model.checkpoint)
+            states.append(jax.device_get(state))
+        state = self.spread.put(jax.tree.map(lambda *x: np.stack(x), *states))
+        # Kept apart from the state, which is donated.
+        return Held(state, self.no_totals(), jax.tree.map(jnp.copy, (state.params, state.rest)))
+
+    def no_totals(self) -> train.Totals:
+        return self.spread.put(jax.tree.map(lambda x: np.stack([x] * len(self.members)), train.zero_totals()))
+
+    def _judge(self, part: str) -> Callable[[Any, Any, dict | None], np.ndarray]:
+        """A function (params, rest, resident) -> all members' answers (M, n, 2 or 3), as of `evaluate.make_predict`."""
+        e = self.experiment
+        indices, batch = e.parts[part], self.config.evaluation.batch_recordings
+        plan = input_pipeline.evaluation_plan(indices, e.corpus.lengths, e.task.geometry, batch, 1, e.task.shapes)
+        width = 2 if e.task.classifies else len(tasks.Counts._fields)
+
+        def answer(given):
+            task, _, key = self._of(given)
+            data = given["data"]
+            if data["samples"].ndim == 3:
+                data = jax.tree.map(lambda x: x[0], data)
+
+            def step(i, out):
+                drawn = jax.random.fold_in(jax.random.fold_in(key, EVALUATION), given["done"] + i)
+                own = jax.random.split(drawn, 1)[0]
+
+                def answers(batch, capacity):
+                    model = tasks.merged(task, self.graphdef(0), *given["model"])
+                    return jnp.stack(task.forward(model, batch, capacity, own), axis=-1).astype(jnp.float32)
+
+                ids, choice = given["ids"][i, 0], given["capacity"][i]
+                found = input_pipeline.at_capacity(answers, data, ids, choice, plan.capacities, e.task.geometry)
+                return out.at[i].set(found[None])
+
+            return jax.lax.fori_loop(0, given["steps"], step, jnp.zeros((*given["ids"].shape, width)))
+
+        run = self._compiled(answer)
+
+        def judge(params, rest, resident):
+            if resident is not None:
+                pieces = iter([(resident, plan.ids, plan.capacity, len(plan.ids))])
+            else:
+                pieces = input_pipeline.stream(e.corpus, e.labels, plan, 0, len(plan.ids))
+            out, done = np.zeros((len(self.members), len(e.corpus.rows), width), np.float32), 0
+            for data, ids, capacity, steps in pieces:
+                shared = {"data": data, "ids": ids, "capacity": capacity, "steps": steps, "done": done}
+                answers = self.spread.get(run({}, self.own | {"model": (params, rest)}, self.shared | shared))
+                asked = plan.ids[done : done + steps]
+                out[:, asked[asked >= 0]] = answers[:, :steps][:, asked >= 0]
+                done += steps
+            return out[:, indices]
+
+        return judge
+
+
+def _pick(better: jax.Array, new: Any, kept: Any) -> Any:
+    pick = lambda a, b: jnp.where(better.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+    return jax.tree.map(pick, new, kept)
+
+
+class Trained(NamedTuple):
+    """What a program's members came to."""
+
+    program: Program
+    kept: tuple[Any, Any]
+    best: list[dict | None]  # as in the meta of a run's checkpoint
+    diverged: list[int | None]  # the first step whose loss was not finite
+    answers: dict[str, np.ndarray]  # part -> (M, n, 2 or 3) of the best epochs
+
+
+def train_program(
+    program: Program, numbers: Sequence[int], folder: pathlib.Path, workdir: pathlib.Path, clock: goodput.Clock
+) -> Trained:
+    """Trains the members `numbers` of a population, from the checkpoint in `folder` on where it holds one."""
+    config, experiment, task = program.config, program.experiment, program.task
+    t, spe, spread = config.train, experiment.steps_an_epoch, program.spread
+    first_process, log = jax.process_index() == 0, workdir / "metrics.jsonl"
+    count, y = len(numbers), experiment.labels[experiment.parts["validation"]]
+    resident = experiment.resident()
+    pick = jax.jit(_pick, donate_argnums=2, out_shardings=spread.layout)
+    sapt_update = jax.jit(jax.vmap(thresholds.sapt_update, (0, 0, None)), out_shardings=spread.layout)
+    meta: dict[str, Any] = {"order_sha256": experiment.digest, "best": [None] * count, "diverged": [None] * count}
+    held, at = program.start(), 0
+    found = checkpoint.restore(folder)
+    if found:
+        if found[2]["order_sha256"] != experiment.digest:
+            raise checkpoint.CheckpointError(
+                f"{workdir}: its checkpoint was trained in another order of data (data or split changed); give "
+                "another --workdir, or what it was trained with"
+            )
+        at, values, saved = checkpoint.require(folder, held._asdict())
+        held = Held(**values)
+        meta |= {"best": saved["best"], "diverged": saved["diverged"]}
+        logging.info("members %s: resuming at step %d", numbers, at)
+    if first_process:
+        others = [x for x in runs.history(log) if x.get("member") not in numbers or x["step"] <= at]
+        files.write_text(log, "".join(json.dumps(line) + "\n" for line in others))
+    last = checkpoint.manager(folder)
+    stopped: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    # So that a signal is heard as soon as by a lone run.
+    stretch = max(t.checkpoint_steps // (1 if program.together else len(spread.rows)), 1)
+    stop = 0
+    bar = tqdm.tqdm(
+        total=program.last_step, initial=at, desc=f"train {count}", unit="step", mininterval=1.0,
+        disable=not first_process,
+    )  # fmt: skip
+    try:
+        while at < program.last_step and not stop:
+            epoch = at // spe
+            to_save = t.checkpoint_steps - at % t.checkpoint_steps
+            until = min((epoch + 1) * spe, at + to_save, at + stretch)
+            pieces = program.pieces(resident, at, until)
+            while True:
+                with clock("wait"):
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                with clock("train"):
+                    state, totals = program.steps({"state": held.state, "totals": held.totals}, *piece)
+                    held = held._replace(state=state, totals=totals)
+            with clock("train"):
+                counted = spread.get(held.totals)  # waits for the devices
+            bar.update(until - at)
+            at = until
+            stop = distributed.stop_signal(stopped[0] if stopped else 0)
+            for i in np.flatnonzero(counted.bad_step >= 0):
+                if meta["diverged"][i] is None:
+                    meta["diverged"][i] = int(counted.bad_step[i])
+                    logging.warning("member %d diverged at step %d", numbers[i], counted.bad_step[i])
+            if at % spe == 0:
+                with clock("validate"):
+                    answers = program.judged["validation"](held.state.params, held.state.rest, resident)
+                    before = spread.get(held.state.sapt.threshold)
+                    scores = [
+                        evaluate.validation_scores(task, answer, y, float(threshold))
+                        for answer, threshold in zip(answers, before, strict=True)
+                    ]
+                    held = held._replace(totals=program.no_totals())
+                    if task.classifies:
+                        p = spread.put(np.exp(answers[..., 0]).clip(0, 1))
+                        held = held._replace(state=held.state._replace(sapt=sapt_update(held.state.sapt, p, y)))
+                better = np.zeros(count, bool)
+                for i, own in enumerate(scores):
+                    score = -own[t.select] if t.select in ("loss", "brier") else own[t.select]
+                    score = score if np.isfinite(score) else -np.inf
+                    best = meta["best"][i]
+                    better[i] = meta["diverged"][i] is None and (best is None or score > best["score"])
+                    if better[i]:
+                        meta["best"][i] = {
+                            "score": score, "step": at, "epoch": epoch + 1, "metric": t.select,
+                            "threshold": float(before[i]),
+                        }  # fmt: skip
+                    if first_process:
+                        n, told = max(int(counted.samples[i]), 1), clock.told()
+                        values = {"loss": float(counted.loss[i]) / n, "accuracy": float(counted.correct[i]) / n}
+                        told = {"epoch": epoch + 1, "seconds": told["train"], "waited": told["wait"]}
+                        runs.log_line(log, at, "train", {"member": numbers[i], **values, **told})
+                        runs.log_line(log, at, "validation", {"member": numbers[i], **own, "epoch": epoch + 1})
+                held = held._replace(kept=pick(spread.put(better), (held.state.params, held.state.rest), held.kept))
+                loss = float(np.sum(counted.loss)) / max(int(counted.samples.sum()), 1)
+                bar.set_postfix(loss=f"{loss:.3f}", val=f"{np.mean([own[t.select] for own in scores]):.3f}")
+            if at % t.checkpoint_steps == 0 or at % spe == 0 or stop:
+                with clock("save"):
+                    checkpoint.save(last, at, held._asdict(), meta)
+    finally:
+        bar.close()
+        with clock("save"):
+            last.wait_until_finished()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    last.close()
+    if stop:
+        logging.info("%s", goodput.sentence(clock.told()))
+        logging.warning("stopped by signal %d at step %d, saved; the same command goes on", stop, at)
+        sys.exit(128 + stop)
+    with clock("validate"):
+        answers = {part: judge(*held.kept, resident) for part, judge in program.judged.items()}
+    return Trained(program, held.kept, meta["best"], meta["diverged"], answers)
+
+
+# ------------------------------------------------------------------------------------------------ the whole of them
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run: bool = False, together: bool | None = None
+) -> dict:
+    """Trains what `config.sweep` asks for and returns what it writes to population.json, of which `compare.population`
+    has the details; a member whose loss was not finite has no scores there, but "diverged", the step.
+
+    Where the config has stages, each is a population, and a member starts from its own best model of the one before.
+
+    together: whether a device takes its members as one batch; default: unless it is a CPU.
+
+    Raises:
+      ValueError: as `train.train`, and for what a population cannot be.
+      FloatingPointError: every member diverged, or one before the last stage.
+    """
+    clock, began = goodput.Clock(), time.monotonic()
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    swept, first_process = asked(config), jax.process_index() == 0
+    if config.parallel.fsdp != 1 or config.parallel.strategy != "jit":
+        raise ValueError(
+            f"parallel.fsdp={config.parallel.fsdp}, parallel.strategy={config.parallel.strategy}: a member of a sweep "
+            "is on one device; choose 1 and jit"
+        )
+    if config.profile.steps:
+        raise ValueError(f"profile.steps={config.profile.steps}: a trace is of a lone run; sweep nothing, or give 0")
+    together = jax.default_backend() != "cpu" if together is None else together
+    members = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+    text = " ".join(f"{field}={','.join(map(str, values))}" for field, values in swept.items())
+    stages = list(config.get("stages", {}).items()) or [("", {})]
+    start_from: list[Fields] = [{} for _ in members]
+    for number, (name, overrides) in enumerate(stages, 1):
+        folder = workdir if number == len(stages) else workdir / name
+        base = train.one_of(config, overrides, str(workdir / "split.json"))
+        fixed = _flat(overrides)  # what a stage says holds for all
+        own = [{f: v for f, v in m.items() if f not in fixed} | s for m, s in zip(members, start_from, strict=True)]
+        plain = runs.plain_config(base) | {"sweep": text}
+        groups = programs(own)
+        if dry_run:
+            print(f"{name or 'sweep'}: {len(members)} members, {len(groups)} programs: {groups}")
+            continue
+        if (folder / "config.json").exists():
+            runs.refuse_changes(json.loads((folder / "config.json").read_text()), plain, folder)
+        runs.record(folder, base)
+        if first_process:
+            files.write_text(folder / "config.json", json.dumps(plain, indent=1))
+        trained: list[tuple[Trained, int]] = [None] * len(members)  # type: ignore[list-item]
+        for group, numbers in enumerate(groups):
+            program = Program(base, [own[i] for i in numbers], workdir, together)
+            done = train_program(program, numbers, folder / "checkpoints" / f"program{group}", folder, clock)
+            for place, i in enumerate(numbers):
+                trained[i] = done, place
+        if number < len(stages):
+            for i, (done, place) in enumerate(trained):
+                if done.diverged[place] is not None:
+                    raise FloatingPointError(f"stage {name}: member {i} diverged at step {done.diverged[place]}")
+                start_from[i] = {"train.start_from": str(folder / "members" / str(i))}
+                save_best(done, place, folder / "members" / str(i))
+    return {} if dry_run else _conclude(workdir, members, trained, clock, began)
+
+
+def save_best(done: Trained, place: int, folder: pathlib.Path) -> tuple[dict, Any, Any]:
+    """Writes a member's best model as a run's, to `folder`/checkpoints/best; returns (meta, params, rest)."""
+    program, best = done.program, done.best[place]
+    experiment = program.experiment
+    assert best is not None
+    meta = {
+        "config": runs.plain_config(program.configs[place]), "order_sha256": experiment.digest,
+        "sample_rate_hz": experiment.corpus.sample_rate_hz, "best": best,
+    }  # fmt: skip
+    if program.config.task.name == "segmenter":
+        step_s = program.config.features.step_s
+        meta["log_duration"] = segment.log_durations(experiment.corpus, experiment.parts["train"], step_s).tolist()
+    params, rest = program.spread.one(done.kept, place)
+    if jax.process_index() == 0:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # another member may have been the best
+    distributed.stop_signal(0)  # all wait for the first
+    kept = checkpoint.manager(folder / "checkpoints" / "best")
+    checkpoint.save(kept, best["step"], {"params": params, "rest": rest}, meta)
+    kept.wait_until_finished()
+    kept.close()
+    return meta, *jax.device_get((params, rest))
+
+
+def _conclude(
+    workdir: pathlib.Path, members: list[Fields], trained: list[tuple[Trained, int]], clock: goodput.Clock, began: float
+) -> dict:
+    """Writes and returns population.json, and writes all that lies beside it."""
+    score = [-np.inf if done.diverged[i] is not None else done.best[i]["score"] for done, i in trained]  # type: ignore[index]
+    selected = int(np.argmax(score))
+    done, place = trained[selected]
+    if done.diverged[place] is not None:
+        steps = ", ".join(str(done.diverged[i]) for done, i in trained)
+        raise FloatingPointError(f"every member diverged, at the steps {steps}; lower optimizer.learning_rate")
+    program = done.program
+    config, experiment, select = program.configs[place], program.experiment, program.config.train.select
+    meta, params, rest = save_best(done, place, workdir / "best")
+    if jax.process_index():
+        return {}
+    history, told = runs.history(workdir / "metrics.jsonl"), []
+    for number, (fields_, (done, i)) in enumerate(zip(members, trained, strict=True)):
+        own = [line for line in history if line["member"] == number]
+        curve = {"loss": [x["loss"] for x in own if x["split"] == "train"],
+                 "validation": [x[select] for x in own if x["split"] == "validation"]}  # fmt: skip
+        one: dict[str, Any] = {"fields": fields_, "best": {}, "validation": {}, "test": {}, "curve": curve}
+        if done.diverged[i] is not None:
+            one["diverged"] = done.diverged[i]
+        else:
+            best = done.best[i]
+            assert best is not None
+            one["best"] = {"epoch": best["epoch"], "score": best["score"]}
+            e = done.program.experiment
+            for part, answers in done.answers.items():
+                y = e.labels[e.parts[part]]
+                scores = evaluate.validation_scores(e.task, answers[i], y, best["threshold"])
+                one[part] = {k: float(v) if np.isfinite(v) else None for k, v in scores.items()}
+        told.append(one)
+
+    best_folder = workdir / "best"
+    files.write_text(best_folder / "config.json", json.dumps(meta["config"], indent=1))
+    shutil.copy(workdir / "split.json", best_folder / "split.json")
+    lines = [{k: v for k, v in line.items() if k != "member"} for line in history if line["member"] == selected]
+    files.write_text(best_folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    plan = experiment.plan(config.seed, 0)
+    facts = {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "pipeline": experiment.pipeline,
+        "corpus_mib": experiment.corpus.bytes / 2**20,
+        "train_recordings": len(experiment.parts["train"]),
+        "steps_an_epoch": experiment.steps_an_epoch,
+        "capacities": list(experiment.capacities),
+        "padding_waste": input_pipeline.padding_waste(plan, experiment.corpus.lengths, experiment.task.geometry),
+    }
+    seconds = clock.told()
+    system = {
+        "device": str(jax.devices()[0].device_kind), "devices": jax.device_count(), "processes": jax.process_count(),
+        "wall_s": time.monotonic() - began, "seconds": seconds, "goodput": goodput.share(seconds),
+    }  # fmt: skip
+    done, place = trained[selected]
+    results = train.conclude(
+        config, best_folder, experiment, program.graphdef(place), params, rest, meta,
+        {part: answers[place] for part, answers in done.answers.items()}, facts, system,
+        functools.partial(runs.log_line, best_folder / "metrics.jsonl"),
+    )  # fmt: skip
+    names = [name for name in told[selected]["test"] if name != "threshold"]
+    spread = {name: metrics.interval([m["test"].get(name) or math.nan for m in told]) for name in names}
+    out = {
+        "members": told, "selected": selected, "select": select, "trivial": results["test"].get("trivial", {}),
+        "summary": {name: {k: v if np.isfinite(v) else None for k, v in x.items()} for name, x in spread.items()},
+        "system": results["system"],
+    }  # fmt: skip
+    files.write_text(workdir / "population.json", json.dumps(out, indent=1))
+    rows = _rows(out)
+    with files.replacing(workdir / "table.csv") as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    try:
+        compare.population(workdir)
+    except ImportError as error:
+        logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
+    print(goodput.sentence(seconds))
+    print(summary(out))
+    print(f"wrote {workdir}: population.json, table.csv, report.html, and best/, a run's folder")
+    return out
+
+
+def _rows(found: dict) -> list[list]:
+    """table.csv: a line of names, and one a member."""
+    chosen = found["members"][found["selected"]]
+    columns = [(part, name) for part in ("validation", "test") for name in chosen[part]]
+    names = ["member", *chosen["fields"], "best_by_validation", "diverged_at_step", "best_epoch"]
+    rows: list[list] = [[*names, *(f"{part}_{name}" for part, name in columns)]]
+    for i, m in enumerate(found["members"]):
+        first = [
+            i,
+            *m["fields"].values(),
+            int(i == found["selected"]),
+            m.get("diverged", ""),
+            m["best"].get("epoch", ""),
+        ]
+        rows.append(first + [m[part].get(name) for part, name in columns])
+    return rows
+
+
+def summary(found: dict) -> str:
+    """population.json for a terminal: a line a member, then the mean and deviation over seeds of each setting."""
+    select, members = found["select"], found["members"]
+    shown = [name for name in dict.fromkeys((select, "auc", "mean_accuracy", "f1", "accuracy", "loss"))
+             if name in members[found["selected"]]["test"]]  # fmt: skip
+    say = lambda value: "-" if value is None else f"{value:.3f}"
+    rows = [["", *members[0]["fields"], "epoch", f"validation {select}", *(f"test {name}" for name in shown)]]
+    for i, m in enumerate(members):
+        first = [f"{i}{' *' if i == found['selected'] else ''}", *map(str, m["fields"].values())]
+        scores = [say(m["validation"].get(select)), *(say(m["test"].get(name)) for name in shown)]
+        rows.append(
+            [
+                *first,
+                *([f"diverged at step {m['diverged']}"] if "diverged" in m else [str(m["best"]["epoch"]), *scores]),
+            ]
+        )
+    settings = collections.defaultdict(list)
+    for m in members:
+        settings[tuple((f, v) for f, v in m["fields"].items() if f != "seed")].append(m)
+    if len(settings) < len(members):
+        for setting, own in settings.items():
+            words = dict(setting)
+            cells = [words.get(f, f"mean of {len(own)}") for f in members[0]["fields"]]
+            over = [(part, name) for part, name in [("validation", select), *(("test", name) for name in shown)]]
+            spread = [metrics.interval([m[part].get(name, math.nan) for m in own]) for part, name in over]
+            rows.append(["", *map(str, cells), "", *(f"{x['mean']:.3f} ± {x['deviation']:.3f}" for x in spread)])
+    widths = [max(len(row[c]) for row in rows if c < len(row) and not (c == len(row) - 1 and len(row) < len(rows[0])))
+              for c in range(len(rows[0]))]  # fmt: skip
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)) for row in rows]
+    return "\n".join([*lines, f"* the best by validation {select}: its test scores are not what it was chosen by"])
