@@ -29,6 +29,8 @@ from flax import nnx
 import pcgjax
 from pcgjax import (
     bench_audio_llm,
+    bench_classical,
+    bench_scale,
     bench_scan,
     bench_ssamba,
     files,
@@ -512,6 +514,8 @@ SUITES: dict[str, tuple[Callable[[str, int], dict], Callable[[dict], str]]] = {
     "hinf_lstm": (hinf_lstm, _hinf_summary),
     "selective_scan": (lambda *_: bench_scan.selective_scan_suite(), bench_scan.selective_scan_summary),
     "ssamba": (lambda *_: bench_ssamba.ssamba_suite(), bench_ssamba.ssamba_summary),
+    "scale": (lambda *_: bench_scale.scale_suite(flags.FLAGS.quick), bench_scale.scale_summary),
+    "classical": (lambda prepared, _: bench_classical.classical_suite(prepared), bench_classical.classical_summary),
     "audio_llm": (lambda *_: bench_audio_llm.audio_llm_suite(), bench_audio_llm.audio_llm_summary),
 }
 
@@ -544,4 +548,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
     flags.DEFINE_string("prepared", "", "A folder that pcgjax.prepare wrote; default: a simulated corpus.")
     flags.DEFINE_integer("recordings", 160, "How many recordings to use, in cnn and hinf_lstm.", 16)
+    flags.DEFINE_bool("quick", False, "In scale: models and corpora so small that no figure counts.")
     files.run(main)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+TIMEOUT_S = 3600  # for the others at a barrier; one that is lost is found sooner, by `distributed`
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not belong to this run; the message names the folder and the fix."""
@@ -26,7 +28,7 @@ def save(kept: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None
 
 
 def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dict] | None:
-    """(step, state, meta) of the newest checkpoint, or None when there is none.
+    """(step, state, meta) of the newest checkpoint, or None when there is none. Of many processes all call it.
 
     Args:
       like: a state whose shapes, dtypes and shardings the restored one takes; None restores meta alone.
@@ -34,7 +36,11 @@ def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dic
       CheckpointError: the checkpoint is damaged or of another model.
     """
     folder = pathlib.Path(folder).resolve()
-    if not folder.is_dir():
+    there = folder.is_dir()
+    # One that comes late would find the folder that another has just made for its first checkpoint. Nor is this a
+    # collective, which on CPUs waits no longer than 30 s for a process that still compiles.
+    ocp.multihost.get_barrier_sync_fn()(key=str(folder), timeout_ms=TIMEOUT_S * 1000)
+    if not there:
         return None
     # Not `manager`, which would remove what a training that runs meanwhile has half-written.
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as kept:

@@ -310,8 +310,11 @@ class _Watch:
         while not self.over.wait(1.0):  # in slices, so that signals come through
             pass
 
+    def _all_left(self) -> bool:
+        return self.process == 0 and all(event.is_set() for event in self.left.values())
+
     def _perhaps_over(self) -> None:
-        if self.process == 0 and all(event.is_set() for event in self.left.values()) and not self.over.is_set():
+        if self._all_left() and not self.over.is_set():
             for link in self.links.values():
                 _send(link, over=True)
             self.over.set()
@@ -351,7 +354,8 @@ class _Watch:
             message = None
         if message is None:
             ready.unregister(link)
-            if not self.over.is_set():
+            # Once all have left, process 0 tells each so in turn; the first may be off before the last has heard it.
+            if not self.over.is_set() and not self._all_left():
                 self.give_up(other, "is gone; the same command on all processes goes on from the last checkpoint")
         elif "gone" in message:
             self.give_up(message["gone"], message["why"])

@@ -14,7 +14,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, segment, sharding, tasks
+from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, report, segment, sharding, tasks
 from pcgjax.input_pipeline import Corpus
 
 FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -77,6 +77,7 @@ def make_predict(
         return jax.lax.fori_loop(0, steps, step, out)
 
     def predict(params, rest):
+        pieces: Iterable
         if resident is not None:
             pieces = [(resident, plan.ids, plan.capacity, len(plan.ids))]
         else:
@@ -170,6 +171,29 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     return config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"]
 
 
+def load_answerer(
+    workdir: str | pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, bool, int, Callable[[Corpus], np.ndarray]]:
+    """The best model of a workdir, whatever it computes with: (config, whether it classifies recordings,
+    sample_rate_hz, a function from a corpus to its (N, 2) log p, log (1 - p)).
+
+    Raises: as `load_model`.
+    """
+    saved = pathlib.Path(workdir) / "config.json"
+    if saved.exists() and report.read_json(saved).get("task", {}).get("name") == "audio_encoder":
+        from pcgjax.audio_llm import encoders
+
+        config, sample_rate_hz, answer = encoders.load(workdir)
+        return config, True, sample_rate_hz, answer
+    config, task, graphdef, params, rest, sample_rate_hz = load_model(workdir)
+    batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
+
+    def answer_all(corpus: Corpus) -> np.ndarray:
+        return make_predict(task, graphdef, corpus, np.arange(len(corpus.rows)), batch, key)(params, rest)
+
+    return config, task.classifies, sample_rate_hz, answer_all
+
+
 def decode(recordings: list[datasets.Recording], sample_rate_hz: int) -> tuple[Corpus, list[datasets.Problem]]:
     """Recordings decoded to memory, and those left out."""
     from pcgjax import prepare
@@ -191,13 +215,13 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
       datasets.DatasetError: the folder cannot be read, or no recording has the label `target`.
     """
     began = time.monotonic()
-    config, task, graphdef, params, rest, sample_rate_hz = load_model(workdir)
+    config, classifies, sample_rate_hz, answer = load_answerer(workdir)
     recordings, problems = datasets.load(dataset, source)
     if config.task.name == "segmenter":
         if target:
             raise ValueError(f"--target={target}: a segmenter is judged by annotations; leave --target out")
         return _evaluate_segmenter(workdir, dataset, source, out, recordings, problems, began)
-    if not task.classifies:
+    if not classifies:
         raise ValueError(f"{workdir}: a model of task {config.task.name!r} has no answers to judge")
     target = target or config.task.target
     labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
@@ -208,10 +232,7 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
     if not corpus.rows:
         raise datasets.DatasetError(f"{source}: none of the {len(labelled)} labelled recordings could be decoded")
     indices, labels = np.arange(len(corpus.rows)), corpus.labels(target)
-    predict = make_predict(
-        task, graphdef, corpus, indices, config.evaluation.batch_recordings, jax.random.key(config.seed)
-    )
-    log_p = predict(params, rest)
+    log_p = answer(corpus)
     scores = judge(corpus, indices, labels, log_p, config)
     scores |= {
         "dataset": dataset,

@@ -20,11 +20,11 @@ PARTS = {
 _compiling = 0.0
 
 
-def _listen(event: str, seconds: float, **_) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     global _compiling
     # Tracing and lowering happen on the way to a compiled program; a cache's hit is the time of reading it.
     if event.startswith("/jax/core/compile/"):
-        _compiling += seconds
+        _compiling += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
@@ -34,7 +34,8 @@ class Clock:
     """Adds up seconds by PARTS; what JAX compiles meanwhile counts as compiling, wherever it happens."""
 
     def __init__(self) -> None:
-        self.began, self.seconds = time.monotonic(), collections.defaultdict(float)
+        self.began = time.monotonic()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -80,14 +81,17 @@ class Trace:
         """How far training may go from `step`, at most to `most`, so that the trace holds its steps alone."""
         return min([most, *(bound for bound in self.bounds if bound > step)])
 
-    def at(self, step: int) -> None:
-        """To be called before each stretch of steps, with the first of them, and after the last."""
-        if not self.bounds:
-            return
-        if not self.running and self.bounds[0] <= step < self.bounds[1]:
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+    def before(self, step: int) -> None:
+        """To be called before each stretch of steps, with the first of them."""
+        if self.bounds and not self.running and self.bounds[0] <= step < self.bounds[1]:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # each Python call would be an event: minutes to write, and slower steps
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
             self.running = True
-        elif self.running and step >= self.bounds[1]:
+
+    def after(self, step: int) -> None:
+        """To be called after each stretch, when the device is done with it, with the step that comes next."""
+        if self.bounds and step >= self.bounds[1]:
             self.stop()
 
     def stop(self) -> None:

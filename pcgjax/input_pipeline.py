@@ -350,10 +350,10 @@ def stream(
                 places.append(ids)
             capacity = np.zeros(steps, np.int32)
             capacity[: end - begin] = plan_.capacity[begin:end]
-            ids = np.stack(places, 1).reshape(steps, -1, plan_.ids.shape[-1])
+            groups = np.stack(places, 1).reshape(steps, -1, plan_.ids.shape[-1])
             # One device's block is not copied again.
             data = {k: blocks[0][k][None] if len(mine) == 1 else np.stack([b[k] for b in blocks]) for k in blocks[0]}
-            return data, ids, capacity, end - begin
+            return data, groups, capacity, end - begin
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     yield from grain.MapDataset.source(Blocks()).to_iter_dataset(options)

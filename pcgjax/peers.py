@@ -199,3 +199,181 @@ class Clipped:
         return loss.item()
 
     epoch = _epoch
+
+
+# ------------------------------------------------------------------------------------------ the segmenter and SSAMBA
+
+
+def mamba_mixer(width: int, states: int, expand: int = 2) -> Any:
+    """A bidirectional Mamba mixer as a PyTorch module, (B, L, width) -> (B, L, width); the scan is mambapy's."""
+    import torch
+    from mambapy.pscan import pscan
+    from torch.nn import functional as F
+
+    inner, rank = expand * width, -(-width // 16)
+
+    class Direction(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv1d(inner, inner, 4, padding=3, groups=inner)
+            self.project = torch.nn.Linear(inner, rank + 2 * states, bias=False)
+            self.delta = torch.nn.Linear(rank, inner)
+            self.A_log = torch.nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
+            self.D = torch.nn.Parameter(torch.ones(inner))
+
+        def forward(self, u):
+            u = F.silu(self.conv(u.transpose(1, 2))[..., : u.shape[1]].transpose(1, 2))
+            dt, B, C = self.project(u).split([rank, states, states], dim=-1)
+            delta = F.softplus(self.delta(dt))
+            h = pscan(torch.exp(delta[..., None] * -self.A_log.exp()), (delta * u)[..., None] * B[:, :, None])
+            return (h @ C[..., None])[..., 0] + self.D * u
+
+    class Mixer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = (
+                torch.nn.Linear(width, 2 * inner, bias=False),
+                torch.nn.Linear(inner, width, bias=False),
+            )
+            self.ahead, self.back = Direction(), Direction()
+
+        def forward(self, x):
+            u, z = self.enter(x).chunk(2, dim=-1)
+            return self.leave((self.ahead(u) + self.back(u.flip(1)).flip(1)) / 2 * F.silu(z))
+
+    return Mixer()
+
+
+class Framed:
+    """configs/segmenter_small.py's training in PyTorch, on frames that are ready. `m`: the config's `model`."""
+
+    def __init__(self, bands: int, outputs: int, m: Any):
+        import torch
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = torch.nn.Linear(bands, m.width)
+                self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(m.width) for _ in range(m.depth))
+                self.mixers = torch.nn.ModuleList(mamba_mixer(m.width, m.d_state, m.expand) for _ in range(m.depth))
+                self.drop = torch.nn.Dropout(m.dropout)
+                self.norm, self.head = torch.nn.LayerNorm(m.width), torch.nn.Linear(m.width, outputs)
+
+            def forward(self, x):
+                x = self.embed(x)
+                for norm, mixer in zip(self.norms, self.mixers, strict=True):
+                    x = x + self.drop(mixer(norm(x)))
+                return self.head(self.norm(x))
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.net, self.torch = Net().to(self.device), torch
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.003, weight_decay=0.01)
+
+    def step(self, frames, wanted) -> float:
+        """One step on frames (B, T, bands) and their states (B, T); waits for the loss."""
+        torch = self.torch
+        self.optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(self.net(frames).flatten(0, 1), wanted.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+class Patched:
+    """configs/ssamba_pretrain.py's training in PyTorch, on filter banks and masks that are ready.
+
+    frames: of a filter bank; the encoder is the public code's, but that the scan is mambapy's.
+    """
+
+    def __init__(self, width: int, depth: int, frames: int):
+        import torch
+
+        patches = (frames // 16) * 8
+        predictor = lambda: torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 256)
+        )
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                small = lambda *shape: torch.nn.Parameter(0.02 * torch.randn(*shape))
+                self.embed = torch.nn.Linear(256, width)
+                self.class_token, self.mask_token = small(1, 1, width), small(1, 1, width)
+                self.position = small(1, 1 + patches, width)
+                self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(depth))
+                self.mixers = torch.nn.ModuleList(mamba_mixer(width, 16) for _ in range(depth))
+                self.norm = torch.nn.LayerNorm(width)
+                self.contrast, self.reconstruction = predictor(), predictor()
+
+            def forward(self, patch, masked):
+                x = self.embed(patch)
+                hidden_away = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, masked, True)
+                x = torch.where(hidden_away[..., None], self.mask_token, x)
+                x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.position
+                hidden, residual = torch.zeros_like(x), x
+                for i in range(0, depth, 2):
+                    residual = residual + hidden
+                    ahead = self.mixers[i](self.norms[i](residual))
+                    back = self.mixers[i + 1](self.norms[i + 1](residual.flip(1))).flip(1)
+                    hidden, residual = ahead + back, 2 * residual
+                x = self.norm(self.norm(residual + hidden))[:, 1:]
+                tokens = x.gather(1, masked[..., None].expand(-1, -1, width))
+                return self.contrast(tokens), self.reconstruction(tokens)
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.net, self.torch = Net().to(self.device), torch
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.0003, weight_decay=0.01)
+
+    def step(self, fbank, masked) -> float:
+        """One step on filter banks (B, T, 128) and the numbers (B, M) of masked patches; waits for the loss."""
+        torch = self.torch
+        self.optimizer.zero_grad()
+        clips, frames, bins = fbank.shape
+        patch = fbank.transpose(1, 2).reshape(clips, bins // 16, 16, frames // 16, 16).transpose(2, 3).flatten(3)
+        patch = patch.flatten(1, 2)
+        contrast, rebuilt = self.net(patch, masked)
+        target = patch.gather(1, masked[..., None].expand(-1, -1, 256))
+        log_p = torch.log_softmax(target @ contrast.transpose(1, 2), dim=-1)
+        loss = 10 * (rebuilt - target).square().mean() - log_p.diagonal(dim1=1, dim2=2).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+
+# ----------------------------------------------------------------------------------------------------- reading alone
+
+
+def recordings_loader(read: Any, batches: list[list[int]], workers: int = 0) -> Any:
+    """A DataLoader over prepared recordings alone: their int16 samples, padded to the longest of the batch.
+
+    read: an index -> int16 (n,); what the worker processes are sent of it must be picklable.
+    """
+    import torch
+
+    dataset: Any = Recordings(read)
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=padded, num_workers=workers,
+        persistent_workers=workers > 0, multiprocessing_context="spawn" if workers else None,
+    )  # fmt: skip
+
+
+class Recordings:
+    """A Dataset of the samples alone."""
+
+    def __init__(self, read: Any):
+        self.read = read
+
+    def __getitem__(self, index: int):
+        return self.read(index)
+
+
+def padded(items):
+    """Recordings (n,) int16 -> (R, the longest's n) int16."""
+    import torch
+
+    out = torch.zeros((len(items), max(map(len, items))), dtype=torch.int16)
+    for row, samples in zip(out, items, strict=True):
+        row[: len(samples)] = torch.from_numpy(np.array(samples))  # a copy: the reader's bytes cannot be written to
+    return out

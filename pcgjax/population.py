@@ -76,13 +76,12 @@ Fields = dict[str, Any]  # "optimizer.learning_rate" -> value
 
 def fields(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """A config's `sweep`: every field that can be swept, as an empty string."""
-    empty = lambda value: {k: empty(v) for k, v in value.items()} if isinstance(value, Mapping) else ""
-    kept = {part: empty(config[part].to_dict() if part != "seed" else 0) for part in SWEPT if part in config}
-    return ml_collections.ConfigDict(kept)
+    names = {part: dict.fromkeys(config[part], "") for part in SWEPT if part in config and part != "seed"}
+    return ml_collections.ConfigDict({"seed": "", **names})
 
 
 def asked(config: ml_collections.ConfigDict) -> dict[str, list]:
-    """The fields that `config.sweep` gives values, and these; {} where nothing is swept.
+    """The fields that `config.sweep` gives values, in order of the alphabet, and these; {} where nothing is swept.
 
     Raises:
       ValueError: values that the field cannot have, or one twice.
@@ -168,10 +167,14 @@ class Spread(NamedTuple):
         return jax.sharding.NamedSharding(self.mesh, PartitionSpec(AXIS))
 
     @property
+    def share(self) -> int:
+        """How many a device has."""
+        return -(-self.members // self.mesh.size)
+
+    @property
     def rows(self) -> np.ndarray:
         """Which member this process' devices have in each of their places."""
-        share = -(-self.members // self.mesh.size)
-        own = [np.arange(d * share, (d + 1) * share) for d in sharding.mine(self.mesh)]
+        own = [np.arange(d * self.share, (d + 1) * self.share) for d in sharding.mine(self.mesh)]
         return np.concatenate(own).clip(max=self.members - 1)
 
     def put(self, values: Any) -> Any:
@@ -180,13 +183,20 @@ class Spread(NamedTuple):
 
     def get(self, values: Any) -> Any:
         """The members' values on the host, on all processes."""
-        whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))(values)
+        whole = jax.jit(_same, out_shardings=sharding.replicated(self.mesh))(values)
         return jax.tree.map(lambda x: np.asarray(x)[: self.members], whole)
 
     def one(self, values: Any, member: int) -> Any:
         """One member's values, on every device."""
-        take = lambda tree: jax.tree.map(lambda x: x[member], tree)
-        return jax.jit(take, out_shardings=sharding.replicated(self.mesh))(values)
+        return jax.jit(_take, out_shardings=sharding.replicated(self.mesh))(values, member)
+
+
+def _same(values: Any) -> Any:
+    return values
+
+
+def _take(values: Any, member: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x[member], values)
 
 
 class Held(NamedTuple):
@@ -223,16 +233,12 @@ class Program:
         self.spread = Spread(jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,)), len(members))
         self.alone, self.experiment = experiment, experiment._replace(mesh=self.spread.mesh)
         self.last_step = self.config.train.epochs * experiment.steps_an_epoch
-        for config in self.configs:
-            self.built(config)  # each number is checked while it can be looked at
-        self.task, self.update = self.built(self.configs[0])
-        self.graphdefs = {}
-        for config in self.configs:
-            # All of a program have one structure; a model's own checks are of its numbers.
-            dropout = config.model.get("dropout", 0.0)
-            if dropout not in self.graphdefs:
-                task = self.built(config)[0]
-                self.graphdefs[dropout] = nnx.graphdef(nnx.eval_shape(lambda task=task: task.init(nnx.Rngs(0))))
+        # Each number is checked here, while it can be looked at; a model looks at its dropout.
+        built = [self.built(config) for config in self.configs]
+        self.task, self.update = built[0]
+        models = {config.model.get("dropout"): one for config, (one, _) in zip(self.configs, built, strict=True)}
+        models = {dropout: nnx.eval_shape(lambda one=one: one.init(nnx.Rngs(0))) for dropout, one in models.items()}
+        self.graphdef = nnx.graphdef(models[self.configs[0].model.get("dropout")])
         self.sapt = thresholds.init(self.config.evaluation.threshold, **self.config.get("sapt", {"interval": 0}))
         varied = [f for f in members[0] if f in TRACED and len({member[f] for member in members}) > 1]
         self.varied = {f: np.array([member[f] for member in members], np.float32) for f in varied}
@@ -246,9 +252,6 @@ class Program:
     def built(self, config: ml_collections.ConfigDict) -> tuple[tasks.Task, Any]:
         task = tasks.make(config, self.experiment.corpus.sample_rate_hz)
         return task, optimizer.make(config.optimizer, self.last_step)
-
-    def graphdef(self, number: int) -> Any:
-        return self.graphdefs[self.configs[number].model.get("dropout", 0.0)]
 
     def _compiled(self, function: Callable) -> Callable:
         """function(all that a member is given) -> a compiled one of (carried and donated, own, shared)."""
@@ -265,7 +268,7 @@ class Program:
     def _steps(self, given: dict) -> tuple[tasks.TrainState, train.Totals]:
         task, update, key = self._of(given)
         step = train.make_step(
-            task, update, self.graphdef(0), jax.random.fold_in(key, STEP), self.experiment.groups,
+            task, update, self.graphdef, jax.random.fold_in(key, STEP), self.experiment.groups,
             self.experiment.capacities, remat=self.config.train.remat,
         )  # fmt: skip
         # The step is the same for all, and so is then what depends on it and on no seed.
@@ -293,15 +296,8 @@ class Program:
             return
         plan = self.alone.plan(self.seeds[0], epoch)
         for data, ids, capacity, start, end in self.alone.pieces(resident, plan, within, stop):
-            batches = {
-                "data": data,
-                "ids": ids,
-                "capacity": capacity,
-                "start": start,
-                "stop": end,
-                "step": np.int32(at),
-            }
-            yield self.own, self.shared | batches
+            batches = {"data": data, "ids": ids, "capacity": capacity, "start": start, "stop": end}
+            yield self.own, self.shared | batches | {"step": np.int32(at)}
             at += end - start
 
     def start(self) -> Held:
@@ -309,16 +305,16 @@ class Program:
         make = jax.jit(lambda seed: tasks.initial_state(self.task, self.update, seed, self.sapt))
         states = []
         # One by one: LAPACK's batched QR, of orthogonal kernels, can wait forever for the threads that it runs on.
-        for number, config in enumerate(self.configs):
+        for config in self.configs:
             state = make(np.uint32(config.seed))
             if config.train.get("start_from"):
                 state = train.carried_over(state, config.train.start_from, tuple(config.optimizer.frozen))
             if config.model.get("checkpoint"):
-                state = train.with_encoder(state, self.graphdef(number), config.model.checkpoint)
+                state = train.with_encoder(state, self.graphdef, config.model.checkpoint)
             states.append(jax.device_get(state))
-        state = self.spread.put(jax.tree.map(lambda *x: np.stack(x), *states))
-        # Kept apart from the state, which is donated.
-        return Held(state, self.no_totals(), jax.tree.map(jnp.copy, (state.params, state.rest)))
+        state = jax.tree.map(lambda *x: np.stack(x), *states)
+        # What is kept is apart from the state, which is donated.
+        return Held(self.spread.put(state), self.no_totals(), self.spread.put((state.params, state.rest)))
 
     def no_totals(self) -> train.Totals:
         return self.spread.put(jax.tree.map(lambda x: np.stack([x] * len(self.members)), train.zero_totals()))
@@ -341,7 +337,7 @@ class Program:
                 own = jax.random.split(drawn, 1)[0]
 
                 def answers(batch, capacity):
-                    model = tasks.merged(task, self.graphdef(0), *given["model"])
+                    model = tasks.merged(task, self.graphdef, *given["model"])
                     return jnp.stack(task.forward(model, batch, capacity, own), axis=-1).astype(jnp.float32)
 
                 ids, choice = given["ids"][i, 0], given["capacity"][i]
@@ -415,7 +411,7 @@ def train_program(
     stopped: list[int] = []
     previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     # So that a signal is heard as soon as by a lone run.
-    stretch = max(t.checkpoint_steps // (1 if program.together else len(spread.rows)), 1)
+    stretch = max(t.checkpoint_steps // (1 if program.together else spread.share), 1)
     stop = 0
     bar = tqdm.tqdm(
         total=program.last_step, initial=at, desc=f"train {count}", unit="step", mininterval=1.0,
@@ -440,24 +436,29 @@ def train_program(
             bar.update(until - at)
             at = until
             stop = distributed.stop_signal(stopped[0] if stopped else 0)
-            for i in np.flatnonzero(counted.bad_step >= 0):
-                if meta["diverged"][i] is None:
+            for i in range(count):
+                if counted.bad_step[i] >= 0 and meta["diverged"][i] is None:
                     meta["diverged"][i] = int(counted.bad_step[i])
                     logging.warning("member %d diverged at step %d", numbers[i], counted.bad_step[i])
             if at % spe == 0:
                 with clock("validate"):
                     answers = program.judged["validation"](held.state.params, held.state.rest, resident)
                     before = spread.get(held.state.sapt.threshold)
-                    scores = [
-                        evaluate.validation_scores(task, answer, y, float(threshold))
-                        for answer, threshold in zip(answers, before, strict=True)
-                    ]
                     held = held._replace(totals=program.no_totals())
                     if task.classifies:
                         p = spread.put(np.exp(answers[..., 0]).clip(0, 1))
                         held = held._replace(state=held.state._replace(sapt=sapt_update(held.state.sapt, p, y)))
                 better = np.zeros(count, bool)
-                for i, own in enumerate(scores):
+                for i, answer in enumerate(answers):
+                    if first_process:
+                        n, told = max(int(counted.samples[i]), 1), clock.told()
+                        values = {"loss": float(counted.loss[i]) / n, "accuracy": float(counted.correct[i]) / n}
+                        spent = {"epoch": epoch + 1, "seconds": told["train"], "waited": told["wait"]}
+                        runs.log_line(log, at, "train", {"member": numbers[i], **values, **spent})
+                    if not np.isfinite(answer).all():  # the last step's update was too much
+                        meta["diverged"][i] = at if meta["diverged"][i] is None else meta["diverged"][i]
+                        continue
+                    own = evaluate.validation_scores(task, answer, y, float(before[i]))
                     score = -own[t.select] if t.select in ("loss", "brier") else own[t.select]
                     score = score if np.isfinite(score) else -np.inf
                     best = meta["best"][i]
@@ -468,17 +469,13 @@ def train_program(
                             "threshold": float(before[i]),
                         }  # fmt: skip
                     if first_process:
-                        n, told = max(int(counted.samples[i]), 1), clock.told()
-                        values = {"loss": float(counted.loss[i]) / n, "accuracy": float(counted.correct[i]) / n}
-                        told = {"epoch": epoch + 1, "seconds": told["train"], "waited": told["wait"]}
-                        runs.log_line(log, at, "train", {"member": numbers[i], **values, **told})
                         runs.log_line(log, at, "validation", {"member": numbers[i], **own, "epoch": epoch + 1})
                 held = held._replace(kept=pick(spread.put(better), (held.state.params, held.state.rest), held.kept))
-                loss = float(np.sum(counted.loss)) / max(int(counted.samples.sum()), 1)
-                bar.set_postfix(loss=f"{loss:.3f}", val=f"{np.mean([own[t.select] for own in scores]):.3f}")
+                bar.set_postfix(loss=f"{np.mean(counted.loss / np.maximum(counted.samples, 1)):.3f}")
             if at % t.checkpoint_steps == 0 or at % spe == 0 or stop:
                 with clock("save"):
-                    checkpoint.save(last, at, held._asdict(), meta)
+                    # A copy, for it is written while training goes on.
+                    checkpoint.save(last, at, held._asdict(), json.loads(json.dumps(meta)))
     finally:
         bar.close()
         with clock("save"):
@@ -491,8 +488,8 @@ def train_program(
         logging.warning("stopped by signal %d at step %d, saved; the same command goes on", stop, at)
         sys.exit(128 + stop)
     with clock("validate"):
-        answers = {part: judge(*held.kept, resident) for part, judge in program.judged.items()}
-    return Trained(program, held.kept, meta["best"], meta["diverged"], answers)
+        judged = {part: judge(*held.kept, resident) for part, judge in program.judged.items()}
+    return Trained(program, held.kept, meta["best"], meta["diverged"], judged)
 
 
 # ------------------------------------------------------------------------------------------------ the whole of them
@@ -536,7 +533,9 @@ def run(
         plain = runs.plain_config(base) | {"sweep": text}
         groups = programs(own)
         if dry_run:
-            print(f"{name or 'sweep'}: {len(members)} members, {len(groups)} programs: {groups}")
+            print(f"{name or 'sweep'}: {len(members)} members, in programs of {', '.join(str(len(g)) for g in groups)}")
+            for numbers in groups:
+                Program(base, [own[i] for i in numbers], workdir, together)
             continue
         if (folder / "config.json").exists():
             runs.refuse_changes(json.loads((folder / "config.json").read_text()), plain, folder)
@@ -585,33 +584,33 @@ def _conclude(
     workdir: pathlib.Path, members: list[Fields], trained: list[tuple[Trained, int]], clock: goodput.Clock, began: float
 ) -> dict:
     """Writes and returns population.json, and writes all that lies beside it."""
-    score = [-np.inf if done.diverged[i] is not None else done.best[i]["score"] for done, i in trained]  # type: ignore[index]
-    selected = int(np.argmax(score))
-    done, place = trained[selected]
-    if done.diverged[place] is not None:
+    best = [None if done.diverged[i] is not None else done.best[i] for done, i in trained]
+    score = {number: one["score"] for number, one in enumerate(best) if one is not None}
+    if not score:
         steps = ", ".join(str(done.diverged[i]) for done, i in trained)
         raise FloatingPointError(f"every member diverged, at the steps {steps}; lower optimizer.learning_rate")
+    selected = max(score, key=lambda number: score[number])
+    done, place = trained[selected]
     program = done.program
     config, experiment, select = program.configs[place], program.experiment, program.config.train.select
     meta, params, rest = save_best(done, place, workdir / "best")
     if jax.process_index():
         return {}
     history, told = runs.history(workdir / "metrics.jsonl"), []
-    for number, (fields_, (done, i)) in enumerate(zip(members, trained, strict=True)):
+    for number, (asked_for, (done, i)) in enumerate(zip(members, trained, strict=True)):
         own = [line for line in history if line["member"] == number]
         curve = {"loss": [x["loss"] for x in own if x["split"] == "train"],
                  "validation": [x[select] for x in own if x["split"] == "validation"]}  # fmt: skip
-        one: dict[str, Any] = {"fields": fields_, "best": {}, "validation": {}, "test": {}, "curve": curve}
-        if done.diverged[i] is not None:
+        shown = {f: str(v) if v == math.inf else v for f, v in asked_for.items()}  # JSON has none
+        one: dict[str, Any] = {"fields": shown, "best": {}, "validation": {}, "test": {}, "curve": curve}
+        if (found := best[number]) is None:
             one["diverged"] = done.diverged[i]
         else:
-            best = done.best[i]
-            assert best is not None
-            one["best"] = {"epoch": best["epoch"], "score": best["score"]}
+            one["best"] = {"epoch": found["epoch"], "score": found["score"] if np.isfinite(found["score"]) else None}
             e = done.program.experiment
             for part, answers in done.answers.items():
                 y = e.labels[e.parts[part]]
-                scores = evaluate.validation_scores(e.task, answers[i], y, best["threshold"])
+                scores = evaluate.validation_scores(e.task, answers[i], y, found["threshold"])
                 one[part] = {k: float(v) if np.isfinite(v) else None for k, v in scores.items()}
         told.append(one)
 
@@ -637,12 +636,12 @@ def _conclude(
     }  # fmt: skip
     done, place = trained[selected]
     results = train.conclude(
-        config, best_folder, experiment, program.graphdef(place), params, rest, meta,
+        config, best_folder, experiment, program.graphdef, params, rest, meta,
         {part: answers[place] for part, answers in done.answers.items()}, facts, system,
         functools.partial(runs.log_line, best_folder / "metrics.jsonl"),
     )  # fmt: skip
     names = [name for name in told[selected]["test"] if name != "threshold"]
-    spread = {name: metrics.interval([m["test"].get(name) or math.nan for m in told]) for name in names}
+    spread = {name: metrics.interval([m["test"].get(name) for m in told]) for name in names}
     out = {
         "members": told, "selected": selected, "select": select, "trivial": results["test"].get("trivial", {}),
         "summary": {name: {k: v if np.isfinite(v) else None for k, v in x.items()} for name, x in spread.items()},
@@ -683,30 +682,21 @@ def _rows(found: dict) -> list[list]:
 def summary(found: dict) -> str:
     """population.json for a terminal: a line a member, then the mean and deviation over seeds of each setting."""
     select, members = found["select"], found["members"]
-    shown = [name for name in dict.fromkeys((select, "auc", "mean_accuracy", "f1", "accuracy", "loss"))
-             if name in members[found["selected"]]["test"]]  # fmt: skip
+    test = members[found["selected"]]["test"]
+    names = [n for n in dict.fromkeys((select, "auc", "mean_accuracy", "f1", "accuracy", "loss")) if n in test]
+    columns = [("validation", select), *(("test", name) for name in names)]
     say = lambda value: "-" if value is None else f"{value:.3f}"
-    rows = [["", *members[0]["fields"], "epoch", f"validation {select}", *(f"test {name}" for name in shown)]]
-    for i, m in enumerate(members):
-        first = [f"{i}{' *' if i == found['selected'] else ''}", *map(str, m["fields"].values())]
-        scores = [say(m["validation"].get(select)), *(say(m["test"].get(name)) for name in shown)]
-        rows.append(
-            [
-                *first,
-                *([f"diverged at step {m['diverged']}"] if "diverged" in m else [str(m["best"]["epoch"]), *scores]),
-            ]
-        )
+    rows = [["", *members[0]["fields"], "epoch", *(" ".join(column) for column in columns)]]
     settings = collections.defaultdict(list)
-    for m in members:
+    for i, m in enumerate(members):
         settings[tuple((f, v) for f, v in m["fields"].items() if f != "seed")].append(m)
-    if len(settings) < len(members):
-        for setting, own in settings.items():
-            words = dict(setting)
-            cells = [words.get(f, f"mean of {len(own)}") for f in members[0]["fields"]]
-            over = [(part, name) for part, name in [("validation", select), *(("test", name) for name in shown)]]
-            spread = [metrics.interval([m[part].get(name, math.nan) for m in own]) for part, name in over]
-            rows.append(["", *map(str, cells), "", *(f"{x['mean']:.3f} ± {x['deviation']:.3f}" for x in spread)])
-    widths = [max(len(row[c]) for row in rows if c < len(row) and not (c == len(row) - 1 and len(row) < len(rows[0])))
-              for c in range(len(rows[0]))]  # fmt: skip
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)) for row in rows]
+        first = [f"{i}{' *' if i == found['selected'] else ''}", *map(str, m["fields"].values())]
+        epoch = f"diverged at step {m['diverged']}" if "diverged" in m else str(m["best"]["epoch"])
+        rows.append([*first, epoch, *(say(m[part].get(name)) for part, name in columns)])
+    for setting, own in settings.items() if len(settings) < len(members) else ():
+        cells = [str(dict(setting).get(f, f"mean of {len(own)}")) for f in members[0]["fields"]]
+        spread = [metrics.interval([m[part].get(name) for m in own]) for part, name in columns]
+        rows.append(["", *cells, "", *(f"{x['mean']:.3f} ± {x['deviation']:.3f}" if x["n"] else "-" for x in spread)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*lines, f"* the best by validation {select}: its test scores are not what it was chosen by"])

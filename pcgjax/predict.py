@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import pathlib
 
-import jax
 import numpy as np
 import tqdm
 from absl import app, flags, logging
@@ -27,10 +26,10 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
 
     A file that cannot be used has an error and no probability.
     """
-    config, task, graphdef, params, rest, sample_rate_hz = evaluate.load_model(workdir)
+    config, classifies, sample_rate_hz, answer = evaluate.load_answerer(workdir)
     if config.task.name == "segmenter":
         return predict_states(workdir, paths, out)
-    if not task.classifies:
+    if not classifies:
         raise ValueError(f"{workdir}: a model of task {config.task.name!r} decides nothing about a recording")
     rows: list[dict] = [{"path": path, "probability": "", "decision": "", "error": ""} for path in paths]
     recordings = []
@@ -46,12 +45,8 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     for row in rows:
         row["error"] = row["error"] or reasons.get(str(pathlib.Path(row["path"])), "")
     if corpus.rows:
-        run = evaluate.make_predict(
-            task, graphdef, corpus, np.arange(len(corpus.rows)), config.evaluation.batch_recordings,
-            jax.random.key(config.seed),
-        )  # fmt: skip
-        for row, answer in zip(corpus.rows, run(params, rest), strict=True):
-            probability = float(np.exp(answer[0]))
+        for row, log_p in zip(corpus.rows, answer(corpus), strict=True):
+            probability = float(np.exp(log_p[0]))
             decision = int(probability >= config.evaluation.threshold)
             rows[int(row["id"])] |= {"probability": f"{probability:.9g}", "decision": decision}
     evaluate.write_table(rows, pathlib.Path(out))

@@ -106,8 +106,8 @@ def summed(gradients: Any, specs: Any, mesh: Mesh) -> Any:
     """What is left of the sum over all devices after `whole`'s transpose: over all of them where it had no part."""
 
     def one(x, spec):
-        axes = AXES if _axis(spec) is None else ("data",)
-        axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        over = AXES if _axis(spec) is None else AXES[:1]
+        axes = tuple(axis for axis in over if mesh.shape[axis] > 1)
         return jax.lax.psum(x, axes) if axes else x
 
     return jax.tree.map(one, gradients, specs)

@@ -20,6 +20,7 @@ from pcgjax.input_pipeline import Corpus, Geometry
 from pcgjax.losses import penalty, recording_log_probabilities
 from pcgjax.models.cnn1d import CNN1D
 from pcgjax.models.hinf_lstm import CNNLSTM
+from pcgjax.models.image import ImageClassifier
 from pcgjax.models.segmenter import PatchSegmenter, Segmenter
 from pcgjax.models.ssamba import PATCH, RECONSTRUCTION_WEIGHT, SSAMBA, pretrain_losses
 from pcgjax.traced import known, on
@@ -117,6 +118,36 @@ def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     Raises:
       ValueError: a field that does not fit the prepared data's rate or another field; the message names it.
     """
+
+    def init(rngs: nnx.Rngs) -> CNNLSTM:
+        m = config.model
+        frozen = "cnn" in tuple(config.optimizer.frozen)
+        blocks = tuple(tuple(block) for block in m.blocks)
+        return CNNLSTM(config.features.n_mels, blocks, m.hidden, m.cell, m.dropout, frozen, m.implementation, rngs=rngs)
+
+    return _of_clips(config, sample_rate_hz, init, len(config.model.blocks))
+
+
+def image(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
+    """An image net (H-infinity LSTM paper, table II) on the clips of `hinf_lstm`, judged by the same losses.
+
+    Raises: as `hinf_lstm`.
+    """
+    m = config.model
+    if known(m.dropout) and not 0 <= m.dropout < 1:
+        raise ValueError(f"model.dropout={m.dropout}: must be at least 0 and below 1")
+
+    def init(rngs: nnx.Rngs) -> ImageClassifier:
+        f = config.features
+        frames = spectrogram.frames(round(f.window_s * sample_rate_hz), f.hop)
+        blocks = m.blocks if isinstance(m.blocks, int) else tuple(m.blocks)
+        return ImageClassifier(m.name, f.n_mels, frames, m.width, blocks, rngs=rngs)
+
+    return _of_clips(config, sample_rate_hz, init)
+
+
+def _of_clips(config: ml_collections.ConfigDict, sample_rate_hz: int, init: Callable, poolings: int = 0) -> Task:
+    """The task of a model that hears log-mel clips; poolings: by 2, along time, that it needs frames for."""
     f, loss_ = config.features, config.loss
     if loss_.name not in ("bce", "pwl"):
         raise ValueError(f"loss.name={loss_.name!r}: choose bce or pwl")
@@ -140,14 +171,12 @@ def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         spectrogram.mel_filterbank(sample_rate_hz, f.n_fft, f.n_mels, 0.0, sample_rate_hz / 2, f.htk)
     except ValueError as error:
         raise ValueError(f"features.n_fft, features.n_mels: {error}") from None
-    if f.hop < 1 or clip < f.hop * 2 ** len(config.model.blocks):
-        raise ValueError(
-            f"features.window_s={f.window_s}: {clip} samples are too few for features.hop={f.hop} and "
-            f"{len(config.model.blocks)} poolings"
-        )
+    if f.hop < 1 or clip < f.hop * 2**poolings:
+        more = f" and {poolings} poolings" if poolings else ""
+        raise ValueError(f"features.window_s={f.window_s}: {clip} samples are too few for features.hop={f.hop}{more}")
     geometry, dtype = Geometry(clip, clip, lead, gap), _dtype(config.model)
 
-    def logits_of(model: CNNLSTM, batch: dict, capacity: int, key: jax.Array, train: bool, total: Total):
+    def logits_of(model: Any, batch: dict, capacity: int, key: jax.Array, train: bool, total: Total):
         noise_key, drop_key = jax.random.split(key)
         where = filters.packing(batch["lengths"], batch["samples"].shape[0], lead, gap)
         x = _noisy(batch, where, f.noise_snr_db, noise_key)
@@ -160,20 +189,14 @@ def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         logits = model(mel.astype(dtype), mask.astype(dtype), drop_key if train else None, total, config.model.dropout)
         return logits.astype(jnp.float32), cut.recording, cut.real
 
-    def forward(model: CNNLSTM, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def forward(model: Any, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, recording, real = logits_of(model, batch, capacity, key, False, lambda x: x)
         log_p, log_q, _ = recording_log_probabilities(logits, recording, real, len(batch["lengths"]))
         return log_p, log_q
 
-    def loss(model: CNNLSTM, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
+    def loss(model: Any, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
         logits, recording, real = logits_of(model, batch, capacity, key, True, total)
         return clip_loss(loss_, logits, batch["labels"][recording], real, threshold, total)
-
-    def init(rngs: nnx.Rngs) -> CNNLSTM:
-        m = config.model
-        frozen = "cnn" in tuple(config.optimizer.frozen)
-        blocks = tuple(tuple(block) for block in m.blocks)
-        return CNNLSTM(f.n_mels, blocks, m.hidden, m.cell, m.dropout, frozen, m.implementation, rngs=rngs)
 
     return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target), dtype=dtype)
 
@@ -607,7 +630,7 @@ def initial_state(
     return TrainState(jnp.zeros((), jnp.int32), params, rest, update.init(params), sapt or thresholds.init(interval=0))
 
 
-TASKS = {"cnn": cnn, "hinf_lstm": hinf_lstm, "segmenter": segmenter, "ssamba_pretrain": ssamba_pretrain}
+TASKS = {"cnn": cnn, "hinf_lstm": hinf_lstm, "image": image, "segmenter": segmenter, "ssamba_pretrain": ssamba_pretrain}
 
 
 def make(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:

@@ -170,7 +170,7 @@ def make_run(sums: Callable, apply: Callable) -> Callable:
     return run
 
 
-def look_ahead(experiment: Experiment, run: Callable, abstract: Any, shardings: Any, seed: int, pmap: bool) -> dict:
+def look_ahead(experiment: Experiment, run: Any, abstract: Any, shardings: Any, seed: int, pmap: bool) -> dict:
     """What a step of the compiled program costs, as `costs.summary` has it; nothing is put on the devices or run."""
     mesh, task = experiment.mesh, experiment.task
     plan = experiment.plan(seed, 0)
@@ -332,8 +332,15 @@ class Experiment(NamedTuple):
                 yield data, ids, capacity, 0, steps
 
 
-def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, seeds: Sequence[int] = ()) -> Experiment:
+def set_up(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    seeds: Sequence[int] = (),
+    mesh: jax.sharding.Mesh | None = None,
+) -> Experiment:
     """Reads the data, makes or reuses the split, and plans the batches, for the config's seed or for all of `seeds`.
+
+    mesh: the devices that share a batch; without it all there are, as `config.parallel` divides them.
 
     Raises: as `train`.
     """
@@ -345,7 +352,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: pathlib.Path, seeds: Sequ
             raise ValueError(f"{part}.{field}={config[part][field]}: must be at least 1")
     if not 0 <= config.evaluation.threshold <= 1:
         raise ValueError(f"evaluation.threshold={config.evaluation.threshold}: must lie between 0 and 1")
-    mesh = sharding.make_mesh(config.parallel)
+    mesh = mesh or sharding.make_mesh(config.parallel)
     groups = mesh.size * t.accumulate
     corpus, parts, split = runs.load_data(config, workdir)
     task = tasks.make(config, corpus.sample_rate_hz)
@@ -468,7 +475,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     # ------------------------------------------------------------------------------------------ start or resume
     log = workdir / "metrics.jsonl"
     plain = runs.plain_config(config)
-    meta = {"config": plain, "order_sha256": experiment.digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
+    meta: dict[str, Any] = {"config": plain, "order_sha256": experiment.digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
     if config.task.name == "segmenter":
         meta["log_duration"] = segment.log_durations(corpus, parts["train"], config.features.step_s).tolist()
     nothing = lambda: sharding.put(mesh, zero_totals())
@@ -510,7 +517,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         while at < last_step and not stop:
             epoch, within = divmod(at, steps_an_epoch)
             plan = experiment.plan(seed, epoch)
-            trace.at(at)
+            trace.before(at)
             to_save = t.checkpoint_steps - at % t.checkpoint_steps
             until = trace.until(at, min((epoch + 1) * steps_an_epoch, at + to_save)) - epoch * steps_an_epoch
             pieces = experiment.pieces(resident, plan, within, until, pmap)
@@ -525,6 +532,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                 counted = jax.device_get(gathered(totals))  # waits for the device
             bar.update(until - within)
             at += until - within
+            trace.after(at)
             stop = distributed.stop_signal(stopped[0] if stopped else 0)
             if counted.bad_step >= 0:
                 bad = divmod(int(counted.bad_step), steps_an_epoch)
@@ -584,7 +592,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     # ---------------------------------------------------------------------------------------- the best, judged
     held = gathered(state)
     _, kept, saved = checkpoint.require(workdir / "checkpoints" / "best", {"params": held.params, "rest": held.rest})
-    answers = {part: predict(kept["params"], kept["rest"]) for part, predict in predicts.items()}
+    judged = {part: predict(kept["params"], kept["rest"]) for part, predict in predicts.items()}
     params, rest = jax.device_get(jax.jit(lambda *x: x, out_shardings=sharding.replicated(mesh))(*kept.values()))
     if not first_process:
         return {}
@@ -596,7 +604,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         "seconds": seconds,
         "goodput": goodput.share(seconds),
     }
-    results = conclude(config, workdir, experiment, graphdef, params, rest, saved, answers, facts, system, tell)
+    results = conclude(config, workdir, experiment, graphdef, params, rest, saved, judged, facts, system, tell)
     if board:
         board.close()
     return results
@@ -807,6 +815,8 @@ def main(argv: list[str]) -> None:
             raise ValueError("--devices: for --dry_run alone; a run takes the devices that are there")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
+    if FLAGS.config.task.name == "audio_encoder":  # PyTorch computes, JAX only draws the order
+        jax.config.update("jax_platforms", "cpu")
     with distributed.together():
         if jax.process_index():
             logging.set_verbosity(logging.WARNING)  # what all would say, process 0 says
@@ -827,7 +837,11 @@ def run_all(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: b
         if not dry_run:
             print(f"wrote {workdir}/report.html and table.json")
         return
-    run = stages if len(config.get("stages", ())) else train
+    run: Callable = stages if len(config.get("stages", ())) else train
+    if config.task.name == "audio_encoder":
+        from pcgjax.audio_llm import encoders
+
+        run = encoders.train
     results = run(config, workdir, dry_run)
     if results and not dry_run:
         print(evaluate.summary(results))

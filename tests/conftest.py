@@ -109,6 +109,23 @@ SMALL_HINF_LSTM = {
     "evaluation.resamples": 20,
 }
 
+SMALL_IMAGE = {
+    "data.pipeline": "resident",
+    "split.kind": "person",
+    "split.fractions": (0.65, 0.15, 0.20),
+    "features.window_s": 1.0,
+    "features.wavelet_level": 0,  # as the H-infinity LSTM's, which is tested there
+    "features.filter": "none",
+    "features.n_fft": 128,
+    "features.hop": 25,
+    "features.n_mels": 20,
+    "optimizer.learning_rate": 0.003,
+    "train.epochs": 4,
+    "train.batch_recordings": 6,
+    "train.checkpoint_steps": 2,
+    "evaluation.resamples": 20,
+}
+
 SMALL_SEGMENTER = {
     "data.pipeline": "resident",
     "features.masked_bands": 0,
@@ -165,6 +182,9 @@ SMALL_ONES = {
     "audio_llm": SMALL_LLM,
     "cnn": SMALL,
     "hinf_lstm": SMALL_HINF_LSTM,
+    "resnet50": {**SMALL_IMAGE, "model.width": 4, "model.blocks": (1, 1, 1, 1)},
+    "mobilenet_v3": {**SMALL_IMAGE, "model.width": 0.25, "model.blocks": 4},
+    "vit": {**SMALL_IMAGE, "model.width": 64, "model.blocks": 2, "optimizer.warmup_steps": 2},
     "segmenter_small": SMALL_SEGMENTER,
     "segmenter": SMALL_SSAMBA,
     "ssamba_pretrain": {**SMALL_SSAMBA, "model.mask_patches": 8},

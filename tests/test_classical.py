@@ -1,0 +1,291 @@
+"""The classical chain on simulated PASCAL clips: features, the paper's experiment, a run, and its classifier again."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import soundfile
+
+from pcgjax import classical, input_pipeline, splits
+from pcgjax.bench_classical import peer_features
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def make_config(changes: dict | None = None):
+    spec = importlib.util.spec_from_file_location("classical_config", ROOT / "configs" / "classical.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    small = {"train.epochs": 30, "model.hidden": 8, "experiment.runs": 2, "evaluation.resamples": 20}
+    config.update_from_flattened_dict({**small, **(changes or {})})
+    return config
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """24 simulated people in PASCAL's layout at 1000 Hz, set A and its marks too."""
+    from pcgjax import prepare
+    from pcgjax.datasets import synthetic
+
+    folder = tmp_path_factory.mktemp("pascal")
+    synthetic.write(folder / "source", people=36, recordings_per_person=2, duration_s=(3.0, 4.0), layout="pascal")
+    prepare.prepare("pascal", folder / "source", folder / "prepared", 1000, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(prepared):
+    return input_pipeline.from_prepared(prepared / "prepared")
+
+
+@pytest.fixture(scope="module")
+def chosen(corpus):
+    return classical.selected(corpus, make_config())[0]
+
+
+@pytest.fixture(scope="module")
+def ran(prepared, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    config = make_config({"data.prepared": str(prepared / "prepared")})
+    return workdir, config, classical.run(config, workdir)
+
+
+def test_selected_is_clean_set_b(corpus, chosen):
+    assert {row["database"] for row in corpus.rows} == {"pascal-a", "pascal-b"}
+    assert {row["database"] for row in chosen.rows} == {"pascal-b"}
+    assert all(row["labels"]["noisy"] == "0" and "murmur" in row["labels"] for row in chosen.rows)
+    clips = [i for i, row in enumerate(corpus.rows) if row["id"] == chosen.rows[3]["id"]]
+    np.testing.assert_array_equal(chosen.read(3), corpus.read(clips[0]))
+    everyone, target = classical.selected(corpus, make_config({"data.database": "pascal-a", "task.target": "abnormal"}))
+    assert {row["database"] for row in everyone.rows} == {"pascal-a"}
+    assert target == "abnormal"
+
+
+@pytest.mark.parametrize("changes", [{"data.database": "pascal-c"}, {"task.target": "mitral"}])
+def test_selected_names_what_is_wrong(corpus, changes):
+    (name, value), *_ = changes.items()
+    with pytest.raises(ValueError, match=f"{name}='{value}'"):
+        classical.selected(corpus, make_config(changes))
+
+
+def test_features_are_those_of_a_scipy_and_librosa_loop(chosen):
+    config = make_config()
+    made = classical.features(chosen, config)
+    expected = peer_features(chosen, config)
+    assert made.values.shape == (len(made.indices), 2 * 257)
+    assert sorted(expected) == made.indices.tolist()
+    off = [np.abs(10 * np.log10(own / expected[i])).max() for i, own in zip(made.indices, made.values, strict=True)]
+    # A stretch whose edge falls on another frame in float64 is another stretch: rare.
+    assert np.quantile(off, 0.9) < 0.01
+    config.features.decibels = True
+    np.testing.assert_allclose(classical.features(chosen, config).values, 10 * np.log10(made.values), atol=1e-3)
+
+
+def test_clips_without_a_cycle_are_left_out_and_named(chosen):
+    config = make_config()
+    rng = np.random.default_rng(0)
+    clips = [chosen.read(0), np.zeros(3000, np.int16), np.ones(20, np.int16), np.int16(rng.normal(size=300) * 99)]
+    rows = [{**chosen.rows[i], "id": f"clip{i}"} for i in range(4)]
+    made = classical.features(input_pipeline.in_memory(rows, clips, 1000), config)
+    assert made.indices.tolist() == [0]
+    assert made.left_out == [{"id": f"clip{i}", "reason": "no cycle found"} for i in (1, 2, 3)]
+    config.features.burg_order = 400  # longer than any systole
+    made = classical.features(input_pipeline.in_memory(rows[:1], clips[:1], 1000), config)
+    assert not len(made.values)
+    assert made.stretches["too_short"] > 0
+    assert made.left_out[0]["reason"].startswith("no systole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"features.burg_order": 0}, "Burg order 0"), ({"features.nfft": 1}, "features.nfft=1"),
+     ({"features.high_hz": 500.0}, "cut-off 500.0 Hz"), ({"features.hop_s": 0.015}, "multiple of it")],
+)  # fmt: skip
+def test_features_that_fit_no_data(chosen, changes, message):
+    with pytest.raises(ValueError, match=message):
+        classical.features(chosen, make_config(changes))
+
+
+def test_people_are_apart_and_records_stratified(chosen):
+    y = chosen.labels("murmur").astype(int)
+    people = np.array([row["person"] for row in chosen.rows])
+    for seed in range(3):
+        test = classical.draw(chosen.rows, y, "person", "murmur", 0.3, seed)
+        assert not set(people[test]) & set(people[~test])
+        assert 0.15 < test.mean() < 0.45
+        test = classical.draw(chosen.rows, y, "record", "murmur", 0.3, seed)
+        assert [test[y == v].sum() for v in (0, 1)] == [round(0.3 * (y == v).sum()) for v in (0, 1)]
+    assert set(people[test]) & set(people[~test])
+
+
+def test_too_few_of_a_class(chosen):
+    y = chosen.labels("murmur").astype(int)
+    few = np.r_[np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:2]]
+    for protocol in classical.PROTOCOLS:
+        with pytest.raises(splits.SplitError, match="too few"):
+            classical.draw([chosen.rows[i] for i in few], y[few], protocol, "murmur", 0.3, 0)
+    with pytest.raises(splits.SplitError, match="0 and 3 recordings"):
+        classical.fit("knn", make_config(), 0, np.ones((3, 2)), np.ones(3))
+
+
+def test_classifiers_have_the_published_settings():
+    config = make_config({"train.epochs": 5000, "model.hidden": 150})
+    knn, svm, mlp, logistic = (classical.make_classifier(name, config, 0)[-1] for name in classical.CLASSIFIERS)
+    assert (knn.n_neighbors, knn.metric, knn.p) == (5, "minkowski", 2)
+    assert (svm.kernel, svm.tol) == ("poly", 0.002)
+    assert (mlp.hidden_layer_sizes, mlp.alpha, mlp.max_iter) == ((150,), 0.5, 5000)
+    assert logistic.C == 1.30
+
+
+def test_svm_probability_has_the_order_of_its_margin():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 3)), np.arange(60) % 2
+    x[y == 1] += 1
+    p = classical.fit("svm", make_config(), 0, x, y)(x)
+    model = classical.make_classifier("svm", make_config(), 0).fit(x, y)
+    np.testing.assert_array_equal(p >= 0.5, model.predict(x) == 1)
+
+
+def test_experiment(chosen, ran):
+    asked = json.loads((ran[0] / "experiment.json").read_text())
+    assert len(asked["rows"]) == 16
+    for row in asked["rows"]:
+        for s in row["scores"].values():
+            assert s["low"] <= s["mean"] <= s["high"]
+        assert set(row["paper"]) == set(classical.SCORES)
+    by = {(r["classifier"], r["set"], r["protocol"]): r for r in asked["rows"]}
+    # The paper's printed "Sens" is that of the normal clips.
+    assert by["svm", "unbalanced", "record"]["paper"]["specificity"] == 0.9833
+    n = len(chosen.rows)
+    assert sum(asked["counts"]["unbalanced"]["recordings"]) == n - len(asked["left_out"])
+    one, other = asked["counts"]["balanced"]["recordings"]
+    assert one == other
+    normal, murmur = asked["counts"]["unbalanced"]["recordings"]
+    for t in asked["trivial"]:
+        assert t["scores"]["auc"] == 0.5
+        if t["set"] == "unbalanced" and t["protocol"] == "record":
+            n, m = round(0.3 * normal), round(0.3 * murmur)
+            assert t["scores"]["accuracy"] == pytest.approx(max(n, m) / (n + m))
+    assert classical.experiment(chosen, ran[1]) == asked
+
+
+def test_experiment_on_features_that_tell_all_and_nothing(chosen):
+    config = make_config()
+    made = classical.features(chosen, config)
+    y = chosen.labels("murmur")[made.indices]
+    rng = np.random.default_rng(0)
+    all_told = rng.normal(size=made.values.shape).astype(np.float32) / 9 + y[:, None]
+    for row in classical.experiment(chosen, config, made._replace(values=all_told))["rows"]:
+        assert row["scores"]["auc"]["mean"] == row["scores"]["sensitivity"]["best"] == 1
+    nothing = np.zeros_like(all_told)
+    for row in classical.experiment(chosen, config, made._replace(values=nothing))["rows"]:
+        assert row["scores"]["auc"]["mean"] == 0.5
+
+
+def test_widened_interval():
+    values = [0.7, 0.8, 0.75, 0.85, 0.7]
+    found = classical._resampled(values, 0.3 / 0.7)
+    half = 2.7764451 * np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.3 / 0.7)  # t of 4 degrees of freedom
+    assert found["high"] - found["mean"] == pytest.approx(half, rel=1e-6)
+
+
+def test_workdir(ran):
+    workdir, _, results = ran
+    for name in ("config.json", "metrics.jsonl", "metrics.json", "predictions.csv", "report.html", "split.json"):
+        assert (workdir / name).stat().st_size
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {line["split"] for line in lines} == {"train", "validation", "test"}
+    assert all("loss" in line for line in lines)
+    assert len(lines) == 12
+    assert results["chosen"] in classical.CLASSIFIERS
+    assert results["split"]["people_apart"]
+    page = (workdir / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    assert "by person" in page
+    assert not [path for path in workdir.rglob("*") if path.suffix in (".pkl", ".pickle", ".joblib")]
+
+
+def test_run_again_is_the_same_run(ran, tmp_path):
+    workdir, config, results = ran
+    before = (workdir / "predictions.csv").read_bytes()
+    again = classical.run(config, workdir)
+    assert again["classifiers"] == results["classifiers"]
+    assert (workdir / "predictions.csv").read_bytes() == before
+    other = config.copy_and_resolve_references()
+    other.features.burg_order = 5
+    with pytest.raises(ValueError, match=r"features\.burg_order=10, now 5"):
+        classical.run(other, workdir)
+
+
+def test_classifier_again_from_plain_arrays(ran, chosen):
+    workdir, _, _ = ran
+    assert classical.is_workdir(workdir)
+    log_p, left_out = classical.load(workdir).answers(chosen)
+    assert len(left_out) == np.isnan(log_p[:, 0]).sum()
+    place = {row["id"]: i for i, row in enumerate(chosen.rows)}
+    with (workdir / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert np.exp(log_p[place[row["id"]], 0]) == pytest.approx(float(row["probability"]), rel=1e-6)
+    (workdir / "checkpoints" / "best.npz").rename(workdir / "checkpoints" / "away.npz")
+    (workdir / "checkpoints" / "best.npz").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="train again"):
+        classical.load(workdir)
+    (workdir / "checkpoints" / "away.npz").replace(workdir / "checkpoints" / "best.npz")
+
+
+def test_judged_on_another_folder(ran, prepared, tmp_path):
+    from pcgjax import datasets
+
+    recordings, problems = datasets.load("pascal", prepared / "source")
+    out = tmp_path / "scores.json"
+    scores = classical.judge(
+        str(ran[0]), "pascal", str(prepared / "source"), str(out), recordings, problems, "abnormal"
+    )
+    assert scores["target"] == "abnormal"
+    assert scores["trained_on_target"] == "murmur"
+    assert json.loads(out.read_text())["overall"]["auc"]["value"] == scores["overall"]["auc"]["value"] > 0.6
+    assert len(out.with_suffix(".csv").read_text().splitlines()) == scores["recordings"] + 1
+
+
+def test_predicted_files(ran, prepared, chosen, tmp_path):
+    noise = tmp_path / "noise.wav"
+    soundfile.write(noise, np.random.default_rng(0).normal(size=200) / 9, 1000)
+    heard = prepared / "source" / chosen.rows[0]["path"]
+    rows = classical.predict(ran[0], [str(heard), str(noise), str(tmp_path / "none.wav")], tmp_path / "answers.csv")
+    log_p, _ = classical.load(ran[0]).answers(chosen)
+    assert float(rows[0]["probability"]) == pytest.approx(np.exp(log_p[0, 0]), rel=1e-4)
+    assert rows[0]["decision"] == int(log_p[0, 0] >= np.log(0.5))
+    assert rows[1]["error"]
+    assert rows[1]["probability"] == ""
+    assert rows[2]["error"].startswith("missing")
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 4
+
+
+def test_picking_beside_marks_and_states(corpus):
+    found = classical.picking(corpus, make_config())
+    assert found["marks"]["S1_S2_f1_100ms"] > 0.8
+    assert found["marks"]["sound_f1_100ms"] >= found["marks"]["S1_S2_f1_100ms"]
+    states = [{**row, "annotations": [(t, t + 0.1, s) for t, _, s in row["annotations"]]} for row in corpus.rows]
+    assert "annotated" in classical.picking(input_pipeline.in_rows(corpus, states), make_config())
+    with pytest.raises(ValueError, match="no recording is annotated"):
+        classical.picking(
+            input_pipeline.in_rows(corpus, [{**r, "annotations": []} for r in corpus.rows]), make_config()
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"train.epochs": 0}, "train.epochs=0"), ({"train.select": "loss"}, "train.select='loss'"),
+     ({"parallel.strategy": "vmap"}, "parallel.strategy='vmap'"), ({}, "data.prepared is empty"),
+     ({"evaluation.threshold": 2.0}, "evaluation.threshold=2.0")],
+)  # fmt: skip
+def test_bad_fields(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        classical.run(make_config(changes), tmp_path)
