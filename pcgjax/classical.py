@@ -12,7 +12,6 @@ says how well S1 and S2 are found in a prepared data set that has them annotated
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import json
 import pathlib
@@ -30,7 +29,6 @@ import tqdm
 from absl import app, flags, logging
 
 from pcgjax import (
-    audio,
     checkpoint,
     datasets,
     evaluate,
@@ -440,7 +438,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run:
     if (workdir / "config.json").exists():
         saved = json.loads((workdir / "config.json").read_text())
         runs.refuse_changes(saved, {**now, "optimizer": {}}, workdir)
-    runs.log_to(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     files.write_text(workdir / "config.json", json.dumps(now, indent=1))
     runs.record(workdir, config)
@@ -542,32 +540,12 @@ def _save(
         np.savez(file, features=x, labels=y, meta=np.array(json.dumps(meta)))
 
 
-class Model(NamedTuple):
-    """A workdir's classifier, fitted again."""
+def load(
+    workdir: str | pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, bool, int, Callable[[Corpus], np.ndarray]]:
+    """The classifier that `run` kept, as `evaluate.load_answerer` wants it; recordings without a cycle get NaN.
 
-    config: ml_collections.ConfigDict
-    classifier: str
-    target: str
-    sample_rate_hz: int
-    probabilities: Callable[[np.ndarray], np.ndarray]
-
-    def answers(self, corpus: Corpus) -> tuple[np.ndarray, list[dict[str, str]]]:
-        """(n, 2) log p and log (1 - p) of the corpus' recordings, NaN for those left out; and these, with reasons."""
-        made = features(corpus, self.config)
-        log_p = np.full((len(corpus.rows), 2), np.nan)
-        if len(made.indices):
-            p = np.clip(self.probabilities(made.values), 1e-6, 1 - 1e-6)
-            log_p[made.indices] = np.log(np.stack([p, 1 - p], 1))
-        return log_p, made.left_out
-
-
-def is_workdir(workdir: str | pathlib.Path) -> bool:
-    return (pathlib.Path(workdir) / "checkpoints" / "best.npz").exists()
-
-
-def load(workdir: str | pathlib.Path) -> Model:
-    """Fits the chosen classifier again to the features that `run` saved: the same numbers in, the same classifier out.
-
+    Fitted again to the features that `run` saved: the same numbers in, the same classifier out.
     Raises:
       CheckpointError: not what `run` wrote.
     """
@@ -578,66 +556,18 @@ def load(workdir: str | pathlib.Path) -> Model:
     except Exception as error:  # numpy and zipfile raise half a dozen kinds
         raise checkpoint.CheckpointError(f"{path}: not what training wrote ({error}); train again") from None
     config = ml_collections.ConfigDict(meta["config"])
-    answer = fit(meta["classifier"], config, config.seed, x, y)
-    return Model(config, meta["classifier"], meta["target"], meta["sample_rate_hz"], answer)
+    config.task.target = meta["target"]
+    probabilities = fit(meta["classifier"], config, config.seed, x, y)
 
+    def answer(corpus: Corpus) -> np.ndarray:
+        made = features(corpus, config)
+        log_p = np.full((len(corpus.rows), 2), np.nan)
+        if len(made.indices):
+            p = np.clip(probabilities(made.values), 1e-6, 1 - 1e-6)
+            log_p[made.indices] = np.log(np.stack([p, 1 - p], 1))
+        return log_p
 
-def predict(workdir: str | pathlib.Path, paths: Sequence[str], out: str | pathlib.Path) -> list[dict]:
-    """`predict.predict` for a workdir of this module: path, probability, decision and error of each file."""
-    model = load(workdir)
-    rows: list[dict] = [{"path": path, "probability": "", "decision": "", "error": ""} for path in paths]
-    recordings = []
-    for i, path in enumerate(paths):
-        try:
-            rate_hz, _, _ = audio.header(path)
-        except (audio.AudioError, OSError) as error:
-            rows[i]["error"] = str(error)
-            continue
-        recordings.append(datasets.Recording(str(i), str(i), False, "", rate_hz, {}, (), pathlib.Path(path)))
-    corpus, problems = evaluate.decode(recordings, model.sample_rate_hz)
-    reasons = {problem.path: problem.reason for problem in problems}
-    for row in rows:
-        row["error"] = row["error"] or reasons.get(str(pathlib.Path(row["path"])), "")
-    log_p, left_out = model.answers(corpus)
-    for one in left_out:
-        rows[int(one["id"])]["error"] = one["reason"]
-    for own, answer in zip(corpus.rows, log_p, strict=True):
-        if np.isfinite(answer[0]):
-            p = float(np.exp(answer[0]))
-            decision = int(p >= model.config.evaluation.threshold)
-            rows[int(own["id"])] |= {"probability": f"{p:.9g}", "decision": decision}
-    evaluate.write_table(rows, pathlib.Path(out))
-    return rows
-
-
-def judge(
-    workdir: str, dataset: str, source: str, out: str, recordings: Sequence[datasets.Recording], problems: list,
-    target: str = "",
-) -> dict[str, Any]:  # fmt: skip
-    """`evaluate.evaluate` for a workdir of this module; recordings and problems: of `datasets.load`."""
-    began, model = time.monotonic(), load(workdir)
-    target = target or model.target
-    labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
-    if not labelled:
-        raise datasets.DatasetError(f"{source}: no recording has the label {target!r}; choose another --target")
-    corpus, undecoded = evaluate.decode(labelled, model.sample_rate_hz)
-    log_p, left_out = model.answers(corpus)
-    indices = np.flatnonzero(np.isfinite(log_p[:, 0]))
-    if not len(indices):
-        raise datasets.DatasetError(f"{source}: no cycle was found in any of {len(labelled)} recordings")
-    labels = corpus.labels(target)[indices]
-    path_of = {row["id"]: row["path"] for row in corpus.rows}
-    left = [datasets.Problem(path_of[one["id"]], one["reason"]) for one in left_out]
-    scores = evaluate.judge(corpus, indices, labels, log_p[indices], model.config) | {
-        "dataset": dataset, "source": str(source), "workdir": str(workdir), "target": target,
-        "trained_on_target": model.target, "without_label": len(recordings) - len(labelled),
-        "problems": [dataclasses.asdict(problem) for problem in [*problems, *undecoded, *left]],
-        "wall_s": time.monotonic() - began,
-    }  # fmt: skip
-    files.write_text(pathlib.Path(out), json.dumps(scores, indent=1))
-    rows = list(evaluate.table(corpus, indices, labels, log_p[indices], model.config.evaluation.threshold, dataset))
-    evaluate.write_table(rows, pathlib.Path(out).with_suffix(".csv"))
-    return scores
+    return config, True, meta["sample_rate_hz"], answer
 
 
 # ------------------------------------------------------------------------------------------- how well sounds are found

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec
 from pcgjax import checkpoint, datasets, files, input_pipeline, metrics, report, segment, sharding, tasks
 from pcgjax.input_pipeline import Corpus
 
+NO_CYCLE = "no heart cycle found"
 FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
 
 
@@ -175,12 +176,17 @@ def load_answerer(
     workdir: str | pathlib.Path,
 ) -> tuple[ml_collections.ConfigDict, bool, int, Callable[[Corpus], np.ndarray]]:
     """The best model of a workdir, whatever it computes with: (config, whether it classifies recordings,
-    sample_rate_hz, a function from a corpus to its (N, 2) log p, log (1 - p)).
+    sample_rate_hz, a function from a corpus to its (N, 2) log p, log (1 - p), NaN where it found nothing to judge by).
 
     Raises: as `load_model`.
     """
     saved = pathlib.Path(workdir) / "config.json"
-    if saved.exists() and report.read_json(saved).get("task", {}).get("name") == "audio_encoder":
+    name = report.read_json(saved).get("task", {}).get("name") if saved.exists() else ""
+    if name == "classical":
+        from pcgjax import classical
+
+        return classical.load(workdir)
+    if name == "audio_encoder":
         from pcgjax.audio_llm import encoders
 
         config, sample_rate_hz, answer = encoders.load(workdir)
@@ -233,6 +239,11 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
         raise datasets.DatasetError(f"{source}: none of the {len(labelled)} labelled recordings could be decoded")
     indices, labels = np.arange(len(corpus.rows)), corpus.labels(target)
     log_p = answer(corpus)
+    found = np.isfinite(log_p[:, 0])
+    problems += [datasets.Problem(corpus.rows[i]["path"], NO_CYCLE) for i in np.flatnonzero(~found)]
+    if not found.any():
+        raise datasets.DatasetError(f"{source}: {NO_CYCLE} in any of the {len(found)} recordings")
+    indices, labels, log_p = indices[found], labels[found], log_p[found]
     scores = judge(corpus, indices, labels, log_p, config)
     scores |= {
         "dataset": dataset,

@@ -46,6 +46,9 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
         row["error"] = row["error"] or reasons.get(str(pathlib.Path(row["path"])), "")
     if corpus.rows:
         for row, log_p in zip(corpus.rows, answer(corpus), strict=True):
+            if np.isnan(log_p[0]):
+                rows[int(row["id"])]["error"] = evaluate.NO_CYCLE
+                continue
             probability = float(np.exp(log_p[0]))
             decision = int(probability >= config.evaluation.threshold)
             rows[int(row["id"])] |= {"probability": f"{probability:.9g}", "decision": decision}

@@ -72,6 +72,10 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
       ValueError: metrics.json is missing or any of the files is damaged, naming file, line or field, and fix.
     """
     workdir = pathlib.Path(workdir)
+    if (workdir / "experiment.json").exists():
+        from pcgjax import classical
+
+        return classical.write_report(workdir)
     results = read_results(workdir / "metrics.json")
     config = read_json(workdir / "config.json") if (workdir / "config.json").exists() else None
     history = read_history(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else None

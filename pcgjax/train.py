@@ -475,7 +475,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     # ------------------------------------------------------------------------------------------ start or resume
     log = workdir / "metrics.jsonl"
     plain = runs.plain_config(config)
-    meta: dict[str, Any] = {"config": plain, "order_sha256": experiment.digest, "sample_rate_hz": corpus.sample_rate_hz, "best": None}
+    meta: dict[str, Any] = {
+        "config": plain,
+        "order_sha256": experiment.digest,
+        "sample_rate_hz": corpus.sample_rate_hz,
+        "best": None,
+    }
     if config.task.name == "segmenter":
         meta["log_duration"] = segment.log_durations(corpus, parts["train"], config.features.step_s).tolist()
     nothing = lambda: sharding.put(mesh, zero_totals())
@@ -719,14 +724,19 @@ def carried_over(state: tasks.TrainState, workdir: str, groups: tuple[str, ...])
 
 
 def with_encoder(state: tasks.TrainState, graphdef: Any, path: str) -> tasks.TrainState:
-    """The state with SSAMBA's parameters from a checkpoint of the public code's layout, its positions adapted.
+    """The state with SSAMBA's parameters from a checkpoint of the public code's layout, its positions adapted; of an
+    image net with ImageNet's weights and running averages.
 
     Raises:
-      ValueError: as `ssamba.load_torch_checkpoint`, or a checkpoint of another width or depth.
+      ValueError: as `ssamba.load_torch_checkpoint` or `image.load_imagenet`, or a checkpoint of another width or depth.
     """
-    from pcgjax.models import ssamba
+    from pcgjax.models import image, ssamba
 
-    encoder = nnx.merge(graphdef, state.params, state.rest).encoder
+    model = nnx.merge(graphdef, state.params, state.rest)
+    if isinstance(model, image.ImageClassifier):
+        _, params, rest = tasks.split(image.load_imagenet(model, path))
+        return state._replace(params=params, rest=rest)
+    encoder = model.encoder
     loaded = tasks.split(ssamba.load_torch_checkpoint(path, encoder.frames, encoder.stride))[1]
     there = dict(jax.tree_util.tree_leaves_with_path(loaded))
 
@@ -827,8 +837,12 @@ def main(argv: list[str]) -> None:
 
 def run_all(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
     """What a config asks for: one run, stages of one, or several side by side."""
-    from pcgjax import population
+    from pcgjax import classical, population
 
+    if config.task.name == "classical":
+        if results := classical.run(config, workdir, dry_run):
+            print(classical.summary(results))
+        return
     if population.asked(config):
         population.run(config, workdir, dry_run)
         return

@@ -105,6 +105,7 @@ def test_a_member_is_the_run_alone(finished, make_config, tmp_path):
     assert ours["test"] == theirs["test"]
 
 
+@pytest.mark.slow
 def test_members_as_one_batch(finished, make_config, tmp_path):
     """As on an accelerator: each step at the capacity of the member that needs the most."""
     config = swept(make_config, {})

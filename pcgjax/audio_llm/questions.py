@@ -112,8 +112,9 @@ TASKS: dict[str, Task] = {
     for phase in ("systolic", "diastolic")
     for feature in _CLASSES
 }
-# What fills a task's options up to six: classes of another kind, so that they cannot be right. Not the free grades IV/VI to VI/VI, which III/VI may stand for, nor I/IV beside I/VI, which would
-# ask for Roman numerals instead of hearing.
+# What fills a task's options up to six: classes of another kind, so that they cannot be right. Not the free grades
+# IV/VI to VI/VI, which III/VI may stand for, nor I/IV beside I/VI, which would ask for Roman numerals instead of
+# hearing.
 OTHERS: dict[str, tuple[str, ...]] = {
     "murmur": ("Crescendo", "Harsh", "Medium"),
     "systolic_timing": ("Diamond", "Harsh"),

@@ -23,7 +23,7 @@ from flax import nnx
 
 from pcgjax.models.cnn1d import larger
 from pcgjax.models.hinf_lstm import BatchNorm
-from pcgjax.models.ssamba import _read_tensors
+from pcgjax.models.ssamba import read_tensors
 from pcgjax.traced import on
 
 NETS = ("resnet", "mobilenet_v3", "vit")
@@ -411,7 +411,7 @@ def load_imagenet(model: ImageClassifier, path: str | pathlib.Path) -> ImageClas
 
 def _read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     if pathlib.Path(path).suffix != ".safetensors":
-        return _read_tensors(path)
+        return read_tensors(path)
     try:
         import safetensors.flax
     except ImportError as error:

@@ -454,7 +454,7 @@ def load_torch_checkpoint(
       ValueError: not such a file, keys that are missing, unknown or of another shape, or a size that cannot be; the
         message names the file and the keys.
     """
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
 
     def common(ending: str) -> tuple[int, ...]:
         """The shape of most keys of that ending, so that a damaged one is found and named below."""
@@ -531,7 +531,7 @@ def save_torch_checkpoint(model: SSAMBA, path: str | pathlib.Path) -> None:
     torch.save(tensors, path)
 
 
-def _read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:
