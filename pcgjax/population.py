@@ -58,8 +58,6 @@ from pcgjax import (
 )
 from pcgjax.runs import EVALUATION, STEP
 
-# What can be swept: parts of a config, and single fields.
-SWEPT = ("seed", "features", "model", "loss", "sapt", "optimizer")
 # Numbers that change no shape, so that one program takes them as data. A field that is not here is still swept, as
 # programs of its own. Where such a number is off (0, or no noise), nothing of it is in the program, as in a lone run.
 TRACED = (
@@ -72,12 +70,6 @@ Fields = dict[str, Any]  # "optimizer.learning_rate" -> value
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
-
-
-def fields(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A config's `sweep`: every field that can be swept, as an empty string."""
-    names = {part: dict.fromkeys(config[part], "") for part in SWEPT if part in config and part != "seed"}
-    return ml_collections.ConfigDict({"seed": "", **names})
 
 
 def asked(config: ml_collections.ConfigDict) -> dict[str, list]:

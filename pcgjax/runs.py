@@ -29,6 +29,8 @@ from pcgjax import checkpoint, files, input_pipeline, splits
 
 # Streams of randomness, each folded into the seed's key first.
 ORDER, STEP, EVALUATION, SHUFFLE = range(4)
+# What `population` can sweep: parts of a config, and single fields.
+SWEPT = ("seed", "features", "model", "loss", "sapt", "optimizer")
 
 
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -112,8 +114,16 @@ def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
 
 
 def plain_config(config: ml_collections.ConfigDict) -> dict:
-    """As JSON gives it back."""
-    return json.loads(config.to_json_best_effort())
+    """As JSON gives it back, without `sweep`, which is no part of a run."""
+    plain = json.loads(config.to_json_best_effort())
+    plain.pop("sweep", None)
+    return plain
+
+
+def fields(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A config's `sweep`: every field that can be swept, as an empty string."""
+    names = {part: dict.fromkeys(config[part], "") for part in SWEPT if part in config and part != "seed"}
+    return ml_collections.ConfigDict({"seed": "", **names})
 
 
 def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Iterable[tuple[str, str]] = ()) -> None:

@@ -870,6 +870,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("devices", None, "With --dry_run: compile for so many devices, simulated on the CPU.", 1)
     distributed.define_flags()
     flags.mark_flag_as_required("config")
-    # The configs import population, which imports this module: one of it, not two.
-    sys.modules["pcgjax.train"] = sys.modules["__main__"]
     files.run(main)
