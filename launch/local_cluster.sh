@@ -20,12 +20,17 @@ stop() {
   kill -TERM "${pids[@]}" 2>/dev/null
 }
 trap stop INT TERM
+# Each line in one piece, however many write at once.
+said_by() {
+  trap '' INT TERM
+  while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
+}
 for ((i = 0; i < n; i++)); do
   command=("$@" --coordinator_address="127.0.0.1:$port" --num_processes="$n" --process_id="$i")
   if [ "$i" = 0 ]; then
     "${command[@]}" &
   else
-    "${command[@]}" > >(trap '' INT TERM; sed -u "s/^/[$i] /") 2> >(trap '' INT TERM; sed -u "s/^/[$i] /" >&2) &
+    "${command[@]}" > >(said_by "$i") 2> >(said_by "$i" >&2) &
   fi
   pids+=("$!")
 done

@@ -308,7 +308,7 @@ def stream(
     stop: int,
     devices: int = 1,
     mine: Sequence[int] = (0,),
-    mib: float = 32,
+    mib: float = 8,
     steps: int = 256,
 ) -> Iterator[tuple[dict, np.ndarray, np.ndarray, int]]:
     """The steps [start, stop) of a plan in blocks, read by Grain's threads while the device works on earlier ones.

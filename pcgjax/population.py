@@ -415,6 +415,7 @@ def train_program(
             to_save = t.checkpoint_steps - at % t.checkpoint_steps
             until = min((epoch + 1) * spe, at + to_save, at + stretch)
             pieces = program.pieces(resident, at, until)
+            ahead: list[jax.Array] = []
             while True:
                 with clock("wait"):
                     piece = next(pieces, None)
@@ -422,6 +423,9 @@ def train_program(
                     break
                 with clock("train"):
                     state, totals = program.steps({"state": held.state, "totals": held.totals}, *piece)
+                    ahead.append(totals.loss + 0)  # as in `train.train`
+                    if len(ahead) > 1:
+                        ahead.pop(0).block_until_ready()
                     held = held._replace(state=state, totals=totals)
             with clock("train"):
                 counted = spread.get(held.totals)  # waits for the devices

@@ -171,7 +171,13 @@ def make_run(sums: Callable, apply: Callable) -> Callable:
 
 
 def look_ahead(experiment: Experiment, run: Any, abstract: Any, shardings: Any, seed: int, pmap: bool) -> dict:
-    """What a step of the compiled program costs, as `costs.summary` has it; nothing is put on the devices or run."""
+    """What a step of the compiled program costs, as `costs.summary` has it; nothing is put on the devices or run.
+
+    Raises:
+      ValueError: pmap over several processes, which JAX does not compile ahead of time.
+    """
+    if pmap and jax.process_count() > 1:
+        raise ValueError("--dry_run: pmap over several processes cannot be looked at; --devices=N in one process can")
     mesh, task = experiment.mesh, experiment.task
     plan = experiment.plan(seed, 0)
     everywhere = sharding.replicated(mesh)
@@ -526,6 +532,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             to_save = t.checkpoint_steps - at % t.checkpoint_steps
             until = trace.until(at, min((epoch + 1) * steps_an_epoch, at + to_save)) - epoch * steps_an_epoch
             pieces = experiment.pieces(resident, plan, within, until, pmap)
+            ahead: list[jax.Array] = []
             while True:
                 with clock("wait"):
                     piece = next(pieces, None)
@@ -533,6 +540,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                     break
                 with clock("train"):
                     state, totals = run(state, totals, *piece)
+                    # Or all blocks of an epoch would wait in memory for the device.
+                    ahead.append(totals.loss + 0)
+                    if len(ahead) > 1:
+                        ahead.pop(0).block_until_ready()
             with clock("train"):
                 counted = jax.device_get(gathered(totals))  # waits for the device
             bar.update(until - within)

@@ -330,6 +330,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
+@pytest.mark.slow
 def test_it_is_the_command_that_trains_every_model(heard, tmp_path):
     words = command(heard, tmp_path, "--dry_run")
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)

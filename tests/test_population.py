@@ -191,11 +191,17 @@ def test_members_of_one_program():
     ("name", "changes", "numbers"),
     [
         ("cnn", {"optimizer.name": "sgd"}, {"features.noise_snr_db": 5.0, "optimizer.momentum": 0.5}),
-        ("hinf_lstm", {"optimizer.name": "sgd"},
-         {"features.top_db": 60.0, "loss.alpha": 0.5, "loss.slope": 10.0, "model.dropout": 0.2}),
-        ("segmenter_small", {},
-         {"features.response_db": 3.0, "features.stretch": 0.1, "model.dropout": 0.2, "optimizer.clip_norm": 0.5,
-          "optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.1}),
+        pytest.param(
+            "hinf_lstm", {"optimizer.name": "sgd"},
+            {"features.top_db": 60.0, "loss.alpha": 0.5, "loss.slope": 10.0, "model.dropout": 0.2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "segmenter_small", {},
+            {"features.response_db": 3.0, "features.stretch": 0.1, "model.dropout": 0.2, "optimizer.clip_norm": 0.5,
+             "optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.1},
+            marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_every_traced_field_can_be(name, changes, numbers, make_config, tmp_path):

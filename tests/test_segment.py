@@ -246,8 +246,8 @@ def test_it_learns(trained_segmenter):
 
 def test_what_a_run_writes(trained_segmenter):
     assert {path.name for path in trained_segmenter.iterdir()} == {
-        "checkpoints", "config.json", "metrics.json", "metrics.jsonl", "predictions.csv", "report.html", "segments.npz",
-        "split.json",
+        "checkpoints", "config.json", "metrics.json", "metrics.jsonl", "predictions.csv", "report.html", "run.json",
+        "segments.npz", "split.json", "tensorboard",
     }  # fmt: skip
     split = json.loads((trained_segmenter / "split.json").read_text())
     assert (split["target"], split["unlabelled"]) == ("", [])

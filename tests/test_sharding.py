@@ -276,7 +276,8 @@ def test_remat_computes_again(make_config, tmp_path):
 BFLOAT16 = {"cnn": 1e-2, "hinf_lstm": 5e-2, "segmenter_small": 5e-2}  # how far probabilities may move
 
 
-@pytest.mark.parametrize("name", ["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in BFLOAT16 if n != "cnn")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16(name, make_config, on_one, tmp_path):
     small = SMALL if name == "cnn" else {"train.epochs": 3, "model.dropout": 0.0}
     make = lambda rounded: make_config({**small, "model.bfloat16": rounded}, name)

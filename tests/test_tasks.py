@@ -255,7 +255,7 @@ def test_stretching_moves_the_labels_along(make_config):
     seen = []
 
     class Told:
-        def __call__(self, features, key=None):
+        def __call__(self, features, key=None, dropout=0.0):
             seen.append(features)
             return jnp.zeros((*features.shape[:2], 4)).at[..., 0].set(1.0)
 
@@ -318,5 +318,5 @@ def test_bad_segmenter_config_names_the_field(changes, message, make_config):
 
 def test_unknown_task():
     config = ml_collections.ConfigDict({"task": {"name": "rnn"}})
-    with pytest.raises(ValueError, match=r"task\.name='rnn': choose one of cnn, hinf_lstm, segmenter"):
+    with pytest.raises(ValueError, match=r"task\.name='rnn': choose one of cnn, hinf_lstm, image, segmenter"):
         tasks.make(config, RATE_HZ)
