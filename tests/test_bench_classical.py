@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pcgjax import bench_classical
 
 
+@pytest.mark.slow
 def test_suite():
     result = bench_classical.classical_suite(clips=6, pairs=1)
     assert result["clips"] == 6

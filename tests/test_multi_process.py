@@ -85,6 +85,7 @@ def two_processes(command, workdir, changes, config="cnn", **environment):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "environment"),
     [

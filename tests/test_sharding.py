@@ -162,6 +162,7 @@ def test_every_layout_equals_one_device(layout, pipeline, on_one, make_config, r
     assert_same_answers(tmp_path, on_one)
 
 
+@pytest.mark.slow
 def test_noise_goes_by_group_and_not_by_device(make_config, run_on, tmp_path):
     """Eight devices with one group each hear the noise that one device with eight groups hears."""
     noisy = {**SMALL, "features.noise_snr_db": 10.0, "train.epochs": 1}
@@ -213,6 +214,7 @@ def test_other_models_on_eight_devices(name, layout, other_on_one, make_config, 
 # ------------------------------------------------------------------------------- going on where others left off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_split_checkpoint_goes_on_elsewhere(devices, on_eight, on_one, make_config, run_on, tmp_path):
     """What eight devices saved in parts goes on on one, and on 2 x 2, as if nothing had happened."""
@@ -251,6 +253,7 @@ def assert_same_state(workdir, expected):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"train.accumulate": 4, "train.remat": "full"}, *(pytest.param(one, marks=pytest.mark.slow) for one in (
@@ -362,6 +365,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", pytest.param("hinf_lstm", marks=pytest.mark.slow)])
 def test_a_device_holds_its_part_of_the_state(name, run_python):
     done = run_python(STATE, str(ROOT / "configs" / f"{name}.py"), **EIGHT)
