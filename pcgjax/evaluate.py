@@ -32,6 +32,28 @@ NO_CYCLE = "no heart cycle found"
 FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
 
 
+def width_of(task: tasks.Task) -> int:
+    """How many numbers `task.forward` gives of a recording."""
+    return 2 if task.classifies else len(tasks.Counts._fields)
+
+
+def answers_of(
+    task: tasks.Task,
+    model: Any,
+    capacities: tuple[int, ...],
+    data: dict,
+    ids: jax.Array,
+    choice: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """`task.forward`'s answers (R, `width_of`) of one group's recordings, as `input_pipeline.at_capacity` has them."""
+
+    def answers(batch: dict, capacity: int) -> jax.Array:
+        return jnp.stack(task.forward(model, batch, capacity, key), axis=-1).astype(jnp.float32)
+
+    return input_pipeline.at_capacity(answers, data, ids, choice, capacities, task.geometry)
+
+
 def make_predict(
     task: tasks.Task,
     graphdef: Any,
@@ -54,16 +76,10 @@ def make_predict(
     whole = sharding.replicated(mesh) if mesh else None
 
     def forward(params, rest, data, ids, choice, i):
-        if data["samples"].ndim == 3:  # this device's own block
-            data = jax.tree.map(lambda x: x[0], data)
         keys = jax.random.split(jax.random.fold_in(key, i), devices)
         own = keys[jax.lax.axis_index(sharding.AXES) if devices > 1 else 0]
-
-        def answers(batch, capacity):
-            model = tasks.merged(task, graphdef, params, rest)
-            return jnp.stack(task.forward(model, batch, capacity, own), axis=-1).astype(jnp.float32)
-
-        return input_pipeline.at_capacity(answers, data, ids[0], choice, plan.capacities, task.geometry)[None]
+        model = tasks.merged(task, graphdef, params, rest)
+        return answers_of(task, model, plan.capacities, data, ids[0], choice, own)[None]
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(), out_shardings=whole)
     def run(params, rest, data, ids, capacity, steps, done):
@@ -72,8 +88,7 @@ def make_predict(
         each = sharding.over_devices(forward, mesh, own, spread) if mesh else forward
         if mesh:
             params = jax.lax.with_sharding_constraint(params, whole)
-        width = 2 if task.classifies else len(tasks.Counts._fields)
-        out = jnp.zeros((*ids.shape, width))
+        out = jnp.zeros((*ids.shape, width_of(task)))
         step = lambda i, out: out.at[i].set(each(params, rest, data, ids[i], capacity[i], done + i))
         return jax.lax.fori_loop(0, steps, step, out)
 
@@ -83,11 +98,10 @@ def make_predict(
             pieces = [(resident, plan.ids, plan.capacity, len(plan.ids))]
         else:
             pieces = input_pipeline.streamed(corpus, labels, plan, 0, len(plan.ids), mesh)
-        out, done = np.zeros((len(corpus.rows), 0), np.float32), 0
+        out, done = np.zeros((len(corpus.rows), width_of(task)), np.float32), 0
         for data, ids, capacity, steps in pieces:
             answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))[:steps]
             asked = plan.ids[done : done + steps]
-            out = out if out.shape[1] else np.zeros((len(out), answers.shape[-1]), np.float32)
             out[asked[asked >= 0]] = answers[asked >= 0]
             done += steps
         return out[indices]

@@ -293,9 +293,13 @@ def at_capacity(
 ) -> Any:
     """compute(batch, capacity) of a group's batch, at the capacity that its step was given.
 
+    data: a `block` that all share, or one that leads with this device (1, ...), its own.
+
     Each capacity is a branch of the program, since shapes differ. What a branch returns is copied, so `compute` should
     return what the caller adds to its carry, not the carry.
     """
+    if data["samples"].ndim == 3:
+        data = jax.tree.map(lambda x: x[0], data)
     branches = [lambda i, size=size: compute(gather(data, i, size, geometry), size) for size in capacities]
     return jax.lax.switch(choice, branches, ids)
 

@@ -316,24 +316,17 @@ class Program:
         e = self.experiment
         indices, batch = e.parts[part], self.config.evaluation.batch_recordings
         plan = input_pipeline.evaluation_plan(indices, e.corpus.lengths, e.task.geometry, batch, 1, e.task.shapes)
-        width = 2 if e.task.classifies else len(tasks.Counts._fields)
+        width = evaluate.width_of(e.task)
 
         def answer(given):
             task, _, key = self._of(given)
-            data = given["data"]
-            if data["samples"].ndim == 3:
-                data = jax.tree.map(lambda x: x[0], data)
 
             def step(i, out):
                 drawn = jax.random.fold_in(jax.random.fold_in(key, EVALUATION), given["done"] + i)
                 own = jax.random.split(drawn, 1)[0]
-
-                def answers(batch, capacity):
-                    model = tasks.merged(task, self.graphdef, *given["model"])
-                    return jnp.stack(task.forward(model, batch, capacity, own), axis=-1).astype(jnp.float32)
-
+                model = tasks.merged(task, self.graphdef, *given["model"])
                 ids, choice = given["ids"][i, 0], given["capacity"][i]
-                found = input_pipeline.at_capacity(answers, data, ids, choice, plan.capacities, e.task.geometry)
+                found = evaluate.answers_of(task, model, plan.capacities, given["data"], ids, choice, own)
                 return out.at[i].set(found[None])
 
             return jax.lax.fori_loop(0, given["steps"], step, jnp.zeros((*given["ids"].shape, width)))

@@ -102,8 +102,6 @@ def make_step(
     kept = REMAT[remat]
 
     def sums(params, rest, step, threshold, data, ids, choice):
-        if data["samples"].ndim == 3:  # this device's own block
-            data = jax.tree.map(lambda x: x[0], data)
         own = len(ids)
         first = jax.lax.axis_index(axes) * own if axes else 0
         keys = jax.lax.dynamic_slice_in_dim(jax.random.split(jax.random.fold_in(key, step), groups), first, own)
