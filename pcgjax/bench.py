@@ -39,7 +39,7 @@ from pcgjax import (
     peers,
     sharding,
     tasks,
-    train,
+    train_step,
 )
 from pcgjax.input_pipeline import Corpus
 
@@ -98,9 +98,9 @@ class Ours:
         update = optimizer.make(config.optimizer)
         graphdef = nnx.graphdef(task.init(nnx.Rngs(0)))
         self.state = tasks.initial_state(task, update, seed=0)
-        self.totals = train.zero_totals()
-        step = train.make_step(task, update, graphdef, key, 1, capacities)
-        run = jax.jit(train.make_run(*step), donate_argnums=(0, 1), compiler_options=sharding.compiler_options())
+        self.totals = train_step.zero_totals()
+        step = train_step.make_step(task, update, graphdef, key, 1, capacities)
+        run = jax.jit(train_step.make_run(*step), donate_argnums=(0, 1), compiler_options=sharding.compiler_options())
         self.resident = jax.device_put(input_pipeline.block(corpus, self.labels, range(len(corpus.rows))))
         began = time.perf_counter()
         arguments = (self.state, self.totals, self.resident, self.plan.ids, self.plan.capacity, 0, 1)

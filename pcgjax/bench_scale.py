@@ -35,7 +35,8 @@ import tqdm
 from absl import flags
 from flax import nnx
 
-from pcgjax import distributed, files, input_pipeline, optimizer, peers, prepare, sharding, tasks, train
+from pcgjax import distributed, files, input_pipeline, optimizer, peers, prepare, sharding, tasks, train_step
+from pcgjax.experiment import set_up
 from pcgjax.runs import STEP
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -162,7 +163,7 @@ class Training:
     """A config's training as `train` has it: the compiled program, its costs, the state and the first epoch's plan."""
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
-        self.config, self.experiment = config, train.set_up(config, workdir)
+        self.config, self.experiment = config, set_up(config, workdir)
         e, key = self.experiment, jax.random.key(config.seed)
         update = optimizer.make(config.optimizer, config.train.epochs * e.steps_an_epoch)
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: e.task.init(nnx.Rngs(config.seed))))
@@ -170,13 +171,13 @@ class Training:
         abstract = jax.eval_shape(init)
         shardings = sharding.state_sharding(e.mesh, abstract)
         self.pmap = config.parallel.strategy == "pmap"
-        self.run = train.compile_run(
+        self.run = train_step.compile_run(
             e.task, update, graphdef, jax.random.fold_in(key, STEP), e.capacities, e.mesh, shardings, e.groups,
             e.pipeline == "stream", self.pmap, config.train.remat,
         )  # fmt: skip
         # JAX lowers a pmap of several processes from arrays alone. Its program is that of as many devices of one.
         unknown = self.pmap and jax.process_count() > 1
-        self.costs = {} if unknown else train.look_ahead(e, self.run, abstract, shardings, config.seed, self.pmap)
+        self.costs = {} if unknown else train_step.look_ahead(e, self.run, abstract, shardings, config.seed, self.pmap)
         self.plan = e.plan(config.seed, 0)
         self.resident = e.resident()
         self.state = self._spread(jax.jit(init, out_shardings=shardings)())
@@ -187,8 +188,8 @@ class Training:
         copies = len(sharding.mine(self.experiment.mesh))
         return jax.tree.map(lambda a: np.stack([np.asarray(a)] * copies), tree) if self.pmap else tree
 
-    def zeros(self) -> train.Totals:
-        return self._spread(sharding.put(self.experiment.mesh, train.zero_totals()))
+    def zeros(self) -> train_step.Totals:
+        return self._spread(sharding.put(self.experiment.mesh, train_step.zero_totals()))
 
     def pieces(self, start: int, stop: int, mib: float | None = None) -> Iterator:
         """As `Experiment.pieces`; mib: on one device, streamed in blocks of so many MiB, wherever the corpus is."""

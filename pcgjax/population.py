@@ -55,7 +55,9 @@ from pcgjax import (
     tasks,
     thresholds,
     train,
+    train_step,
 )
+from pcgjax.experiment import set_up
 from pcgjax.runs import EVALUATION, STEP
 
 # Numbers that change no shape, so that one program takes them as data. A field that is not here is still swept, as
@@ -195,7 +197,7 @@ class Held(NamedTuple):
     """What a checkpoint holds of the members; every array leads with them."""
 
     state: tasks.TrainState
-    totals: train.Totals
+    totals: train_step.Totals
     kept: tuple[Any, Any]  # parameters and the rest of the best epoch so far
 
 
@@ -216,7 +218,7 @@ class Program:
         devices = np.array(jax.devices())
         alone = jax.sharding.Mesh(np.array([[jax.local_devices()[0]]]), sharding.AXES)
         self.own_seeds = len(set(self.seeds)) > 1
-        experiment = train.set_up(self.config, workdir, sorted(set(self.seeds)), alone)
+        experiment = set_up(self.config, workdir, sorted(set(self.seeds)), alone)
         if self.own_seeds and experiment.pipeline == "stream":
             raise ValueError(
                 f"data.pipeline={self.config.data.pipeline}: members with seeds of their own have orders of their own, "
@@ -257,16 +259,16 @@ class Program:
         """(task, update, key) of a member, where the numbers in which members differ are traced."""
         return *self.built(with_fields(self.configs[0], given["fields"])), jax.random.key(given["seed"])
 
-    def _steps(self, given: dict) -> tuple[tasks.TrainState, train.Totals]:
+    def _steps(self, given: dict) -> tuple[tasks.TrainState, train_step.Totals]:
         task, update, key = self._of(given)
-        step = train.make_step(
+        step = train_step.make_step(
             task, update, self.graphdef, jax.random.fold_in(key, STEP), self.experiment.groups,
             self.experiment.capacities, remat=self.config.train.remat,
         )  # fmt: skip
         # The step is the same for all, and so is then what depends on it and on no seed.
         state = given["state"]._replace(step=given["step"])
         batches = given["data"], given["ids"], given["capacity"], given["start"], given["stop"]
-        return train.make_run(*step)(state, given["totals"], *batches)
+        return train_step.make_run(*step)(state, given["totals"], *batches)
 
     def _order(self, epoch: int) -> tuple[dict, dict]:
         """(own, shared) of an epoch: ids and capacity of each step of members with seeds of their own."""
@@ -308,8 +310,8 @@ class Program:
         # What is kept is apart from the state, which is donated.
         return Held(self.spread.put(state), self.no_totals(), self.spread.put((state.params, state.rest)))
 
-    def no_totals(self) -> train.Totals:
-        return self.spread.put(jax.tree.map(lambda x: np.stack([x] * len(self.members)), train.zero_totals()))
+    def no_totals(self) -> train_step.Totals:
+        return self.spread.put(jax.tree.map(lambda x: np.stack([x] * len(self.members)), train_step.zero_totals()))
 
     def _judge(self, part: str) -> Callable[[Any, Any, dict | None], np.ndarray]:
         """A function (params, rest, resident) -> all members' answers (M, n, 2 or 3), as of `evaluate.make_predict`."""

@@ -9,11 +9,11 @@ HEAVY = ("grain", "librosa", "torch", "matplotlib", "sklearn", "soundfile", "sox
 MODULES = (
     "ablation", "audio", "audio_llm.questions", "bench", "bench_audio_llm", "bench_ssamba", "checkpoint",
     "classical", "compare", "costs", "datasets.cinc2016", "datasets.circor", "datasets.folder", "datasets.pascal",
-    "datasets.synthetic", "distributed", "evaluate", "features.filters", "features.spectrogram", "features.wavelet",
-    "files", "goodput", "input_pipeline", "kernels.hinf_lstm", "losses", "metrics", "models.cnn1d",
-    "models.hinf_lstm", "models.image", "models.segmenter", "models.ssamba", "optimizer", "peers", "population",
-    "predict", "prepare", "report", "runs", "segment", "segmentation", "sharding", "splits", "tasks", "thresholds",
-    "train",
+    "datasets.synthetic", "distributed", "evaluate", "experiment", "features.filters", "features.spectrogram",
+    "features.wavelet", "files", "goodput", "input_pipeline", "kernels.hinf_lstm", "losses", "metrics",
+    "models.cnn1d", "models.hinf_lstm", "models.image", "models.segmenter", "models.ssamba", "optimizer", "peers",
+    "population", "predict", "prepare", "report", "runs", "segment", "segmentation", "sharding", "splits", "tasks",
+    "thresholds", "train", "train_step",
 )  # fmt: skip
 
 

@@ -18,14 +18,16 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 # A process of a cluster: says who it is, then does what --case asks of it.
 MEMBER = """
-import signal, sys, time
+import os, signal, sys, time
 given = dict(word.lstrip("-").split("=") for word in sys.argv[1:])
 i = int(given["process_id"])
+def say(line):  # in one piece, also where PYTHONUNBUFFERED is set
+    os.write(1, f"{line}\\n".encode())
 def saved(*_):
-    print("saved", flush=True)
+    say("saved")
     sys.exit(143)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if given["case"] == "deaf" else saved)
-print(f"process {i} of {given['num_processes']} {given['case']}", flush=True)
+say(f"process {i} of {given['num_processes']} {given['case']}")
 if i == 1 and given["case"] in ("fails", "deaf"):
     print("no such field", file=sys.stderr)
     sys.exit(3)

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 
-from pcgjax import evaluate, sharding, train
+from pcgjax import evaluate, sharding, train, train_step
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 SMALL = {"train.batch_recordings": 8, "train.epochs": 2, "features.filter": "none", "train.checkpoint_steps": 2}
@@ -270,7 +270,7 @@ def test_portions_and_computing_again_change_nothing(changes, on_one, make_confi
 @pytest.mark.slow
 def test_remat_computes_again(make_config, tmp_path):
     flops = {}
-    for remat in train.REMAT:
+    for remat in train_step.REMAT:
         facts = train.train(make_config({**SMALL, "train.remat": remat}), tmp_path / remat, dry_run=True)
         flops[remat] = facts["step"]["flops"]
     assert flops["none"] <= flops["dots"] < flops["full"]

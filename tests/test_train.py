@@ -15,6 +15,7 @@ import pytest
 
 from pcgjax import input_pipeline, metrics, prepare, report, runs, splits, train
 from pcgjax.checkpoint import CheckpointError
+from pcgjax.experiment import balance_groups
 
 
 def lines_of(workdir, without=("seconds", "waited")):
@@ -290,9 +291,9 @@ def test_balance_groups(make_config, prepared):
     corpus = input_pipeline.from_prepared(prepared)
     labels = corpus.labels("abnormal")
     indices = np.arange(len(labels))[::-1]
-    assert train.balance_groups("none", corpus, labels, indices) is None
-    assert list(train.balance_groups("class", corpus, labels, indices)) == [str(int(labels[i])) for i in indices]
-    named = train.balance_groups("database_class", corpus, labels, indices)
+    assert balance_groups("none", corpus, labels, indices) is None
+    assert list(balance_groups("class", corpus, labels, indices)) == [str(int(labels[i])) for i in indices]
+    named = balance_groups("database_class", corpus, labels, indices)
     assert named[0] == f"{corpus.rows[indices[0]]['database']} {int(labels[indices[0]])}"
     assert len(set(named)) == 12  # six clinics, two classes
 

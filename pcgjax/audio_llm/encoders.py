@@ -34,6 +34,7 @@ from pcgjax import checkpoint, evaluate, files, goodput, input_pipeline, metrics
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm.model import RATE_HZ, ModelError
 from pcgjax.audio_llm.train import full, learning_rate, newest
+from pcgjax.experiment import balance_groups
 from pcgjax.input_pipeline import Corpus, Geometry
 from pcgjax.runs import ORDER, STEP
 
@@ -437,7 +438,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
             f"features.window_s={config.features.window_s}: longer than every recording of {config.data.prepared} "
             f"(at most {corpus.lengths.max() / RATE_HZ:.1f} s)"
         )
-    balance = jax_train.balance_groups(t.balance, corpus, labels, parts["train"])
+    balance = balance_groups(t.balance, corpus, labels, parts["train"])
 
     @functools.lru_cache(4)
     def order_of(epoch: int) -> np.ndarray:

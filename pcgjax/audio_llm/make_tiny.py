@@ -105,6 +105,7 @@ def _save_processor(processor: Any, folder: pathlib.Path, legacy: bool) -> None:
 def _save_model(tokenizer: Any, folder: pathlib.Path, seed: int, legacy: bool) -> None:
     import torch
     from transformers import GenerationConfig, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+    from transformers.models.whisper.modeling_whisper import sinusoids
 
     end_of_text, end_of_turn, audio = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|AUDIO|>"])
     config = Qwen2AudioConfig(
@@ -115,7 +116,7 @@ def _save_model(tokenizer: Any, folder: pathlib.Path, seed: int, legacy: bool) -
         text_config={
             # As in the published model, the embedding has more rows than the tokenizer has tokens.
             "model_type": "qwen2", "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 64,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 172,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 172,
             "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
             "initializer_range": DEVIATION, "bos_token_id": end_of_text, "eos_token_id": end_of_turn,
             "pad_token_id": end_of_text,
@@ -129,6 +130,9 @@ def _save_model(tokenizer: Any, folder: pathlib.Path, seed: int, legacy: bool) -
     with torch.no_grad():
         for name in ("lm_head", "model.multi_modal_projector.linear", "model.language_model.embed_tokens"):
             model.get_parameter(f"{name}.weight").mul_(10 * 0.02 / DEVIATION)
+        # As the published ones, Whisper's; never trained, so random ones would hardly say when something is heard.
+        positions = model.get_parameter("model.audio_tower.embed_positions.weight")
+        positions.copy_(sinusoids(*positions.shape))
     model.generation_config = GenerationConfig(
         bos_token_id=end_of_text, pad_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text]
     )
