@@ -42,6 +42,7 @@ from jax.sharding import AxisType, PartitionSpec
 from pcgjax import (
     checkpoint,
     compare,
+    costs,
     distributed,
     evaluate,
     files,
@@ -394,6 +395,14 @@ def train_program(
     if first_process:
         others = [x for x in runs.history(log) if x.get("member") not in numbers or x["step"] <= at]
         files.write_text(log, "".join(json.dumps(line) + "\n" for line in others))
+    # Each member is a run to TensorBoard.
+    boards = [runs.open_board(workdir, at, f"member{number}") if first_process else None for number in numbers]
+
+    def tell(place: int, split: str, values: dict) -> None:
+        if first_process:
+            runs.log_line(log, at, split, {"member": numbers[place], **values})
+            runs.plot(boards[place], at, split, values)
+
     last = checkpoint.manager(folder)
     stopped: list[int] = []
     previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -441,11 +450,9 @@ def train_program(
                         held = held._replace(state=held.state._replace(sapt=sapt_update(held.state.sapt, p, y)))
                 better = np.zeros(count, bool)
                 for i, answer in enumerate(answers):
-                    if first_process:
-                        n, told = max(int(counted.samples[i]), 1), clock.told()
-                        values = {"loss": float(counted.loss[i]) / n, "accuracy": float(counted.correct[i]) / n}
-                        spent = {"epoch": epoch + 1, "seconds": told["train"], "waited": told["wait"]}
-                        runs.log_line(log, at, "train", {"member": numbers[i], **values, **spent})
+                    n, told = max(int(counted.samples[i]), 1), clock.told()
+                    values = {"loss": float(counted.loss[i]) / n, "accuracy": float(counted.correct[i]) / n}
+                    tell(i, "train", values | {"epoch": epoch + 1, "seconds": told["train"], "waited": told["wait"]})
                     if not np.isfinite(answer).all():  # the last step's update was too much
                         meta["diverged"][i] = at if meta["diverged"][i] is None else meta["diverged"][i]
                         continue
@@ -459,8 +466,7 @@ def train_program(
                             "score": score, "step": at, "epoch": epoch + 1, "metric": t.select,
                             "threshold": float(before[i]),
                         }  # fmt: skip
-                    if first_process:
-                        runs.log_line(log, at, "validation", {"member": numbers[i], **own, "epoch": epoch + 1})
+                    tell(i, "validation", own | {"epoch": epoch + 1})
                 held = held._replace(kept=pick(spread.put(better), (held.state.params, held.state.rest), held.kept))
                 bar.set_postfix(loss=f"{np.mean(counted.loss / np.maximum(counted.samples, 1)):.3f}")
             if at % t.checkpoint_steps == 0 or at % spe == 0 or stop:
@@ -471,6 +477,8 @@ def train_program(
         bar.close()
         with clock("save"):
             last.wait_until_finished()
+        for board in filter(None, boards):
+            board.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
     last.close()
@@ -526,7 +534,7 @@ def run(
         if dry_run:
             print(f"{name or 'sweep'}: {len(members)} members, in programs of {', '.join(str(len(g)) for g in groups)}")
             for numbers in groups:
-                Program(base, [own[i] for i in numbers], workdir, together)
+                print(look_ahead(Program(base, [own[i] for i in numbers], workdir, together)))
             continue
         if (folder / "config.json").exists():
             runs.refuse_changes(json.loads((folder / "config.json").read_text()), plain, folder)
@@ -546,6 +554,29 @@ def run(
                 start_from[i] = {"train.start_from": str(folder / "members" / str(i))}
                 save_best(done, place, folder / "members" / str(i))
     return {} if dry_run else _conclude(workdir, members, trained, clock, began)
+
+
+def look_ahead(program: Program) -> str:
+    """What a device would hold of a program, which is compiled for it; nothing is put there or run."""
+    e, m = program.experiment, len(program.members)
+    one = jax.eval_shape(lambda: tasks.initial_state(program.task, program.update, 0, program.sapt))
+    places = program.spread.mesh.size * program.spread.share
+    placed = lambda x: jax.ShapeDtypeStruct((places, *x.shape), x.dtype, sharding=program.spread.layout)
+    carried = jax.tree.map(placed, {"state": one, "totals": jax.eval_shape(train_step.zero_totals)})
+    resident = None
+    if e.pipeline == "resident":
+        everywhere = sharding.replicated(program.spread.mesh)
+        shapes = input_pipeline.block_shapes(e.corpus, e.labels, np.arange(len(e.corpus.rows)))
+        resident = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+    began = time.monotonic()
+    compiled = program.steps.lower(carried, *next(program.pieces(resident, 0, 1))).compile()
+    kept = {name: f"{size / 2**20:.1f} MiB" for name, size in costs.memory(compiled).items()}
+    state = costs.state_bytes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), one))[0] / 2**20
+    return (
+        f"{m} members, {program.spread.share} on each of {program.spread.mesh.size} devices, {state:.2f} MiB of state "
+        f"a member; a device's memory: {', '.join(f'{name} {size}' for name, size in kept.items())}; "
+        f"compiled in {time.monotonic() - began:.0f} s"
+    )
 
 
 def save_best(done: Trained, place: int, folder: pathlib.Path) -> tuple[dict, Any, Any]:

@@ -254,8 +254,8 @@ def history(path: pathlib.Path) -> list[dict]:
     return values
 
 
-def open_board(workdir: pathlib.Path, step: int = 0) -> Any:
-    """A TensorBoard writer to `workdir/tensorboard`, for `log_line`; None, and a warning, without tensorboardX.
+def open_board(workdir: pathlib.Path, step: int = 0, name: str = "") -> Any:
+    """A TensorBoard writer to `workdir/tensorboard/name`, for `log_line`; None, and a warning, without tensorboardX.
 
     step: that of the checkpoint from which the run goes on; what was written of later ones is no longer shown.
     """
@@ -274,7 +274,7 @@ def open_board(workdir: pathlib.Path, step: int = 0) -> Any:
     # Its files are named after the second: one more start within it must not write over them.
     suffix = f".{time.time_ns()}"
     return tensorboardX.SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=1, filename_suffix=suffix
+        str(workdir / "tensorboard" / name), purge_step=step + 1, flush_secs=1, filename_suffix=suffix
     )
 
 
@@ -283,10 +283,14 @@ def log_line(path: pathlib.Path, step: int, split: str, values: dict, board: Any
     finite = {k: (v if v is None or np.isfinite(v) else None) for k, v in values.items()}
     with path.open("a") as file:
         file.write(json.dumps({"step": step, "split": split} | finite) + "\n")
-    if board is not None:
-        for name, value in finite.items():
-            if value is not None:
-                board.add_scalar(f"{split}/{name}", value, step)
+    plot(board, step, split, values)
+
+
+def plot(board: Any, step: int, split: str, values: dict) -> None:
+    """Adds the finite numbers to the board, if there is one."""
+    for name, value in values.items() if board is not None else ():
+        if value is not None and np.isfinite(value):
+            board.add_scalar(f"{split}/{name}", value, step)
 
 
 def log_to(workdir: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from pcgjax import evaluate, goodput, population, runs, train
 from pcgjax.checkpoint import CheckpointError
@@ -48,6 +50,19 @@ def assert_close(workdir, member, other, **tolerance):
     for one, two in zip(ours, theirs, strict=True):
         for name in ("loss", "accuracy"):
             np.testing.assert_allclose(one[name], two[name], **tolerance)
+
+
+def same_population(workdir, finished):
+    """SWEEP's, trained elsewhere."""
+    ours, theirs = (json.loads((w / "population.json").read_text()) for w in (workdir, finished))
+    assert ours["selected"] == theirs["selected"]
+    for one, two in zip(ours["members"], theirs["members"], strict=True):
+        assert one["fields"] == two["fields"]
+        assert ("diverged" in one) == ("diverged" in two)
+        if "diverged" not in one:
+            np.testing.assert_allclose(one["curve"]["loss"], two["curve"]["loss"], rtol=1e-5)
+            assert one["test"]["auc"] == pytest.approx(two["test"]["auc"], abs=1e-6)
+    return ours
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +104,8 @@ def test_what_a_population_writes(finished):
     assert told.count("diverged at step") == 2
     assert "4 members" in (finished / "report.html").read_text()
     assert "sweep" not in json.loads((finished / "best" / "config.json").read_text())
+    # Four runs to TensorBoard.
+    assert sorted(path.name for path in (finished / "tensorboard").iterdir()) == [f"member{i}" for i in range(4)]
 
 
 def test_a_member_is_the_run_alone(finished, make_config, tmp_path):
@@ -271,6 +288,28 @@ def test_stages(make_config, tmp_path):
     assert one != two
 
 
+def test_dry_run_says_what_a_device_would_hold(make_config, tmp_path, capsys):
+    assert population.run(swept(make_config, SWEEP | {"model.hidden": "8,16"}), tmp_path, dry_run=True) == {}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "sweep: 8 members, in programs of 4, 4"
+    small, large = (float(line.split(" MiB of state a member")[0].split()[-1]) for line in said[1:])
+    assert 0 < small < large
+    assert all("4 members, 4 on each of 1 devices" in line and "temporaries" in line for line in said[1:])
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_members_in_two_processes(finished, command, tmp_path):
+    """Each process has two of the four members, and both write one checkpoint."""
+    flags = [f"--config.{name}={value}" for name, value in QUICK.items()]
+    flags += [f"--config.sweep.{field}={values}" for field, values in SWEEP.items()]
+    words, env = command("train", f"--workdir={tmp_path}", *flags)
+    cluster = ["bash", str(ROOT / "launch" / "local_cluster.sh"), "2"]
+    done = subprocess.run([*cluster, *words], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert same_population(tmp_path, finished)["system"]["processes"] == 2
+
+
 @pytest.mark.slow
 def test_members_on_several_devices(finished, run_command, tmp_path):
     """Four members on three devices, of which the last has one twice."""
@@ -278,13 +317,7 @@ def test_members_on_several_devices(finished, run_command, tmp_path):
     flags += [f"--config.sweep.{field}={values}" for field, values in SWEEP.items()]
     done = run_command("train", f"--workdir={tmp_path}", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=3")
     assert done.returncode == 0, done.stderr
-    ours, theirs = (json.loads((w / "population.json").read_text()) for w in (tmp_path, finished))
-    assert ours["system"]["devices"] == 3
-    assert ours["selected"] == theirs["selected"]
-    for member in (0, 1):
-        one, two = ours["members"][member], theirs["members"][member]
-        np.testing.assert_allclose(one["curve"]["loss"], two["curve"]["loss"], rtol=1e-5)
-        assert one["test"]["auc"] == pytest.approx(two["test"]["auc"], abs=1e-6)
+    assert same_population(tmp_path, finished)["system"]["devices"] == 3
 
 
 def test_no_skeleton_in_a_lone_run(make_config):
