@@ -19,7 +19,9 @@ import os
 import pathlib
 import resource
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,6 +87,7 @@ COMMON = {
 }  # fmt: skip
 MEMBERS = 16
 EIGHT = 8
+JOB_S = 1200  # after which a job is given up
 # layout -> (devices of a process, processes, what differs in the config)
 ONE = "1 device"
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -510,8 +513,17 @@ class Runner:
         }  # fmt: skip
         if devices:
             env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        done = subprocess.run(words, env=env, capture_output=True, text=True, errors="replace")
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        pipe = subprocess.PIPE
+        done = subprocess.Popen(
+            words, env=env, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+        )
+        try:
+            stderr = done.communicate(timeout=JOB_S)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGKILL)
+            done.communicate()
+            return f"no end after {JOB_S} s: {shlex.join(words)}"
+        said = stderr.strip().splitlines() or [f"status {done.returncode}"]
         # Of several processes the first to fail says why, the others that they stop.
         return next((line for line in said if "error: " in line), said[-1]) if done.returncode else ""
 

@@ -11,6 +11,15 @@ import pytest
 from pcgjax.features import burg
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+    """Not as other tests: unless they are vectorised, the sums here are exact to fewer places."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def lattice(x, order):
     """Reflection coefficients and variance in float64, as Burg 1975 has them."""
     forward, backward, k = x[1:], x[:-1], []
