@@ -248,7 +248,7 @@ class Program:
         task = tasks.make(config, self.experiment.corpus.sample_rate_hz)
         return task, optimizer.make(config.optimizer, self.last_step)
 
-    def _compiled(self, function: Callable) -> Callable:
+    def _compiled(self, function: Callable) -> Any:
         """function(all that a member is given) -> a compiled one of (carried and donated, own, shared)."""
         each = over_members(lambda own, shared: function({**shared, **own}), self.spread.mesh, self.together)
         return jax.jit(

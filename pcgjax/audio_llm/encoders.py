@@ -33,7 +33,7 @@ from torch import nn
 from pcgjax import checkpoint, evaluate, files, goodput, input_pipeline, metrics, runs
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm.model import RATE_HZ, ModelError
-from pcgjax.audio_llm.train import full, learning_rate, newest
+from pcgjax.audio_llm.train import full, learning_rate, moments_of, newest, write
 from pcgjax.experiment import balance_groups
 from pcgjax.input_pipeline import Corpus, Geometry
 from pcgjax.runs import ORDER, STEP
@@ -293,30 +293,12 @@ def _device() -> torch.device:
 
 
 def save(workdir: pathlib.Path, kind: str, step: int, model: Classifier, optimizer: Any, meta: dict) -> None:
-    """Writes checkpoints/KIND-STEP: model.safetensors, meta.json and, with an optimizer, optimizer.safetensors; then
-    removes the one before. It is there whole or not at all."""
+    """Writes checkpoints/KIND-STEP: model.safetensors, meta.json and, with an optimizer, optimizer.safetensors."""
     from safetensors.torch import save_file
 
-    target = workdir / "checkpoints" / f"{kind}-{step:08d}"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        save_file({name: full(p) for name, p in model.state_dict().items()}, temporary / "model.safetensors")
-        if optimizer is not None:
-            moments = {
-                f"{name}|{key}": full(torch.as_tensor(value))
-                for name, p in model.named_parameters()
-                for key, value in optimizer.state.get(p, {}).items()
-            }
-            save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "meta.json").write_text(json.dumps(meta | {"step": step}) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for other in target.parent.glob(f"{kind}-*"):
-        if other != target:
-            shutil.rmtree(other)
+    tensors = {name: full(p) for name, p in model.state_dict().items()}
+    moments = moments_of(dict(model.named_parameters()), optimizer)
+    write(workdir, kind, step, lambda folder: save_file(tensors, folder / "model.safetensors"), moments, meta)
 
 
 def put(model: Classifier, folder: pathlib.Path, optimizer: Any = None) -> dict:

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,33 +82,48 @@ def save(workdir: pathlib.Path, kind: str, step: int, model: Any, weights: dict,
 
     Every process calls it, for parameters that are divided between them; one writes, the others wait for it.
     """
-    from safetensors.torch import save_file
-
-    tensors = {name: full(p) for name, p in weights.items()}
-    moments = {}
-    if optimizer is not None:
-        for name, p in weights.items():
-            for key, value in optimizer.state.get(p, {}).items():
-                moments[f"{name}|{key}"] = full(torch.as_tensor(value))
+    tensors, moments = {name: full(p) for name, p in weights.items()}, moments_of(weights, optimizer)
     rank, world = batches.process()
     if rank == 0:
-        target = workdir / "checkpoints" / f"{kind}-{step:08d}"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
-        try:
-            llm.save_adapter(model, temporary / "adapter", tensors)
-            if optimizer is not None:
-                save_file(moments, temporary / "optimizer.safetensors")
-            (temporary / "meta.json").write_text(json.dumps(meta | {"step": step}) + "\n")
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for other in target.parent.glob(f"{kind}-*"):
-            if other != target:
-                shutil.rmtree(other)
+        write(workdir, kind, step, lambda folder: llm.save_adapter(model, folder / "adapter", tensors), moments, meta)
     if world > 1:
         dist.barrier()
+
+
+def moments_of(weights: dict[str, Any], optimizer: Any) -> dict[str, torch.Tensor] | None:
+    """What the optimizer knows of each weight, as "name|moment"; None without one."""
+    if optimizer is None:
+        return None
+    return {
+        f"{name}|{key}": full(torch.as_tensor(value))
+        for name, p in weights.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def write(
+    workdir: pathlib.Path, kind: str, step: int, write_weights: Callable[[pathlib.Path], object],
+    moments: dict[str, torch.Tensor] | None, meta: dict,
+) -> None:  # fmt: skip
+    """Writes checkpoints/KIND-STEP: what `write_weights(folder)` writes, moments as optimizer.safetensors (None: none),
+    meta.json; then removes the one before. It is there whole or not at all."""
+    from safetensors.torch import save_file
+
+    target = workdir / "checkpoints" / f"{kind}-{step:08d}"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        write_weights(temporary)
+        if moments is not None:
+            save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "meta.json").write_text(json.dumps(meta | {"step": step}) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for other in target.parent.glob(f"{kind}-*"):
+        if other != target:
+            shutil.rmtree(other)
 
 
 def put(weights: dict[str, Any], folder: pathlib.Path, optimizer: Any = None) -> dict:
