@@ -45,10 +45,14 @@ def answers_of(
     ids: jax.Array,
     choice: jax.Array,
     key: jax.Array,
+    embed: bool = False,
 ) -> jax.Array:
-    """`task.forward`'s answers (R, `width_of`) of one group's recordings, as `input_pipeline.at_capacity` has them."""
+    """`task.forward`'s answers (R, `width_of`) of one group's recordings, as `input_pipeline.at_capacity` has them;
+    with `embed`, what `tasks.embed` gives."""
 
     def answers(batch: dict, capacity: int) -> jax.Array:
+        if embed:
+            return tasks.embed(task, model, batch, capacity, key)
         return jnp.stack(task.forward(model, batch, capacity, key), axis=-1).astype(jnp.float32)
 
     return input_pipeline.at_capacity(answers, data, ids, choice, capacities, task.geometry)
@@ -63,12 +67,15 @@ def make_predict(
     key: jax.Array,
     mesh: jax.sharding.Mesh | None = None,
     resident: dict | None = None,
+    embed: bool = False,
 ) -> Callable[[Any, Any], np.ndarray]:
     """A function (params, rest) -> `task.forward`'s answers, (n, 2 or 3) float32, of the recordings `indices`.
 
+    embed: what the last unit is given, (n, D) as `tasks.embed` has it, instead of the answers.
     mesh: whose devices share each batch, all with the whole parameters; every process is given all answers.
     resident: the whole corpus on every device, from `input_pipeline.block`; None to stream it.
     """
+    width = tasks.embedded(nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))) if embed else width_of(task)
     # A classifier does not look at them here.
     labels = np.zeros(len(corpus.rows), np.float32) if task.classifies else task.labels(corpus)
     devices = mesh.size if mesh else 1
@@ -79,7 +86,7 @@ def make_predict(
         keys = jax.random.split(jax.random.fold_in(key, i), devices)
         own = keys[jax.lax.axis_index(sharding.AXES) if devices > 1 else 0]
         model = tasks.merged(task, graphdef, params, rest)
-        return answers_of(task, model, plan.capacities, data, ids[0], choice, own)[None]
+        return answers_of(task, model, plan.capacities, data, ids[0], choice, own, embed)[None]
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(), out_shardings=whole)
     def run(params, rest, data, ids, capacity, steps, done):
@@ -88,7 +95,7 @@ def make_predict(
         each = sharding.over_devices(forward, mesh, own, spread) if mesh else forward
         if mesh:
             params = jax.lax.with_sharding_constraint(params, whole)
-        out = jnp.zeros((*ids.shape, width_of(task)))
+        out = jnp.zeros((*ids.shape, width))
         step = lambda i, out: out.at[i].set(each(params, rest, data, ids[i], capacity[i], done + i))
         return jax.lax.fori_loop(0, steps, step, out)
 
@@ -98,7 +105,7 @@ def make_predict(
             pieces = [(resident, plan.ids, plan.capacity, len(plan.ids))]
         else:
             pieces = input_pipeline.streamed(corpus, labels, plan, 0, len(plan.ids), mesh)
-        out, done = np.zeros((len(corpus.rows), width_of(task)), np.float32), 0
+        out, done = np.zeros((len(corpus.rows), width), np.float32), 0
         for data, ids, capacity, steps in pieces:
             answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))[:steps]
             asked = plan.ids[done : done + steps]

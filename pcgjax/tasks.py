@@ -58,6 +58,8 @@ class Task(NamedTuple):
     classifies: bool = True  # recordings
     shapes: int = 8  # of batches, each compiled: more waste less, and take longer to compile
     dtype: Any = jnp.float32  # of the model's arithmetic; parameters, and all sums over time, stay float32
+    # What `forward` takes -> logits (J,) of the clips, whose each is (J,), whether it counts (J,); of classifiers.
+    clips: Callable[[Any, dict, int, jax.Array], tuple[jax.Array, jax.Array, jax.Array]] | None = None
 
 
 def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -76,7 +78,7 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     sos, lead, gap = _filter(f, (f.low_hz, f.high_hz), sample_rate_hz, "bandpass")
     geometry, dtype = Geometry(window, hop, lead, gap), _dtype(config.model)
 
-    def forward(model: CNN1D, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def clips(model: CNN1D, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         where = filters.packing(batch["lengths"], batch["samples"].shape[0], lead, gap)
         x = _noisy(batch, where, f.noise_snr_db, key)
         if sos is not None:
@@ -90,9 +92,10 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             recording = jnp.concatenate([recording, recording[:-1]])
         else:
             logits, mask = model(cut.samples.astype(dtype)), cut.real & (cut.nth < cut.windows)
-        logits = logits.astype(jnp.float32)
-        log_p, log_q, _ = recording_log_probabilities(logits, recording, mask, len(batch["lengths"]))
-        return log_p, log_q
+        return logits.astype(jnp.float32), recording, mask
+
+    def forward(model: CNN1D, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return recording_log_probabilities(*clips(model, batch, capacity, key), len(batch["lengths"]))[:2]
 
     def loss(model: CNN1D, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
         used, y = batch["lengths"] > 0, batch["labels"]
@@ -105,7 +108,8 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         m = config.model
         return CNN1D(window, tuple(m.filters), m.kernel_size, m.hidden, rngs=rngs)
 
-    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target), dtype=dtype)
+    labels = lambda corpus: corpus.labels(config.task.target)
+    return Task(geometry, init, forward, loss, labels, dtype=dtype, clips=clips)
 
 
 def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -189,16 +193,18 @@ def _of_clips(config: ml_collections.ConfigDict, sample_rate_hz: int, init: Call
         logits = model(mel.astype(dtype), mask.astype(dtype), drop_key if train else None, total, config.model.dropout)
         return logits.astype(jnp.float32), cut.recording, cut.real
 
+    def clips(model: Any, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return logits_of(model, batch, capacity, key, False, lambda x: x)
+
     def forward(model: Any, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, recording, real = logits_of(model, batch, capacity, key, False, lambda x: x)
-        log_p, log_q, _ = recording_log_probabilities(logits, recording, real, len(batch["lengths"]))
-        return log_p, log_q
+        return recording_log_probabilities(*clips(model, batch, capacity, key), len(batch["lengths"]))[:2]
 
     def loss(model: Any, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
         logits, recording, real = logits_of(model, batch, capacity, key, True, total)
         return clip_loss(loss_, logits, batch["labels"][recording], real, threshold, total)
 
-    return Task(geometry, init, forward, loss, lambda corpus: corpus.labels(config.task.target), dtype=dtype)
+    labels = lambda corpus: corpus.labels(config.task.target)
+    return Task(geometry, init, forward, loss, labels, dtype=dtype, clips=clips)
 
 
 def clip_features(f: ml_collections.ConfigDict, clips_BxT: jax.Array, own_B: jax.Array, sample_rate_hz: int):
@@ -610,6 +616,38 @@ def merged(task: Task, graphdef: Any, params: Any, rest: Any) -> Any:
 
 def _dtype(model: ml_collections.ConfigDict) -> Any:
     return jnp.bfloat16 if model.get("bfloat16", False) else jnp.float32  # runs of earlier versions say nothing
+
+
+def embed(task: Task, model: Any, batch: dict, capacity: int, key: jax.Array) -> jax.Array:
+    """(R, D) what a classifier's last unit is given, the mean over each recording's clips; zeros where it has none."""
+    model = nnx.clone(model)  # the caller's keeps its last unit
+    holder, name = _last_unit(model)
+    seen = []
+
+    def look(h_JxD: jax.Array) -> jax.Array:  # stands in the last unit's place
+        seen.append(h_JxD.astype(jnp.float32))
+        return jnp.zeros((len(h_JxD), 1), h_JxD.dtype)
+
+    assert task.clips is not None
+    setattr(holder, name, look)
+    _, recording, mask = task.clips(model, batch, capacity, key)
+    [h_JxD] = seen
+    R = len(batch["lengths"])
+    summed = jax.ops.segment_sum(jnp.where(mask[:, None], h_JxD, 0), recording, R)
+    count = jax.ops.segment_sum(mask.astype(jnp.float32), recording, R)
+    return summed / jnp.maximum(count, 1)[:, None]
+
+
+def embedded(model: Any) -> int:
+    """The D of `embed`."""
+    holder, name = _last_unit(model)
+    return getattr(holder, name).in_features
+
+
+def _last_unit(model: Any) -> tuple[Any, str]:
+    if isinstance(model, CNNLSTM):
+        return model.recurrent, "output"
+    return model, "head" if isinstance(model, ImageClassifier) else "output"
 
 
 class TrainState(NamedTuple):

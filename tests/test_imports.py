@@ -12,8 +12,8 @@ MODULES = (
     "datasets.synthetic", "distributed", "evaluate", "experiment", "features.filters", "features.spectrogram",
     "features.wavelet", "files", "goodput", "input_pipeline", "kernels.hinf_lstm", "losses", "metrics",
     "models.cnn1d", "models.hinf_lstm", "models.image", "models.segmenter", "models.ssamba", "optimizer", "peers",
-    "population", "predict", "prepare", "report", "runs", "segment", "segmentation", "sharding", "splits", "tasks",
-    "thresholds", "train", "train_step",
+    "population", "predict", "prepare", "report", "reproduce", "reproduce_page", "runs", "segment", "segmentation",
+    "sharding", "sites", "splits", "tasks", "thresholds", "train", "train_step",
 )  # fmt: skip
 
 
