@@ -679,11 +679,11 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     positive = results["data"]["target"]
     sections = []
     if asked:
-        sections.append(("experiment", "The paper's experiment", "".join(_tables(asked)) + _reading(asked)))
+        sections.append(("experiment", "The paper's experiment", "".join(_tables(asked)) + reading(asked)))
     sections += [
         ("split", "On people not heard", _four(results)),
-        ("sounds", "S1 and S2 on the envelope", _envelope_figures(shown, positive) + _picked(results["picking"])),
-        ("spectra", "Spectra of systole and diastole", _spectra_figure(shown, positive)),
+        ("sounds", "S1 and S2 on the envelope", envelope_figures(shown, positive) + _picked(results["picking"])),
+        ("spectra", "Spectra of systole and diastole", spectra_figure(shown, positive)),
         ("setup", "Setup", _setup(results, (workdir / "config.json").read_text())),
     ]
     test = results["test"]
@@ -722,7 +722,8 @@ def _tables(asked: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _reading(asked: Mapping[str, Any]) -> str:
+def reading(asked: Mapping[str, Any]) -> str:
+    """HTML that says how to read the tables of an experiment.json."""
     says = [
         f"{asked['runs']} random splits, {asked['test_share']:.0%} to test. “Best” is the run of best accuracy of "
         "those split by recording, what the paper reports; “by recording” is their mean and deviation.",
@@ -758,7 +759,8 @@ def _four(results: Mapping[str, Any]) -> str:
     )
 
 
-def _envelope_figures(shown: Mapping[str, Any], positive: str) -> str:
+def envelope_figures(shown: Mapping[str, Any], positive: str) -> str:
+    """HTML of a normal and a positive clip with the sounds that were found on their envelopes."""
     return "".join(
         _envelope_figure({k: shown[f"{name}_{k}"] for k in ("id", "samples", "envelope", "states")}, shown, word)
         for name, word in (("normal", "normal"), ("murmur", positive))
@@ -815,7 +817,8 @@ def _picked(found: Mapping[str, Any] | None) -> str:
     return f'<div class="card"><h3>Beside the annotations</h3>{page.facts(found)}</div>'
 
 
-def _spectra_figure(shown: Mapping[str, Any], positive: str) -> str:
+def spectra_figure(shown: Mapping[str, Any], positive: str) -> str:
+    """HTML of the mean Burg spectra of systole and diastole, normal beside positive."""
     f = shown["frequencies_hz"]
 
     def paint(figure: Any) -> None:

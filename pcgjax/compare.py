@@ -110,7 +110,7 @@ def write(
         if path is not None and pathlib.Path(path).exists():
             histories[name] = report.read_history(pathlib.Path(path))
     sections = [
-        ("scores", "Scores", _people(rows) + _bars(rows, paper)),
+        ("scores", "Scores", _people(rows) + bars_figure(rows, paper)),
         ("differences", "What differs", _differences(rows)),
         ("training", "Learning curves", _curves(rows, histories)),
         ("table", "All numbers", _table(rows, paper)),
@@ -274,7 +274,8 @@ def _paper_number(paper: Mapping[str, Any] | None, name: str, metric: str) -> fl
     return page.finite(((paper or {}).get("results") or {}).get(name, {}).get(metric))
 
 
-def _bars(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> str:
+def bars_figure(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> str:
+    """HTML of the runs' test scores side by side, with the paper's where it gives them."""
     first = PAPER_METRICS if paper else (*report.HEADLINE, *report.SEGMENTATION_HEADLINE, *LLM_WORDS)
     known = [m for m in _known(rows) if m != "loss"]
     shown = [m for m in first if m in known] or known

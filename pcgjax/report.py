@@ -86,7 +86,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         sections += [("training", "Training", training_curves(history)), ("setup", "Setup", _setup(results, config))]
         files.write_text(path, page.document(f"Run {workdir.resolve().name}", _subtitle(results["test"]), sections))
         return path
-    rows = _predictions(workdir / "predictions.csv") if (workdir / "predictions.csv").exists() else None
+    rows = read_predictions(workdir / "predictions.csv") if (workdir / "predictions.csv").exists() else None
     test_rows = [row for row in rows or [] if row["split"] == "test"]
     test = results["test"]
     if test_rows and test.get("recordings", len(test_rows)) != len(test_rows):
@@ -100,7 +100,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         ("scores", "Scores", _headline(test) + _honesty(results, rows)),
         ("curves", "Decisions and probabilities", _decision_figures(test, test_rows)),
         ("training", "Training", training_curves(history)),
-        ("databases", "Database by database", _databases(test)),
+        ("databases", "Database by database", databases_table(test)),
         ("trivial", "Beside trivial answers", _trivial(results)),
         ("classes", "Class by class", _classes(test)),
         ("examples", "The surest answers", _example_figures(examples)),
@@ -227,7 +227,7 @@ def read_history(path: pathlib.Path) -> list[dict[str, Any]]:
     return history
 
 
-def _predictions(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a predictions.csv: label, decision int, probability float, the rest text."""
     fix = "write the file again with train or evaluate"
     rows: list[dict[str, Any]] = []
@@ -428,7 +428,7 @@ def _decision_figures(test: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         y = np.array([row["label"] for row in rows])
         p = np.array([row["probability"] for row in rows])
         if 0 < y.sum() < len(y):
-            parts += [_roc(test, y, p), _pr(test, y, p)]
+            parts += [roc_figure(test, y, p), _pr(test, y, p)]
         else:
             why = "ROC and precision-recall curves need both classes; the test set holds only one."
             parts.append(page.absent(why))
@@ -436,13 +436,14 @@ def _decision_figures(test: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         why = "ROC and precision-recall curves are left out: predictions.csv has no test rows here."
         parts.append(page.absent(why))
     counts, bins = test.get("counts"), (test.get("calibration") or {}).get("bins")
-    parts.append(_confusion(test) if counts else page.absent("No confusion matrix: metrics.json has no counts."))
+    parts.append(confusion_table(test) if counts else page.absent("No confusion matrix: metrics.json has no counts."))
     none = "No reliability curve: metrics.json has no calibration."
     parts.append(_reliability(test) if bins else page.absent(none))
     return f'<div class="grid two">{"".join(parts)}</div>'
 
 
-def _roc(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
+def roc_figure(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
+    """HTML of the curve of labels `y` and probabilities `p`, both (N,), with the decision that was taken."""
     fpr, tpr, _ = metrics.roc_curve(y, p)
     auc, se, sp = (page.finite(overall_scores(test).get(k)) for k in ("auc", "sensitivity", "specificity"))
 
@@ -485,7 +486,8 @@ def _pr(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
     return page.card("Precision and recall", figure, caption)
 
 
-def _confusion(test: Mapping[str, Any]) -> str:
+def confusion_table(test: Mapping[str, Any]) -> str:
+    """HTML of the counts that `metrics.judge` found."""
     counts = test["counts"]
     cells = {key: int(counts.get(key) or 0) for key in ("tn", "fp", "fn", "tp")}
     body = []
@@ -592,7 +594,8 @@ def smoothed(curve: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     return step, value
 
 
-def _databases(test: Mapping[str, Any]) -> str:
+def databases_table(test: Mapping[str, Any]) -> str:
+    """HTML of what `metrics.judge` found inside each database."""
     per_database = test.get("per_database")
     if not per_database:
         return page.absent("metrics.json has no per_database.")

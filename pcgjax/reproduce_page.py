@@ -232,8 +232,8 @@ def _classical(out: pathlib.Path, table: Mapping[str, Any], rows: Any) -> str:
     with np.load(workdir / "pictures.npz", allow_pickle=False) as file:
         shown = {name: file[name] for name in file.files}
     target = results["data"]["target"]
-    figures = classical._envelope_figures(shown, target) + classical._spectra_figure(shown, target)
-    return classical._reading(asked) + "<h3>S1 and S2 on the envelope; spectra</h3>" + figures + _link(workdir, out)
+    figures = classical.envelope_figures(shown, target) + classical.spectra_figure(shown, target)
+    return classical.reading(asked) + "<h3>S1 and S2 on the envelope; spectra</h3>" + figures + _link(workdir, out)
 
 
 def _cnn(out: pathlib.Path, table: Mapping[str, Any], rows: Any) -> str:
@@ -243,7 +243,7 @@ def _cnn(out: pathlib.Path, table: Mapping[str, Any], rows: Any) -> str:
                    if _done(table, f"{name}/{path.parent.name}")]  # fmt: skip
         if folders:
             runs = [compare.row(path.parent, f"{path.parent.name.replace('_', ' ').capitalize()}") for path in folders]
-            shown += f"<h3>Four configurations, {word}</h3>" + compare._bars(runs, compare.CNN_PAPER)
+            shown += f"<h3>Four configurations, {word}</h3>" + compare.bars_figure(runs, compare.CNN_PAPER)
     return shown + _both(out, table, "cnn_published/filter", "cnn_person/filter", "Filter")
 
 
@@ -268,10 +268,11 @@ def _both(out: pathlib.Path, table: Mapping[str, Any], published: str, honest: s
             continue
         workdir = out / "runs" / path
         test = report.read_results(workdir / "metrics.json")["test"]
-        rows = [row for row in report._predictions(workdir / "predictions.csv") if row["split"] == "test"]
+        rows = [row for row in report.read_predictions(workdir / "predictions.csv") if row["split"] == "test"]
         y, p = (np.array([row[key] for row in rows]) for key in ("label", "probability"))
-        drawn = report._roc(test, y, p) if 0 < y.sum() < len(y) else ""
-        shown += f'<h3>{page.escape(name)}, {word}</h3><div class="grid two">{drawn}{report._confusion(test)}</div>'
+        drawn = report.roc_figure(test, y, p) if 0 < y.sum() < len(y) else ""
+        drawn += report.confusion_table(test)
+        shown += f'<h3>{page.escape(name)}, {word}</h3><div class="grid two">{drawn}</div>'
         shown += report.training_curves(report.read_history(workdir / "metrics.jsonl")) + _link(workdir, out)
     if (out / "runs" / honest / "sites.json").exists():
         found = json.loads((out / "runs" / honest / "sites.json").read_text())

@@ -269,7 +269,7 @@ def databases_card(found: Mapping[str, Any]) -> str:
         ["<i>AUC of the database alone</i>: its share of abnormal in training", page.score(alone["auc"])],
         ["<i>the same</i>, told the test set's own shares", page.number(test["trivial"]["database_prior"]["auc"])],
     ]
-    return page.table(["", "Score"], body) + report._databases(test)
+    return page.table(["", "Score"], body) + report.databases_table(test)
 
 
 def probe_card(found: Mapping[str, Any]) -> str:

@@ -121,6 +121,7 @@ def test_step_is_the_documented_recipe(plain):
     assert trained == {*bench.TARGETS, "linear"}
 
 
+@pytest.mark.slow
 def test_suite_and_summary():
     result = bench.audio_llm_suite(pairs=1)
     rows = result["published"]["rows"]

@@ -236,7 +236,8 @@ def test_threshold_moves_and_is_used(staged, corpus_folder, tmp_path):
     assert answered[0]["decision"] == int(float(answered[0]["probability"]) >= used)
 
 
-@pytest.mark.parametrize("stage", ["cnn_lstm", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["cnn_lstm", ""])
 def test_killed_in_either_stage_and_resumed(stage, staged, command, make_config, tmp_path):
     workdir = tmp_path / "run"
     words, env = command("train", f"--workdir={workdir}", config="hinf_lstm")
@@ -264,6 +265,7 @@ def test_start_from_another_model_is_refused(staged, make_config, tmp_path):
         train.train(make_config(changes, "hinf_lstm"), tmp_path)
 
 
+@pytest.mark.slow
 def test_validation_without_a_class_keeps_the_threshold_and_says_so(make_config, prepared, tmp_path, caplog):
     from pcgjax import splits
 

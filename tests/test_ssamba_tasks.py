@@ -62,6 +62,7 @@ def test_there_are_no_labels_to_shuffle(make_config, tmp_path):
         runs.load_data(make_config({"data.shuffle_labels": True}, "ssamba_pretrain"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_segmenter_starts_from_it(make_config, prepared_16k, pretrained, tmp_path):
     changes = {"data.prepared": prepared_16k, "model.checkpoint": str(pretrained / "ssamba.pth"), "train.epochs": 1}
     config = make_config(changes, "segmenter")
