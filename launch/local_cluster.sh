@@ -34,6 +34,8 @@ for ((i = 0; i < n; i++)); do
   fi
   pids+=("$!")
 done
+# A signal that came before they all were known reached only some.
+if [ "$deadline" != 0 ]; then kill -TERM "${pids[@]}" 2>/dev/null; fi
 while [ "${#pids[@]}" -gt 0 ]; do
   sleep 0.2
   for i in "${!pids[@]}"; do

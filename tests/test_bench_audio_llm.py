@@ -150,6 +150,7 @@ def test_both_ways_have_one_loss(plain):
         assert found["losses"]["ours"] == pytest.approx(found["losses"]["plain"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_of_any_size_with_random_weights_is_measured(tmp_path):
     from transformers import AutoConfig
 

@@ -227,7 +227,7 @@ def test_loss_that_is_not_finite(make_config, prepared, tmp_path):
     step = int(text.split("at step ")[1].split(",")[0])
     # The recordings that it names are those of that step.
     _, parts, _ = runs.load_data(config, tmp_path)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), train.ORDER), 0)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), runs.ORDER), 0)
     ids = input_pipeline.epoch_order(parts["train"], None, key, 3)[step].reshape(-1)
     _, rows = prepare.read_rows(prepared)
     assert f"recordings {', '.join(rows[i]['id'] for i in ids if i >= 0)};" in text

@@ -116,11 +116,12 @@ def log_mel(
     power = _power(jnp.asarray(x, jnp.float32), n_fft, hop)
     mel = jnp.matmul(power, bank.T, precision=jax.lax.Precision.HIGHEST).swapaxes(-1, -2)
     to_db = lambda p: 10 * jnp.log10(jnp.maximum(p, amin))
-    top = mel.max((-2, -1), keepdims=True)
-    decibels = to_db(mel) - to_db(top if ref == "max" else jnp.float32(ref))
-    if top_db is None:
-        return decibels
-    return jnp.maximum(decibels, decibels.max((-2, -1), keepdims=True) - top_db)
+    # Of the powers, not of their logarithms: those may be computed twice and differ, and then none equals the largest,
+    # whose gradient would be 0 / 0.
+    top = to_db(mel.max((-2, -1), keepdims=True))
+    reference = top if ref == "max" else to_db(jnp.float32(ref))
+    decibels = to_db(mel) - reference
+    return decibels if top_db is None else jnp.maximum(decibels, top - reference - top_db)
 
 
 def mel_of_frames(
