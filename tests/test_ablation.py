@@ -91,6 +91,7 @@ def test_the_clips_are_what_the_task_shows_its_model(corpus, ready):
     assert np.abs(forward(batch, jax.random.key(9)) - p[ids[0]]).max() > 1e-4  # other noise
 
 
+@pytest.mark.slow
 def test_all_seeds_at_once_are_one_after_the_other(ready, arms, monkeypatch):
     """vmap, which runs where there is no CPU, against a seed at a time; how far splits are filled up is the same."""
     config, task, data, labels, parts = ready
@@ -105,6 +106,7 @@ def test_all_seeds_at_once_are_one_after_the_other(ready, arms, monkeypatch):
         assert np.abs(p[1] - p[0]).max() > 1e-3  # another seed, another training
 
 
+@pytest.mark.slow
 def test_arms_differ_where_they_should(arms):
     by_threshold = []
     for cell in ("lstm", "convex", "forget"):
@@ -119,6 +121,7 @@ def test_arms_differ_where_they_should(arms):
     assert np.abs(arms["convex", "bce", "fixed"][0] - arms["forget", "bce", "fixed"][0]).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_an_arm_is_a_plain_loop_of_the_penalty_weighted_loss(ready):
     """One seed of stage 2, PWL at a fixed threshold, against a loop over batches with the loss as the paper has it."""
     config, _, data, labels, parts = ready

@@ -127,6 +127,7 @@ def test_an_empty_folder_may_be_written_to(tiny_llm, adapter, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_the_command(tiny_llm, adapter, tmp_path, run_command):
     done = run_command("audio_llm.merge", f"--model={tiny_llm}", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}")
     assert done.returncode == 0, done.stderr

@@ -449,6 +449,7 @@ def test_a_bad_list_of_folders_is_named(word):
         score._folders("zero_shot", [word])
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_the_files(workdirs, tiny_llm, tmp_path, run_command):
     words = (f"--model={tiny_llm}", f"--workdir={workdirs / 'plain'}", f"--out={tmp_path / 'out'}", "--part=validation")
     done = run_command("audio_llm.score", *words)

@@ -123,7 +123,8 @@ def wait_for_a_checkpoint(workdir: pathlib.Path, process: subprocess.Popen) -> N
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
 def test_two_processes_train_what_one_does_and_one_goes_on(words, fsdp, tmp_path):
     words = [*words, "--config.lora.dropout=0.0"]
     alone, two = tmp_path / "alone", tmp_path / "two"

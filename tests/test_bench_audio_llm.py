@@ -142,6 +142,7 @@ def test_suite_and_summary():
         assert all(0 < loss < 20 for loss in step["losses"].values())
 
 
+@pytest.mark.slow
 def test_both_ways_have_one_loss(plain):
     model, processor, _ = plain
     nothing = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)

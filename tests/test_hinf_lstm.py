@@ -321,6 +321,7 @@ def test_bad_config_names_the_field(changes, message, make_config, tmp_path):
         train.train(make_config(changes, "hinf_lstm"), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_first_threshold_is_the_config_s(make_config, tmp_path):
     config = make_config({"evaluation.threshold": 0.3, "sapt.interval": 0, "train.epochs": 1}, "hinf_lstm")
     results = train.train(config, tmp_path)

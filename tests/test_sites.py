@@ -199,6 +199,7 @@ def test_people_who_were_heard_are_not_probed(run, tmp_path):
     assert "no probe" in sites.summary(found)
 
 
+@pytest.mark.slow
 def test_the_classical_chain(sited, tmp_path):
     changes = {"data.prepared": str(sited), "experiment.runs": 0, "split.fractions": (0.3, 0.3, 0.4),
                "train.epochs": 50, "evaluation.resamples": 10, "features.nfft": 32}  # fmt: skip

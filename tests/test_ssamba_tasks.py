@@ -38,6 +38,7 @@ def lines(workdir, split):
     return [line for line in history if line["split"] == split]
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_leaves_a_checkpoint(pretrained):
     losses = [line["loss"] for line in lines(pretrained, "train")]
     assert losses[-1] < losses[0]
@@ -47,6 +48,7 @@ def test_pretraining_learns_and_leaves_a_checkpoint(pretrained):
     assert hasattr(model, "mask_token")
 
 
+@pytest.mark.slow
 def test_pretraining_has_no_predictions_but_a_report(pretrained, corpus_folder, tmp_path):
     written = {path.name for path in pretrained.iterdir()}
     assert "predictions.csv" not in written

@@ -123,7 +123,8 @@ def stop_in_mid_epoch(words, env, workdir, number, steps_an_epoch):
             process.wait()
 
 
-@pytest.mark.parametrize("pipeline", [pytest.param("resident", marks=pytest.mark.slow), "stream"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["resident", "stream"])
 def test_killed_and_resumed_equals_uninterrupted(pipeline, command, make_config, trained, tmp_path):
     workdir = tmp_path / "run"
     words, env = command("train", f"--workdir={workdir}", f"--config.data.pipeline={pipeline}")
@@ -439,6 +440,7 @@ def test_dry_run(pipeline, make_config, tmp_path, capsys):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_variants(make_config, tmp_path, capsys):
     config = make_config({"train.epochs": 1})
     with config.unlocked():
