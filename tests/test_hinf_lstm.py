@@ -206,6 +206,7 @@ def staged(make_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_second_stage_keeps_the_first_one_s_cnn(staged):
     _, first = state_of(staged / "cnn_lstm", "best")
     _, saved = state_of(staged, "last")
@@ -220,6 +221,7 @@ def test_second_stage_keeps_the_first_one_s_cnn(staged):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.slow
 def test_threshold_moves_and_is_used(staged, corpus_folder, tmp_path):
     lines = [line for line in lines_of(staged) if line["split"] == "validation"]
     assert lines[0]["threshold"] == lines[1]["threshold"] == 0.5  # in use before the first update after two epochs
@@ -250,6 +252,7 @@ def test_killed_in_either_stage_and_resumed(stage, staged, command, make_config,
     assert_same_run(workdir / "cnn_lstm", staged / "cnn_lstm")
 
 
+@pytest.mark.slow
 def test_a_changed_first_stage_is_refused(staged, make_config, tmp_path):
     import shutil
 
@@ -259,6 +262,7 @@ def test_a_changed_first_stage_is_refused(staged, make_config, tmp_path):
         train.stages(make_config({"model.hidden": 9}, "hinf_lstm"), tmp_path)
 
 
+@pytest.mark.slow
 def test_start_from_another_model_is_refused(staged, make_config, tmp_path):
     changes = {"model.blocks": ((4,), (9,)), "train.start_from": str(staged), "optimizer.frozen": ("cnn",)}
     with pytest.raises(ValueError, match=r"train.start_from=.*: its parameters 'cnn' are not those of this model"):
