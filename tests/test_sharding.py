@@ -185,17 +185,18 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def other_on_one(make_config, tmp_path_factory):
+def other_on_one(make_config, prepared_16k, tmp_path_factory):
     @functools.cache
     def made(name):
         workdir = tmp_path_factory.mktemp(name)
-        train.train(other_config(make_config, name), workdir)
+        train.train(other_config(make_config, prepared_16k, name), workdir)
         return workdir
 
     return made
 
 
-def other_config(make_config, name, **changes):
+def other_config(make_config, prepared_16k, name, **changes):
+    changes |= {"data.prepared": str(prepared_16k)} if name == "ssamba_pretrain" else {}
     small = {"train.batch_recordings": 8, "train.epochs": 2, "train.checkpoint_steps": 100}
     return make_config({**small, **OTHERS[name][0], **changes}, name)
 
@@ -203,9 +204,9 @@ def other_config(make_config, name, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_models_on_eight_devices(name, layout, other_on_one, make_config, run_on, tmp_path):
+def test_other_models_on_eight_devices(name, layout, other_on_one, make_config, prepared_16k, run_on, tmp_path):
     _, rel, splits = OTHERS[name]
-    run_on(8, other_config(make_config, name, **{"train.accumulate": 1}, **LAYOUTS[layout]), tmp_path)
+    run_on(8, other_config(make_config, prepared_16k, name, **{"train.accumulate": 1}, **LAYOUTS[layout]), tmp_path)
     assert_same_curve(tmp_path, other_on_one(name), splits, rel)
     if name == "hinf_lstm":
         assert_same_answers(tmp_path, other_on_one(name), abs=1e-3)
