@@ -110,8 +110,8 @@ def _save_model(tokenizer: Any, folder: pathlib.Path, seed: int, legacy: bool) -
     end_of_text, end_of_turn, audio = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|AUDIO|>"])
     config = Qwen2AudioConfig(
         audio_config={
-            # Deep and strongly weighted: what a random encoder keeps of when a murmur is heard, a linear probe of its
-            # mean finds in .64 of recordings, .51 with half of either (BUILD_NOTES.md); of its pitch always in .7.
+            # Deep and strongly weighted: the mean over time of what such a random encoder says tells better when a
+            # murmur is heard (BUILD_NOTES.md).
             "model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500, "d_model": 64,
             "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 256,
             "initializer_range": 2 * DEVIATION,
