@@ -18,7 +18,6 @@ import math
 import os
 import pathlib
 import resource
-import runpy
 import shlex
 import shutil
 import signal
@@ -39,7 +38,7 @@ from flax import nnx
 
 from pcgjax import distributed, files, input_pipeline, optimizer, peers, prepare, sharding, tasks, train_step
 from pcgjax.experiment import set_up
-from pcgjax.runs import STEP
+from pcgjax.runs import STEP, load_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -104,21 +103,6 @@ DISTINCT = 24
 LARGE = 22_300  # 20,070 of which train
 MIBS = (8.0, 16.0, 32.0)  # sizes of a streamed block
 NO_GPU = "not measured: no GPU"
-
-
-def load_config(name: str, changes: dict[str, Any]) -> ml_collections.ConfigDict:
-    """configs/NAME.py with the fields `changes` ("train.epochs": 2).
-
-    Raises:
-      ValueError: pcgjax was installed without configs/ beside it.
-    """
-    path = ROOT / "configs" / f"{name}.py"
-    if not path.exists():
-        raise ValueError(f"{path}: not there; run --suite=scale in a clone of the repository, which has configs/")
-    config = runpy.run_path(str(path))["get_config"]()
-    with config.ignore_type():
-        config.update_from_flattened_dict(changes)
-    return config
 
 
 def write_prepared(

@@ -297,12 +297,7 @@ def selected(corpus: Corpus, config: ml_collections.ConfigDict) -> tuple[Corpus,
     if config.data.shuffle_labels:
         key = jax.random.fold_in(jax.random.key(config.seed), runs.SHUFFLE)
         corpus = input_pipeline.in_rows(corpus, runs.shuffle_labels(corpus.rows, target, key))
-    return _subset(corpus, np.array(kept)), target
-
-
-def _subset(corpus: Corpus, indices: np.ndarray) -> Corpus:
-    rows = [corpus.rows[i] for i in indices]
-    return Corpus(rows, corpus.sample_rate_hz, corpus.lengths[indices], lambda i: corpus.read(int(indices[i])))
+    return corpus.subset(np.array(kept)), target
 
 
 def draw(rows: Sequence[dict], y: np.ndarray, protocol: str, target: str, share: float, seed: int) -> np.ndarray:
@@ -467,7 +462,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run:
     worth = {name: results[name]["validation"][config.train.select] for name in CLASSIFIERS}
     best = max(CLASSIFIERS, key=lambda name: -np.inf if np.isnan(worth[name]) else worth[name])
 
-    own = _subset(corpus, made.indices)
+    own = corpus.subset(made.indices)
     judged, table = {}, []
     for part in ("validation", "test"):
         p, i = fitted[best][part], parts[part]
@@ -589,7 +584,7 @@ def picking(corpus: Corpus, config: ml_collections.ConfigDict, resamples: int = 
     own = _annotated(corpus)
     if not own:
         raise ValueError("no recording is annotated: S1 and S2 cannot be judged")
-    part = _subset(corpus, np.array(own))
+    part = corpus.subset(np.array(own))
     scores, persons, none, step_s = [], [], 0, 0.005
     marked: collections.Counter[tuple[str, int]] = collections.Counter()
     for row, (sounds, cycle, _), length in zip(
@@ -661,7 +656,7 @@ def _pictures(corpus: Corpus, config: ml_collections.ConfigDict, made: Features,
         off = ((spectra[own] - spectra[own].mean(0)) ** 2).sum(1)
         long = corpus.lengths[made.indices[own]] >= _SHOWN_S * corpus.sample_rate_hz
         index = int(made.indices[own[np.where(long.any() & ~long, np.inf, off).argmin()]])
-        one = _subset(corpus, np.array([index]))
+        one = corpus.subset(np.array([index]))
         [(sounds, cycle, e)] = find_sounds(one, config.features, 1)
         shown |= {f"{name}_id": np.array(one.rows[0]["id"]), f"{name}_samples": one.read(0).astype(np.float32),
                   f"{name}_envelope": e, f"{name}_states": np.array(envelope.states(sounds, cycle))}  # fmt: skip
@@ -868,7 +863,7 @@ def main(argv: list[str]) -> None:
     corpus = input_pipeline.from_prepared(flags.FLAGS.prepared)
     for database in sorted({corpus.rows[i]["database"] for i in _annotated(corpus)}):
         own = [i for i in _annotated(corpus) if corpus.rows[i]["database"] == database]
-        found = picking(_subset(corpus, np.array(own)), config)
+        found = picking(corpus.subset(np.array(own)), config)
         told = {**found.get("marks", {}), **{k: v["value"] for k, v in found.get("annotated", {}).items()}}
         keys = ("onset_f1_60ms", "onset_f1_100ms", "onset_recall_60ms", "onset_precision_60ms", "frame_accuracy")
         values = ", ".join(f"{k} {v:.3f}" for k, v in told.items() if k in (*keys, *found.get("marks", ())))

@@ -42,6 +42,11 @@ class Corpus:
     def bytes(self) -> int:
         return int(self.lengths.sum()) * 2
 
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Corpus:
+        """These recordings, in this order."""
+        rows = [self.rows[i] for i in indices]
+        return Corpus(rows, self.sample_rate_hz, self.lengths[indices], lambda i: self.read(int(indices[i])))
+
 
 def from_prepared(folders: str | pathlib.Path) -> Corpus:
     """The corpus that `prepare` wrote to a folder, or to several of one rate, named with commas between them.

@@ -558,7 +558,7 @@ def run(
 
 def look_ahead(program: Program) -> str:
     """What a device would hold of a program, which is compiled for it; nothing is put there or run."""
-    e, m = program.experiment, len(program.members)
+    e = program.experiment
     one = jax.eval_shape(lambda: tasks.initial_state(program.task, program.update, 0, program.sapt))
     places = program.spread.mesh.size * program.spread.share
     placed = lambda x: jax.ShapeDtypeStruct((places, *x.shape), x.dtype, sharding=program.spread.layout)
@@ -570,11 +570,11 @@ def look_ahead(program: Program) -> str:
         resident = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
     began = time.monotonic()
     compiled = program.steps.lower(carried, *next(program.pieces(resident, 0, 1))).compile()
-    kept = {name: f"{size / 2**20:.1f} MiB" for name, size in costs.memory(compiled).items()}
-    state = costs.state_bytes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), one))[0] / 2**20
+    kept = [f"{name} {size / 2**20:.1f} MiB" for name, size in costs.memory(compiled).items()]
+    state = costs.state_bytes(one)[0] / 2**20
     return (
-        f"{m} members, {program.spread.share} on each of {program.spread.mesh.size} devices, {state:.2f} MiB of state "
-        f"a member; a device's memory: {', '.join(f'{name} {size}' for name, size in kept.items())}; "
+        f"{len(program.members)} members, {program.spread.share} on each of {program.spread.mesh.size} devices, "
+        f"{state:.2f} MiB of state a member; a device's memory: {', '.join(kept)}; "
         f"compiled in {time.monotonic() - began:.0f} s"
     )
 

@@ -29,7 +29,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
-import runpy
 import signal
 import threading
 import time
@@ -38,7 +37,6 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
@@ -129,26 +127,6 @@ class Job(NamedTuple):
 # --------------------------------------------------------------------------------------------------- what stages do
 
 
-def load_config(name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """configs/NAME.py, or a variant of it (NAME:VARIANT), with the fields `changes` ("train.epochs": 2).
-
-    Raises:
-      ValueError: pcgjax was installed without configs/ beside it, or the config has no such field.
-    """
-    name, _, variant = name.partition(":")
-    path = pathlib.Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
-    if not path.exists():
-        raise ValueError(f"{path}: not there; run pcgjax.reproduce in a clone of the repository, which has configs/")
-    config = runpy.run_path(str(path))["get_config"](*([variant] if variant else []))
-    for field in changes:
-        part, _, own = field.partition(".")
-        if part not in config or own not in config[part]:
-            raise ValueError(f"configs/{name}.py: has no field {field}")
-    with config.ignore_type():
-        config.update_from_flattened_dict(dict(changes))
-    return config
-
-
 def _prepare(job: Job, dataset: str, rate_hz: int) -> None:
     folder = job.source / dataset
     if not folder.is_dir():
@@ -158,7 +136,7 @@ def _prepare(job: Job, dataset: str, rate_hz: int) -> None:
 
 def _train(name: str, changes: Mapping[str, Any], workdir: pathlib.Path, probed: bool = False) -> None:
     """Trains configs/NAME.py, all that it asks for; `probed`: with the site report of each run."""
-    train.run_all(load_config(name, changes), workdir, False)
+    train.run_all(runs.load_config(name, changes), workdir, False)
     if probed:
         for path in sorted(workdir.rglob("metrics.json")):
             sites.write(path.parent)
@@ -213,7 +191,7 @@ def _tiny(out: pathlib.Path) -> None:
 
 def _segmenter(job: Job, changes: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Trains the front end on people of whom the audio LLM is not asked: both have one split."""
-    config = load_config("audio_llm", {})
+    config = runs.load_config("audio_llm", {})
     _, heard = prepare.read_rows(job.prepared("circor", 16000))
     _, rows = prepare.read_rows(job.prepared("circor", 2000))
     shared = job.out / "runs" / "llm_split.json"
@@ -250,7 +228,7 @@ def _segments(job: Job, dataset: str, target: str) -> None:
 def _llm_train(job: Job, changes: Mapping[str, Any], workdir: pathlib.Path) -> None:
     from pcgjax.audio_llm import train as llm_train
 
-    llm_train.train(load_config("audio_llm", changes), _model_of(job), workdir)
+    llm_train.train(runs.load_config("audio_llm", changes), _model_of(job), workdir)
 
 
 def _llm_score(job: Job) -> dict[str, str]:
@@ -307,7 +285,7 @@ def plan(job: Job, papers: Iterable[str]) -> list[Stage]:
                     _train, True, fields={"experiment.runs": 0, "split.fractions": (0.65, 0.15, 0.2)})  # fmt: skip
         if paper == "cnn":
             data = ("cinc2016", 1000)
-            for name, overrides in load_config("cnn:sweep", {}).variants.items():
+            for name, overrides in runs.load_config("cnn:sweep", {}).variants.items():
                 title = f"1D CNN, {CONFIGURATIONS[name].lower()}"
                 own = {f"features.{field}": value for field, value in overrides["features"].items()}
                 trained("cnn", f"cnn_published/{name}", f"{title}, as published", *data, _by_record, job, True,
@@ -485,7 +463,7 @@ def _status(states: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> di
 def _budget(job: Job, config: str) -> dict[str, str]:
     """How long and how large, in words."""
     changes = dict(job.changes(config))
-    full = load_config(config, {}).train.epochs
+    full = runs.load_config(config, {}).train.epochs
     epochs = changes.pop("train.epochs", full)
     smaller = ", ".join(f"{name}={_plain(value)}" for name, value in changes.items())
     return {

@@ -12,6 +12,7 @@ import json
 import logging as std_logging
 import pathlib
 import platform
+import runpy
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from pcgjax import checkpoint, files, input_pipeline, splits
 ORDER, STEP, EVALUATION, SHUFFLE = range(4)
 # What `population` can sweep: parts of a config, and single fields.
 SWEPT = ("seed", "features", "model", "loss", "sapt", "optimizer")
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
 
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
@@ -111,6 +113,26 @@ def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
             for row in people[person]:
                 dealt[row["id"]] = row | {"labels": row["labels"] | {target: labels[source]}}
     return [dealt[row["id"]] for row in rows]
+
+
+def load_config(name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """configs/NAME.py, or a variant of it (NAME:VARIANT), with the fields `changes` ("train.epochs": 2).
+
+    Raises:
+      ValueError: pcgjax was installed without configs/ beside it, or the config has no such field.
+    """
+    name, _, variant = name.partition(":")
+    path = CONFIGS / f"{name}.py"
+    if not path.exists():
+        raise ValueError(f"{path}: not there; run this in a clone of the repository, which has configs/")
+    config = runpy.run_path(str(path))["get_config"](*([variant] if variant else []))
+    for field in changes:
+        part, _, own = field.partition(".")
+        if part not in config or own not in config[part]:
+            raise ValueError(f"configs/{name}.py: has no field {field}")
+    with config.ignore_type():
+        config.update_from_flattened_dict(dict(changes))
+    return config
 
 
 def plain_config(config: ml_collections.ConfigDict) -> dict:

@@ -53,7 +53,7 @@ def features(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, cor
     if name == "classical":
         from pcgjax import classical
 
-        made = classical.features(_subset(corpus, indices), config)
+        made = classical.features(corpus.subset(indices), config)
         found = np.full((len(indices), made.values.shape[1]), np.nan)
         found[made.indices] = made.values
         return {"trained": found}
@@ -107,11 +107,6 @@ def statistics(corpus: Corpus, indices: np.ndarray) -> np.ndarray:
         own = np.array([power[a:b].sum() for a, b in itertools.pairwise(edges)])
         found[row] = 10 * np.log10(np.r_[power.sum() / len(x) ** 2, own / max(power.sum(), 1e-20)] + 1e-12)
     return found
-
-
-def _subset(corpus: Corpus, indices: np.ndarray) -> Corpus:
-    rows = [corpus.rows[i] for i in indices]
-    return Corpus(rows, corpus.sample_rate_hz, corpus.lengths[indices], lambda i: corpus.read(int(indices[i])))
 
 
 # ---------------------------------------------------------------------------------------------------------- probe

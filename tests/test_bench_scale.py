@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pcgjax import bench_scale as bench
-from pcgjax import input_pipeline, peers, tasks
+from pcgjax import input_pipeline, peers, runs, tasks
 from pcgjax.models import segmenter, ssamba
 
 
@@ -23,7 +23,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def losses(corpus, tmp_path_factory) -> list[float]:
     """Of the first four steps on one device, resident."""
-    config = bench.load_config("cnn", bench._changes("cnn", corpus, True))
+    config = runs.load_config("cnn", bench._changes("cnn", corpus, True))
     found, times = bench.Training(config, tmp_path_factory.mktemp("one")).losses(4)
     assert np.isfinite(found).all()
     assert len(set(found)) == len(times) == 4
@@ -43,14 +43,8 @@ def test_simulated_corpus_is_a_prepared_one(corpus):
     assert read.rows[0]["annotations"]
 
 
-def test_no_configs_beside_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match=r"cnn\.py: not there; run --suite=scale in a clone"):
-        bench.load_config("cnn", {})
-
-
 def test_streamed_steps_are_the_resident_ones(corpus, losses, tmp_path):
-    config = bench.load_config("cnn", bench._changes("cnn", corpus, True))
+    config = runs.load_config("cnn", bench._changes("cnn", corpus, True))
     streamed = bench.Training(config, tmp_path / "other")
     streamed.steps(0, 4, mib=0.05)
     total = float(streamed.totals.loss)
@@ -84,7 +78,7 @@ def torch_count(net: torch.nn.Module) -> int:
 def test_peers_have_the_models_parameters():
     from flax import nnx
 
-    m = bench.load_config("segmenter_small", {}).model
+    m = runs.load_config("segmenter_small", {}).model
     ours = nnx.eval_shape(lambda: segmenter.Segmenter(32, 4, m.width, m.depth, m.d_state, m.expand, rngs=nnx.Rngs(0)))
     assert torch_count(peers.Framed(32, 4, m).net) == count(tasks.split(ours)[1])
     encoder = lambda: ssamba.SSAMBA(32, 4, 64, pretraining=True, rngs=nnx.Rngs(0))
@@ -110,7 +104,7 @@ def test_peers_scan_runs_both_ways():
 
 def test_peers_learn():
     torch.manual_seed(0)
-    m = bench.load_config("segmenter_small", {"model.width": 16, "model.depth": 1, "model.d_state": 4}).model
+    m = runs.load_config("segmenter_small", {"model.width": 16, "model.depth": 1, "model.d_state": 4}).model
     framed, frames = peers.Framed(8, 4, m), torch.randn(2, 20, 8)
     losses = [framed.step(frames, frames[..., :4].argmax(-1)) for _ in range(30)]
     assert losses[-1] < 0.8 * losses[0]
@@ -206,7 +200,7 @@ def test_suite(tmp_path):
 def test_step_beside_the_peer(model, tmp_path):
     """What a GPU is measured by, on what there is."""
     prepared = bench._corpus(tmp_path, model, True)
-    config = bench.load_config(model, bench._changes(model, prepared, True))
+    config = runs.load_config(model, bench._changes(model, prepared, True))
     found = bench.device_job(config, tmp_path / "work", pairs=1, compiled=False)
     assert found["peers"]["eager"]["ratio"] > 0
     assert found["segments_a_s"] > 0

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from pcgjax import classical, metrics, reproduce, reproduce_page
+from pcgjax import classical, metrics, reproduce, reproduce_page, runs
 from pcgjax.datasets import synthetic
 
 TINY = {
@@ -138,11 +138,11 @@ def test_every_paper_has_a_plan_whose_fields_exist(tmp_path):
             assert set(one.after) <= seen, one.name  # each comes after what it needs
             seen.add(one.name)
             if one.run.func in (reproduce._train, reproduce._by_record, reproduce._left_out):
-                config = reproduce.load_config(*one.run.args[:2])
+                config = runs.load_config(*one.run.args[:2])
                 assert config.data.prepared.startswith(str(tmp_path / "prepared"))
         assert len(seen) == len(stages)
     with pytest.raises(ValueError, match=r"configs/cnn\.py: has no field train\.epoch$"):
-        reproduce.load_config("cnn", {"train.epoch": 3})
+        runs.load_config("cnn", {"train.epoch": 3})
 
 
 # ------------------------------------------------------------------------------------------------------ the table

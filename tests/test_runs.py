@@ -186,3 +186,9 @@ runs.log_line(pathlib.Path(sys.argv[1]) / "metrics.jsonl", 1, "train", {"loss": 
     assert done.returncode == 0, done.stderr
     assert "no TensorBoard: " in done.stderr
     assert runs.history(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 0.5}]
+
+
+def test_no_configs_beside_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "CONFIGS", tmp_path)
+    with pytest.raises(ValueError, match=r"cnn\.py: not there; run this in a clone"):
+        runs.load_config("cnn", {})

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from sklearn.metrics import balanced_accuracy_score
 
-from pcgjax import classical, evaluate, input_pipeline, metrics, prepare, reproduce, sites, tasks, train
+from pcgjax import classical, evaluate, input_pipeline, metrics, prepare, runs, sites, tasks, train
 from pcgjax.datasets import synthetic
 
 RNG = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_people_who_were_heard_are_not_probed(run, tmp_path):
 def test_the_classical_chain(sited, tmp_path):
     changes = {"data.prepared": str(sited), "experiment.runs": 0, "split.fractions": (0.3, 0.3, 0.4),
                "train.epochs": 50, "evaluation.resamples": 10, "features.nfft": 32}  # fmt: skip
-    classical.run(reproduce.load_config("classical", changes), tmp_path)
+    classical.run(runs.load_config("classical", changes), tmp_path)
     found = sites.write(tmp_path)
     assert set(found["probes"]) == {"trained", "statistics"}
     assert found["probes"]["trained"]["features"] == 34
@@ -233,7 +233,7 @@ def test_encoders_in_pytorch(sited, tmp_path):
                "features.window_s": 0.7, "model.size": "tiny", "optimizer.learning_rate": 0.003,
                "optimizer.warmup_steps": 2, "train.epochs": 1, "train.batch_recordings": 5,
                "evaluation.resamples": 10}  # fmt: skip
-    config = reproduce.load_config("distilhubert", changes)
+    config = runs.load_config("distilhubert", changes)
     encoders.train(config, tmp_path / "run")
     corpus = input_pipeline.from_prepared(tmp_path / "prepared")
     some = np.arange(4)
