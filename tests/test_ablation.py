@@ -30,14 +30,6 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """These programs are tiny: to compile them with care takes far longer than to run them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make_config(changes: dict | None = None):
     spec = importlib.util.spec_from_file_location("hinf_config", ROOT / "configs" / "hinf_lstm.py")
     assert spec
