@@ -3,11 +3,12 @@
     python -m pcgjax.prepare --dataset=cinc2016 --source=DIR --out=data/cinc2016_2k --sample_rate_hz=2000
     python -m pcgjax.train --config=configs/vit.py --workdir=runs/vit --config.data.prepared=data/cinc2016_2k
 
-The paper says neither which transformer it took, nor how it made the pictures, nor from what weights and how it
-trained. Here: ViT-S/16, which is as large as the ResNet-50 that it is compared with (21.4 million parameters); ViT-B/16
-is --config.model.width=768. The clips of configs/hinf_lstm.py, 128 bands by 251 frames of 20 ms, so 8 x 16 patches;
-random weights, or with --config.model.checkpoint=FILE those of timm's vit_small_patch16_224 or vit_base_patch16_224 (a
-.safetensors or .pth). For a GPU.
+The paper trained for 50 epochs with Adam at 0.001, and says neither which transformer it took, nor how it made the
+pictures, nor from what weights. Here: AdamW at 0.0001 after a warm-up; ViT-S/16, which is as large as the ResNet-50
+that it is compared with (21.4 million parameters); ViT-B/16 is --config.model.width=768. The clips of
+configs/hinf_lstm.py, 128 bands by 251 frames of 20 ms, so 8 x 16 patches; random weights, or with
+--config.model.checkpoint=FILE those of timm's vit_small_patch16_224 or vit_base_patch16_224 (a .safetensors or .pth).
+For a GPU.
 """
 
 import ml_collections

@@ -154,10 +154,12 @@ def features(corpus: Corpus, config: ml_collections.ConfigDict) -> Features:
     burg.check(f.burg_order, f.burg_order + 1)
     if f.nfft < 2:
         raise ValueError(f"features.nfft={f.nfft}: must be at least 2")
+    if not f.threshold > -np.inf:
+        raise ValueError(f"features.threshold={f.threshold}: a level of the standardised envelope, or inf: found in it")
     stretches: list[np.ndarray] = []
     owner, kind, reasons, short = [], [], {}, 0
     for index, (sounds, cycle, _) in enumerate(find_sounds(corpus, f, config.train.batch_recordings)):
-        cut, lacking = None, {SYSTOLE: "systole", DIASTOLE: "diastole"}
+        cut, lacking, before = None, {SYSTOLE: "systole", DIASTOLE: "diastole"}, short
         for start_s, end_s, state in envelope.states(sounds, cycle):
             if state in (SYSTOLE, DIASTOLE):
                 first, stop = round(start_s * rate), round(end_s * rate)
@@ -172,8 +174,8 @@ def features(corpus: Corpus, config: ml_collections.ConfigDict) -> Features:
                 kind.append(state == DIASTOLE)
                 lacking.pop(state, None)
         if lacking:
-            why = f"of more than {f.burg_order} samples" if sounds else "found"
-            reasons[index] = "no cycle found" if not sounds else f"no {' and no '.join(lacking.values())} {why}"
+            why = f" of more than {f.burg_order} samples" if short > before else " between the sounds found"
+            reasons[index] = "no cycle found" if not sounds else f"no {' and no '.join(lacking.values())}{why}"
     kept = np.array([i for i in range(len(corpus.rows)) if i not in reasons], np.int32)
     used = np.isin(owner, kept) if owner else np.zeros(0, bool)
     numbers = np.flatnonzero(used)
@@ -446,7 +448,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run:
         )
     rows = [corpus.rows[i] for i in made.indices]
     y = np.array([int(row["labels"][target]) for row in rows])
-    parts, split = _split(config, workdir, rows, target)
+    # Divided with those left out, so that one split file serves other systems as well.
+    split = _split(config, workdir, corpus.rows, target)
+    place = {row["id"]: i for i, row in enumerate(rows)}
+    parts = {part: np.array([place[id] for id in split[part] if id in place], np.int32) for part in splits.PARTS}
 
     history = workdir / "metrics.jsonl"
     history.unlink(missing_ok=True)  # a run is made anew as a whole
@@ -501,6 +506,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
     for (part, field), least in limits.items():
         if config[part][field] < least:
             raise ValueError(f"{part}.{field}={config[part][field]}: must be at least {least}")
+    if config.experiment.runs == 1:
+        raise ValueError("experiment.runs=1: one run has no deviation; choose 0, for none, or at least 2")
     if not 0 <= config.evaluation.threshold <= 1:
         raise ValueError(f"evaluation.threshold={config.evaluation.threshold}: must lie between 0 and 1")
     if config.train.select not in metrics.METRICS:
@@ -522,9 +529,7 @@ def _split(config: ml_collections.ConfigDict, workdir: pathlib.Path, rows: list[
     leaks = splits.check(split, rows, allow=s.allow_leaks)
     for leak in leaks:
         logging.warning("leak: %s", leak)
-    place = {row["id"]: i for i, row in enumerate(rows)}
-    parts = {part: np.array([place[id] for id in split[part]], np.int32) for part in splits.PARTS}
-    return parts, {**split, "leaks": leaks, "people_apart": not leaks and split["kind"] != "paper301"}
+    return {**split, "leaks": leaks, "people_apart": not leaks and split["kind"] != "paper301"}
 
 
 def _save(
@@ -728,8 +733,8 @@ def reading(asked: Mapping[str, Any]) -> str:
     if any("paper" in row for row in asked["rows"]):
         says.append(PAPER_NOTE)
     left = asked["left_out"]
-    names = ", ".join(one["id"] for one in left[:12]) + (" …" if len(left) > 12 else "")
-    says.append(f"Left out, no cycle found: {len(left)}{': ' + names if left else ''}.")
+    names = ", ".join(f"{one['id']} ({one['reason']})" for one in left)
+    says.append(f"Left out: {len(left)}{': ' + names if left else ''}.")
     s = asked["stretches"]
     says.append(
         f"{s['systoles']} systoles and {s['diastoles']} diastoles, {s['too_short']} shorter than the Burg order."
@@ -852,7 +857,7 @@ def summary(results: Mapping[str, Any]) -> str:
             f"{page.number(t[m]):>{width}s}" for m, width in (("auc", 8), ("accuracy", 10), ("mean_accuracy", 8))
         ))  # fmt: skip
     left = results["features"]["left_out"]
-    return "\n".join([*lines, f"* best on validation; {len(left)} recordings left out, no cycle found"])
+    return "\n".join([*lines, f"* best on validation; {len(left)} recordings left out, in which no cycle was found"])
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,9 @@ receives prepared/, runs/ (the workdirs of all trainings, each with its own repo
 and report.html. Another --paper of the same OUT is added to the page. A run that was stopped, by whatever, goes on with
 the same command; settings that differ from those that OUT was made with are an error.
 
-table.json: {"budget", "rows", "stages", "left_out"}. A row is a system's score on a data set:
+table.json: {"budget", "model", "source", "rows", "stages", "left_out", "versions"}. "left_out" has, by stage, the
+files that could not be read and the clips in which no heartbeat was found: [{"id", "reason"}]. A row is a system's
+score on a data set:
   experiment, system, dataset, metric
   paper                 its figure, None where it gives none
   ours_paper_protocol   S: ours under the paper's protocol
@@ -56,8 +58,8 @@ from pcgjax import (
 )
 
 PAPERS = ("classical", "cnn", "hinf_lstm", "audio_llm")
-# What --budget=small changes in configs/, so that --paper=all takes less than an hour on two CPU cores; --budget=full
-# is configs/ as they are. Both of a paper's protocols get the same.
+# What --budget=small changes in configs/, so that --paper=all takes less than three hours on two CPU cores;
+# --budget=full is configs/ as they are. Both of a paper's protocols get the same.
 _TENTH = {"features.hop": 100, "features.n_mels": 64, "train.epochs": 2}
 _HEARD = {"model.size": "tiny", "train.epochs": 2, "optimizer.learning_rate": 1e-3,
           "optimizer.warmup_steps": 20}  # fmt: skip
@@ -264,7 +266,8 @@ def plan(job: Job, papers: Iterable[str]) -> list[Stage]:
 
     def prepared(dataset: str, rate_hz: int) -> str:
         title = f"prepare {dataset} at {rate_hz} Hz"
-        return add(f"prepare_{dataset}_{rate_hz}", title, _prepare, job, dataset, rate_hz)
+        told = {"source": str(job.source)}
+        return add(f"prepare_{dataset}_{rate_hz}", title, _prepare, job, dataset, rate_hz, settings=told)
 
     def trained(
         config: str, run: str, title: str, dataset: str, rate_hz: int, how: Callable, *more: Any, fields: Any = ()
@@ -282,7 +285,7 @@ def plan(job: Job, papers: Iterable[str]) -> list[Stage]:
         if paper == "classical":
             trained("classical", "classical", "classical chain, PASCAL B, both protocols", "pascal", 2000, _train)
             trained("classical", "classical_person", "classical chain, CinC 2016, people apart", "cinc2016", 2000,
-                    _train, True, fields={"experiment.runs": 0, "split.fractions": (0.65, 0.15, 0.2)})  # fmt: skip
+                    _train, True, fields={**person, "experiment.runs": 0})  # fmt: skip
         if paper == "cnn":
             data = ("cinc2016", 1000)
             for name, overrides in runs.load_config("cnn:sweep", {}).variants.items():
@@ -336,18 +339,29 @@ def _plan_llm(job: Job, add: Callable, prepared: Callable) -> None:
     add("llm_scores", "audio LLM, scores and zero-shot", _llm_score, job, settings=told, after=after, torch=True)
 
 
-def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Runs the stages that OUT lacks, whatever becomes of the others; {name: {"status", "why", "seconds", ...}}.
+def saved(stages: Iterable[Stage], out: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What OUT has of these stages: {name: {"status", "why", "seconds", ...}}.
 
     Raises:
-      ValueError: a stage in OUT was made with other settings.
+      ValueError: one was made with other settings.
     """
-    path_of = lambda name: out / "stages" / f"{name}.json"
     states: dict[str, dict[str, Any]] = {}
     for stage in stages:
-        if path_of(stage.name).exists():
-            states[stage.name] = report.read_json(path_of(stage.name))
-            _refuse_changes(path_of(stage.name), states[stage.name].get("settings", {}), stage.settings)
+        path = _state_path(out, stage.name)
+        if stage.name not in states and path.exists():
+            states[stage.name] = {"why": "stopped before its end", **report.read_json(path)}
+            _refuse_changes(path, states[stage.name].get("settings", {}), stage.settings)
+    return states
+
+
+def _state_path(out: pathlib.Path, stage: str) -> pathlib.Path:
+    return out / "stages" / f"{stage}.json"
+
+
+def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Runs the stages that OUT lacks, whatever becomes of the others; returns what `saved` then would, and raises as it
+    does before anything is run."""
+    states = saved(stages, out)
     began = time.monotonic()
     for number, stage in enumerate(stages, 1):
         before = states.get(stage.name, {})
@@ -364,7 +378,7 @@ def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str,
             state |= {"status": "not run", "why": why, "seconds": 0.0}
         else:
             logging.info("[%d/%d] %s, %.0f s since the start", number, len(stages), stage.title, start - began)
-            files.write_text(path_of(stage.name), json.dumps(state, indent=1) + "\n")
+            files.write_text(_state_path(out, stage.name), json.dumps(state, indent=1) + "\n")
             state |= _attempt(stage) | {"seconds": time.monotonic() - start}
             jax.clear_caches()  # of programs that no other stage has
         logging.info(
@@ -372,7 +386,7 @@ def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str,
             state["why"] or f"in {state['seconds']:.0f} s",
         )  # fmt: skip
         states[stage.name] = state
-        files.write_text(path_of(stage.name), json.dumps(state, indent=1) + "\n")
+        files.write_text(_state_path(out, stage.name), json.dumps(state, indent=1) + "\n")
     return states
 
 
@@ -382,9 +396,9 @@ def _attempt(stage: Stage) -> dict[str, Any]:
         return {"status": "done", "why": "", "result": result}
     except NotRun as error:
         return {"status": "not run", "why": str(error)}
-    except ImportError as error:
-        return {"status": "not run", "why": f'{error}; pip install "pcgjax[audio-llm]"'}
     except Exception as error:  # the others go on; what it was is in the table
+        if stage.torch and isinstance(error, ImportError):
+            return {"status": "not run", "why": f'{error}; pip install "pcgjax[audio-llm]"'}
         logging.exception("%s failed", stage.title)
         return {"status": "failed", "why": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
 
@@ -454,9 +468,9 @@ def _row(experiment: str, system: str, dataset: str, metric: str, **fields: Any)
 def _status(states: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, str]:
     """The worst of these stages'."""
     known = [states[name] for name in names if name in states]
-    for word in ("failed", "not run"):
+    for word, shown in (("failed", "failed"), ("not run", "not run"), ("begun", "not run")):
         if reasons := [f"{s['title']}: {s['why']}" for s in known if s["status"] == word]:
-            return {"status": word, "why": "; ".join(reasons)}
+            return {"status": shown, "why": "; ".join(reasons)}
     return {"status": "done", "why": ""}
 
 
@@ -484,19 +498,28 @@ def _cinc_rows(job: Job, states: Any, paper: str, system: str, config: str, path
     ended = [kind for kind in paths if states.get(stage_of[kind], {}).get("status") == "done"]
     scores: dict[str, Mapping[str, Any]] = {}
     test: Mapping[str, Any] = {}
+    left: Mapping[str, Any] = {}
     site = None
     for kind in ended:
         if kind == "left_out":
-            judged = left_out(folder(kind))
+            judged = left = left_out(folder(kind))
         else:
             judged = report.read_results(folder(kind) / "metrics.json")["test"]
         scores[kind] = report.overall_scores(judged)
         if kind == "person":
             test, site = judged, site_of(report.read_json(folder(kind) / "sites.json"))
     why = states.get(stage_of.get("left_out", ""), {}).get("result") or {}
-    note = "; ".join(f"{database} not left out: {reason}" for database, reason in why.items())
+    notes = [f"{database} not left out: {reason}" for database, reason in why.items()]
+    if "left_out" in scores:
+        scores["left_out"] = {**scores["left_out"], "auc": None}  # of several models together it means nothing
+        known = {name: one["auc"]["value"] for name, one in left["per_database"].items()}
+        inside = ", ".join(f"{name.removeprefix('cinc2016-')} {v:.3f}" for name, v in known.items() if v is not None)
+        notes.append(f"AUC inside each database left out, by the model that had not heard it: {inside}")
+    elif "left_out" not in paths:
+        notes.append("databases were left out of the CNN (filter) and of the CNN-H∞-LSTM only")
     if config not in ("classical", "cnn", "hinf_lstm"):
-        note = "random weights; the paper's baselines had probably been pre-trained"
+        notes.append("random weights; the paper's baselines had probably been pre-trained")
+    note = "; ".join(notes)
     rows = []
     for metric in (*shown, *SITE):
         best = report.best_trivial(test, metric) if test else None
@@ -545,6 +568,24 @@ def left_out(workdir: pathlib.Path) -> dict[str, Any]:
                          0.5, resamples)  # fmt: skip
 
 
+def _left_out_clips(job: Job, states: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
+    """{title of a stage: [{"id", "reason"}]}: what could not be read, and clips without a heartbeat."""
+    found = {}
+    for name, state in states.items():
+        if state["status"] != "done":
+            continue
+        if name.startswith("prepare_"):
+            manifest = report.read_json(job.out / "prepared" / name.removeprefix("prepare_") / "manifest.json")
+            out = [{"id": one["path"], "reason": one["reason"]} for one in manifest["problems"]]
+        elif name.startswith("classical"):
+            out = report.read_json(job.out / "runs" / name / "metrics.json")["features"]["left_out"]
+        else:
+            continue
+        if out:
+            found[state["title"]] = out
+    return found
+
+
 def _classical_rows(job: Job, states: Any) -> list[dict[str, Any]]:
     rows, status = [], _status(states, ["classical"])
     if status["status"] != "done":
@@ -558,6 +599,7 @@ def _classical_rows(job: Job, states: Any) -> list[dict[str, Any]]:
                 record, person = (by[of_set, name, protocol] for protocol in classical.PROTOCOLS)
                 for metric in classical.SCORES:
                     best, mean = record["scores"][metric], person["scores"][metric]
+                    best = {key: best[key] for key in ("best", "mean", "deviation")}  # the interval is the mean's
                     rows.append(_row(
                         "classical", f"{classical.WORDS[name]}, {of_set}", "PASCAL B", metric,
                         paper=record.get("paper", {}).get(metric), ours_paper_protocol={"value": best["best"], **best},
@@ -656,19 +698,17 @@ def reproduce(paper: str, source: str | pathlib.Path, out: str | pathlib.Path, b
     if not job.source.is_dir():
         raise ValueError(f"--source={source}: no such folder; it holds cinc2016/, circor/ and pascal/")
     stages = plan(job, PAPERS if paper == "all" else [paper])
-    states = carry_out(stages, job.out)
-    # What an earlier command made of another paper stays on the page.
+    # What an earlier command made of another paper stays on the page, and so must have been made alike.
     known = {p: plan(job, [p]) for p in PAPERS}
-    for stage in (stage for of in known.values() for stage in of if stage.name not in states):
-        path = job.out / "stages" / f"{stage.name}.json"
-        if path.exists():
-            states[stage.name] = report.read_json(path)
+    others = saved((stage for of in known.values() for stage in of), job.out)
+    states = others | carry_out(stages, job.out)
     shown = [p for p, of in known.items() if p in (paper, *(PAPERS if paper == "all" else ())) or
              all(stage.name in states for stage in of)]  # fmt: skip
     table = {
         "budget": budget, "model": model or "a tiny one with random weights", "source": str(source),
         "rows": [row for p in shown for row in rows_of(job, p, states)],
         "stages": {name: {k: v for k, v in state.items() if k != "settings"} for name, state in states.items()},
+        "left_out": _left_out_clips(job, states),
         "versions": runs.versions(),
     }  # fmt: skip
     files.write_text(job.out / "table.json", json.dumps(metrics.json_ready(table), indent=1) + "\n")
@@ -699,6 +739,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("paper", None, [*PAPERS, "all"], "Whose tables.", required=True)
     flags.DEFINE_string("source", None, "The folder that holds cinc2016/, circor/ and pascal/.", required=True)
     flags.DEFINE_string("out", None, "The folder to write; what is there already is not made again.", required=True)
-    flags.DEFINE_enum("budget", "full", list(BUDGETS), "full: as published; small: under an hour on two CPU cores.")
+    budgets = "full: the configs as they are; small: what two CPU cores do in under three hours."
+    flags.DEFINE_enum("budget", "full", list(BUDGETS), budgets)
     flags.DEFINE_string("model", "", "A local copy of Qwen2-Audio; without it a tiny random one is asked.")
     files.run(main)

@@ -108,3 +108,10 @@ def test_gradients_are_finite_and_right(ragged):
 def test_order_and_samples_that_do_not_fit(order, samples, message):
     with pytest.raises(ValueError, match=message):
         burg.burg(jnp.ones((2, samples)), jnp.full(2, samples), order)
+
+
+def test_constant_samples_have_no_power_left():
+    x = np.full((2, 60), 0.25, np.float32)
+    x[1, 40:] = 0
+    k, variance = burg.burg(x, jnp.array([60, 40]), 10)
+    np.testing.assert_array_equal(burg.power_spectrum(k, variance, 64, 1000.0), 0)

@@ -104,6 +104,7 @@ def test_clips_without_a_cycle_are_left_out_and_named(chosen):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"features.burg_order": 0}, "Burg order 0"), ({"features.nfft": 1}, "features.nfft=1"),
+     ({"features.threshold": float("nan")}, "features.threshold=nan"),
      ({"features.high_hz": 500.0}, "cut-off 500.0 Hz"), ({"features.hop_s": 0.015}, "multiple of it")],
 )  # fmt: skip
 def test_features_that_fit_no_data(chosen, changes, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -163,6 +164,8 @@ def test_the_classical_rows_are_those_of_its_experiment(made):
     assert knn["paper"] == 0.60  # of murmurs: the paper calls it specificity
     page = (out / "report.html").read_text()
     assert "kNN, unbalanced" in page
+    left = json.loads((out / "runs" / "classical" / "metrics.json").read_text())["features"]["left_out"]
+    assert table["left_out"].get("classical chain, PASCAL B, both protocols", []) == left
     assert page.count("<svg") >= 3  # two envelopes, the spectra
 
 
@@ -185,9 +188,34 @@ def test_the_same_command_makes_nothing_again(made, source):
     assert again["rows"] == table["rows"]
 
 
-def test_another_budget_is_refused(made, source):
+@pytest.mark.parametrize("paper", ["classical", "cnn"])
+def test_another_budget_is_refused(made, source, paper):
+    # Nor may another paper of the same OUT be made with it: the page would call both by one name.
     with pytest.raises(ValueError, match="made with budget=tiny, now small; give another --out"):
-        reproduce.reproduce("classical", source, made[0], "small")
+        reproduce.reproduce(paper, source, made[0], "small")
+
+
+def test_another_source_is_refused(made, source, tmp_path):
+    shutil.copytree(source, tmp_path / "other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reproduce.BUDGETS, "tiny", TINY)
+        with pytest.raises(ValueError, match=r"made with source=.*, now .*other; give another --out"):
+            reproduce.reproduce("classical", tmp_path / "other", made[0], "tiny")
+
+
+def test_what_was_stopped_is_not_done(made, source, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    path = out / "stages" / "classical.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: state[key] for key in ("title", "settings")} | {"status": "begun"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(reproduce.BUDGETS, "tiny", TINY)
+        job = reproduce.Job(source.resolve(), out.resolve(), "tiny", "")
+        stages = reproduce.plan(job, ["classical"])
+        row = reproduce.rows_of(job, "classical", reproduce.saved(stages, out))[0]
+    assert row["status"] == "not run"
+    assert row["why"].endswith("stopped before its end")
 
 
 def test_the_command_says_what_is_wrong(run_command, made, source, tmp_path):
@@ -288,6 +316,9 @@ sys.exit(0 if reproduce.reproduce("cnn", sys.argv[1], sys.argv[2], "tiny") else 
     rows = rows_by(table)
     row = rows["1D CNN: Filter", "CinC 2016", "accuracy"]
     assert row["paper"] == 0.9734
+    assert rows["1D CNN: Filter", "CinC 2016", "auc"]["ours_database_left_out"] is None  # of several models together
+    assert "by the model that had not heard it" in row["note"]
+    assert "databases were left out of" in rows["1D CNN: No filter", "CinC 2016", "accuracy"]["note"]
     for key in ("ours_paper_protocol", "ours_honest", "ours_database_left_out"):
         assert 0 <= row[key]["value"] <= 1
         assert row[key]["low"] <= row[key]["value"] <= row[key]["high"]
@@ -312,6 +343,12 @@ def test_all_papers_on_simulated_recordings(all_sets, tmp_path):
     assert bad == {}
     assert {row["experiment"] for row in table["rows"]} == set(reproduce.PAPERS)
     assert all(row["status"] == "done" for row in table["rows"])
+    # The classical chain is judged on the people that the nets are judged on.
+    people = json.loads((tmp_path / "runs" / "cinc_people.json").read_text())
+    with (tmp_path / "runs" / "classical_person" / "predictions.csv").open(newline="") as file:
+        judged = {row["id"] for row in csv.DictReader(file) if row["split"] == "test"}
+    gone = {one["id"] for one in table["left_out"].get("classical chain, CinC 2016, people apart", [])}
+    assert judged == set(people["test"]) - gone
     for system, _ in reproduce.HINF_PAPER.values():
         row = rows_by(table)[system, "CinC 2016", "f1"]
         assert row["paper"] > 0.6

@@ -71,4 +71,6 @@ def power_spectrum(k_BxP: jax.Array, variance_B: jax.Array, nfft: int, sample_ra
     sides[0] = 1
     if nfft % 2 == 0:
         sides[-1] = 1
-    return jnp.asarray(sides / sample_rate_hz) * variance_B[:, None] / (real**2 + imaginary**2)
+    # Constant samples are foretold without error: no variance, and at 0 Hz nothing to divide by.
+    gain = jnp.maximum(real**2 + imaginary**2, jnp.finfo(jnp.float32).tiny)
+    return jnp.asarray(sides / sample_rate_hz) * variance_B[:, None] / gain
