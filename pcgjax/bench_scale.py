@@ -134,6 +134,7 @@ def write_prepared(
                 "id": f"r{i:06d}", "person": str(i), "person_known": True, "database": "synthetic",
                 "labels": {"abnormal": str(i % 2)}, "annotations": [a for a in annotations if a[1] <= length_s],
                 "sha256": str(i), "fingerprint": "", "num_samples": len(samples), "shard": shard, "index": i - first,
+                "path": f"r{i:06d}.wav",
             })  # fmt: skip
         writer.close()
     files.write_text(folder / "records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

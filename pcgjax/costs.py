@@ -537,7 +537,7 @@ def table(facts: dict[str, Any]) -> str:
     mesh, step = facts["mesh"], facts["step"]
     lines = [f"{mesh['devices']} devices: data {mesh['data']} x fsdp {mesh['fsdp']}; all figures are per device"]
     lines += ["", "memory"] + [f"  {name:<14}{size(count):>12}" for name, count in facts["memory_bytes"].items()]
-    lines += ["", "state, of it"]
+    lines += ["  temporaries are this compiler's, another chip's differ", "", "state, of it"]
     for name, part in facts["state_bytes"].items():
         lines.append(f"  {name:<14}{size(part['device']):>12}  {part['share']:.3f} of {size(part['total'])}")
     lines += ["", "a step"]

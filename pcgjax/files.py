@@ -58,5 +58,11 @@ def own_or_warning(record: std_logging.LogRecord) -> bool:
 def _parsed(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, OSError) as error:  # of config_flags: no such field in the config, no such config
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (AttributeError, KeyError, OSError) as error:  # of config_flags: no such field or part, no such config
+        said = str(error) if isinstance(error, OSError) else f"the config has no part or field {error.args[0]}"
+        sys.exit(f"error: {' '.join(said.split())}{_fields_given(argv)}")
+
+
+def _fields_given(argv: list[str]) -> str:
+    given = [word.partition("=")[0] for word in argv if word.startswith("--config.")]
+    return f"; of {', '.join(given)}" if given else ""

@@ -67,6 +67,8 @@ def sentence(seconds: dict[str, float]) -> str:
 class Trace:
     """A profile of the steps [start, start + steps), for XProf or Perfetto, in `folder`; without steps, nothing.
 
+    Of many processes the first writes its own: JAX makes one trace for Perfetto of what is in the folder.
+
     Raises:
       ValueError: a field below 0.
     """
@@ -83,6 +85,8 @@ class Trace:
 
     def before(self, step: int) -> None:
         """To be called before each stretch of steps, with the first of them."""
+        if jax.process_index():
+            return  # its stretches of steps are those of the first nevertheless: all must run the same programs
         if self.bounds and not self.running and self.bounds[0] <= step < self.bounds[1]:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # each Python call would be an event: minutes to write, and slower steps

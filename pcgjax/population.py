@@ -570,12 +570,17 @@ def look_ahead(program: Program) -> str:
         resident = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
     began = time.monotonic()
     compiled = program.steps.lower(carried, *next(program.pieces(resident, 0, 1))).compile()
-    kept = [f"{name} {size / 2**20:.1f} MiB" for name, size in costs.memory(compiled).items()]
-    state = costs.state_bytes(one)[0] / 2**20
+    seconds = time.monotonic() - began
+    states = {"all members": costs.state_bytes(carried["state"])}
+    # Members send each other nothing; a device reads and writes the state of its own.
+    least = 2 * states["all members"][1]
+    facts = costs.summary(
+        costs.step_cost(compiled.as_text()), costs.memory(compiled), states, 0, least, (program.spread.mesh.size, 1),
+        "bfloat16" if program.task.dtype == jnp.bfloat16 else "float32",
+    )  # fmt: skip
     return (
-        f"{len(program.members)} members, {program.spread.share} on each of {program.spread.mesh.size} devices, "
-        f"{state:.2f} MiB of state a member; a device's memory: {', '.join(kept)}; "
-        f"compiled in {time.monotonic() - began:.0f} s"
+        f"{len(program.members)} members, {program.spread.share} on each of {program.spread.mesh.size} devices; a step "
+        f"is one of each; compiled in {seconds:.0f} s\n{costs.table(facts)}"
     )
 
 

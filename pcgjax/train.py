@@ -501,6 +501,8 @@ def run_all(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: b
             print(classical.summary(results))
         return
     if population.asked(config):
+        if len(config.get("variants", ())):
+            raise ValueError("config.sweep: this config has variants; sweep one that has none, such as configs/cnn.py")
         population.run(config, workdir, dry_run)
         return
     if len(config.get("variants", ())):

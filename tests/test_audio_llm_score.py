@@ -243,7 +243,7 @@ def test_long_recordings_are_said_and_sites_unheard_count_for_patients(run_of):
     run = run_of()
     source = batches.make_source(memory, run.config.front_end)
     result, predictions = score.score_part(run, source, memory.lengths, {"test": np.arange(4)}, "test")
-    assert result["windows"] == {"recordings": 3, "longer": 1, "clips": 4}
+    assert result["windows"] == {"recordings": 3, "longer": 1, "clips": 4, "whole": 0}
     assert result["test"]["tasks"]["murmur"]["recordings"] == 2
     assert result["test"]["patients"]["patients"] == 2
     parts = collections.Counter(one["part"] for one in predictions)

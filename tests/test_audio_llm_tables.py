@@ -24,7 +24,7 @@ def result_of(murmurs: list[str], right: list[list[bool]], name: str = "run", **
             rows.append(one)
             answers.append(batches.Answer(question, tuple(np.log(p)), 1))
     trivial = mc.trivial([answer.question for answer in answers], [answer.question for answer in answers])
-    windows = {"recordings": len(rows), "longer": 0, "clips": len(rows)}
+    windows = {"recordings": len(rows), "longer": 0, "clips": len(rows), "whole": 0}
     return {
         "name": name, "front_end": "N.S", "base": {"folder": "model", "parameters": 10**10, "adapter_parameters": 0},
         "part": "test", "test": score.judge(answers, trivial, score.patients_of(rows), 1000, 0), "control": None,
@@ -46,6 +46,14 @@ def test_a_score_that_is_sure_above_an_unsure_baseline_is_not_clearly_above_it(t
     drawn = cards(result, tmp_path)[0]
     assert '<span class="warn">not clearly above</span> majority (0.625): +0.125, 95 % interval' in drawn
     assert f"95 % interval {mean['excess']['low']:.3f}–{mean['excess']['high']:.3f}" in drawn
+
+
+def test_what_the_front_end_passed_whole_is_said(tmp_path):
+    result = result_of(["Present", "Absent"], [[True, True]] * 2)
+    assert "heard whole" not in tables.document([result], tmp_path / "metrics.jsonl")
+    result["windows"]["whole"] = 3
+    said = "test: in 3 of 4 recordings the front end found no heartbeat: they were heard whole."
+    assert said in tables.document([result], tmp_path / "metrics.jsonl")
 
 
 def test_an_unsure_score_that_is_always_above_its_baseline_is_clearly_above_it(tmp_path):

@@ -89,7 +89,7 @@ def two_processes(command, workdir, changes, config="cnn", **environment):
 @pytest.mark.parametrize(
     ("changes", "environment"),
     [
-        ({}, {}),
+        ({"profile.start": 3, "profile.steps": 2}, {}),
         *(
             pytest.param(*one, marks=pytest.mark.slow)
             for one in (
@@ -114,6 +114,7 @@ def test_two_processes_equal_one(changes, environment, on_one, command, tmp_path
     # What process 0 says, the other does not say again.
     assert f"wrote {tmp_path}: metrics.json" in done.stdout
     assert "[1] wrote" not in done.stdout
+    assert len([*tmp_path.rglob("perfetto_trace.json.gz")]) == ("profile.start" in changes)  # of the first process
 
 
 @pytest.mark.slow

@@ -292,9 +292,11 @@ def test_dry_run_says_what_a_device_would_hold(make_config, tmp_path, capsys):
     assert population.run(swept(make_config, SWEEP | {"model.hidden": "8,16"}), tmp_path, dry_run=True) == {}
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "sweep: 8 members, in programs of 4, 4"
-    small, large = (float(line.split(" MiB of state a member")[0].split()[-1]) for line in said[1:])
+    sizes = (line.split()[2:4] for line in said if line.startswith("  all members"))
+    small, large = (float(number) * {"KiB": 2**10, "MiB": 2**20}[unit] for number, unit in sizes)
     assert 0 < small < large
-    assert all("4 members, 4 on each of 1 devices" in line and "temporaries" in line for line in said[1:])
+    assert sum(line.startswith("4 members, 4 on each of 1 devices") for line in said) == 2
+    assert sum("temporaries are" in line for line in said) == sum("H100 SXM" in line for line in said) == 2
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

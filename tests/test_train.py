@@ -419,7 +419,11 @@ def test_help_explains_every_flag(run_command):
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("--config.train.epoch=3", 'Did you mean "epochs"'), ("--config=/no/such.py", "/no/such.py")],
+    [
+        ("--config.train.epoch=3", 'Did you mean "epochs"'),
+        ("--config.trian.epochs=3", "no part or field 'trian'"),
+        ("--config=/no/such.py", "/no/such.py"),
+    ],
 )
 def test_argument_that_does_not_exist(argument, message, run_command, tmp_path):
     done = run_command("train", f"--workdir={tmp_path}", argument)

@@ -105,6 +105,12 @@ class Source:
         spans = segmentation.read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv")
         return heard(samples, spans, self.kind, self.corpus.sample_rate_hz, self.attenuation_db)
 
+    def passes_whole(self, index: int) -> bool:
+        """Whether the front end found no heartbeat to go by."""
+        if self.segments is None:
+            return False
+        return not heartbeats(segmentation.read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv"))
+
     def digest(self) -> str:
         """Of the segments that the front end goes by."""
         found = hashlib.sha256(self.kind.encode())

@@ -343,7 +343,8 @@ def score_part(
     """(a run's result, rows of predictions.csv) on one part of its recordings.
 
     The result: "name", "front_end" (N.S or W.S), "base", "part"; "test", as of `judge`; "control", the same with
-    shuffled audio, None where it needs more people; "agreement"; "windows": how many recordings are longer than 30 s.
+    shuffled audio, None where it needs more people; "agreement"; "windows": how many recordings are longer than 30 s,
+    and how many the front end passed whole.
     """
     config, seed = run.config, run.config.seed
     corpus, resamples = source.corpus, config.evaluation.resamples
@@ -411,7 +412,7 @@ def score_part(
         "test": test,
         "control": control,
         "agreement": found,
-        "windows": _windows(every),
+        "windows": _windows(every, source),
         "zero_shot": {},
     }
     return result, rows
@@ -432,9 +433,14 @@ def _base(model: Any) -> dict[str, Any]:
     }
 
 
-def _windows(asked: Sequence[batches.Asked]) -> dict[str, int]:
+def _windows(asked: Sequence[batches.Asked], source: batches.Source) -> dict[str, int]:
     clips = collections.Counter(one.recording for one in asked)
-    return {"recordings": len(clips), "longer": sum(n > 1 for n in clips.values()), "clips": len(asked)}
+    return {
+        "recordings": len(clips),
+        "longer": sum(n > 1 for n in clips.values()),
+        "clips": len(asked),
+        "whole": sum(source.passes_whole(i) for i in clips),
+    }
 
 
 def murmur_alone(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -570,7 +576,7 @@ def zero_shot(run: Run, source: batches.Source, left_out: int, dataset: str) -> 
 
     counts = {"recordings": len(rows), "people": judged["people"], "positives": int(labels.sum())}
     found = {dataset: scores(judged["overall"], mirrored["overall"], counts)}
-    found[dataset] |= {"left_out": left_out, "windows": _windows(asked)}
+    found[dataset] |= {"left_out": left_out, "windows": _windows(asked, source)}
     for database, one in judged["per_database"].items():
         counts = {name: one[name] for name in ("recordings", "people", "positives")}
         found[database] = scores(one, mirrored["per_database"][database], counts)

@@ -197,12 +197,19 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
             f"generate gave the same letter to {found['same']:.0%} of {found['questions']} questions, and any letter "
             f"to {found['a_letter']:.0%}."
         )
+    if found is None:
+        said.append("generate was not asked: no device has the weights in one piece.")
     heard = {result["part"]: result, **result["zero_shot"]}
     for name, windows in ((name, one["windows"]) for name, one in heard.items() if "windows" in one):
         if windows["longer"]:
             said.append(
                 f"{name}: {windows['longer']:,} of {windows['recordings']:,} recordings are longer than "
                 f"{llm.CLIP_S:g} s; each was divided into clips, of whose probabilities the mean counts."
+            )
+        if windows["whole"]:
+            said.append(
+                f"{name}: in {windows['whole']:,} of {windows['recordings']:,} recordings the front end found no "
+                "heartbeat: they were heard whole."
             )
     for name, scores in result["zero_shot"].items():
         if scores.get("left_out"):
