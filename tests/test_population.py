@@ -250,6 +250,7 @@ def test_every_traced_field_can_be(name, changes, numbers, make_config, tmp_path
         ("hinf_lstm", {"seed": "0,1", "model.dropout": "0.1,0.3", "loss.alpha": "0.6,0.87"}, {}),
         ("segmenter_small", {"seed": "0,1", "features.stretch": "0.1,0.2"}, {}),
         ("cnn", {"features.noise_snr_db": "5,10"}, {"data.pipeline": "stream"}),
+        ("mobilenet_v3", {"seed": "0,1", "optimizer.learning_rate": "0.001,0.003"}, {}),
     ],
 )
 def test_members_of_other_models(name, sweep, changes, make_config, tmp_path):

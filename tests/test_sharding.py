@@ -181,6 +181,9 @@ OTHERS = {
                    "optimizer.learning_rate": 0.001}, 1e-3, ("train", "validation", "test")),
     "segmenter_small": ({"train.accumulate": 8}, 1e-3, ("train", "validation", "test")),
     "ssamba_pretrain": ({"train.accumulate": 8}, 1e-3, ("train",)),
+    "mobilenet_v3": ({"train.accumulate": 1, "model.dropout": 0.0, "optimizer.learning_rate": 0.0003}, 1e-3,
+                     ("train", "validation", "test")),
+    "vit": ({"train.accumulate": 1, "model.dropout": 0.0}, 1e-3, ("train", "validation", "test")),
 }  # fmt: skip
 
 
