@@ -179,6 +179,7 @@ def plain_step(
     clips: Sequence[np.ndarray],
     conversations: Sequence[list[dict[str, Any]]],
     letters: Sequence[str],
+    half: bool = False,
 ) -> float:
     """A training step of the usual recipe, and its loss: processor, `labels=`, backward, AdamW.
 
@@ -186,14 +187,18 @@ def plain_step(
       clips: (samples,) float32 at 16 kHz, one a question: a clip asked four questions is there four times.
       conversations: what `apply_chat_template` takes, up to the user's question.
       letters: the right answers.
+      half: products in bfloat16.
     """
+    import torch
+
     prompts = processor.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
     texts = [prompt + letter for prompt, letter in zip(prompts, letters, strict=True)]
     inputs = processor(text=texts, audio=list(clips), sampling_rate=RATE_HZ, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device)
     labels = inputs["input_ids"].clone()
     labels[:, :-1] = -100  # padded on the left: the last token is the letter
-    loss = model(**inputs, labels=labels).loss
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        loss = model(**inputs, labels=labels).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -224,7 +229,8 @@ def audio_llm_suite(pairs: int = 5) -> dict:
 
 
 def our_step(answerer: Any, processor: Any, optimizer: Any, clips: Sequence[np.ndarray],
-             asked: Sequence[Sequence[tuple[str, int]]], share_prefix: bool, device: str) -> float:  # fmt: skip
+             asked: Sequence[Sequence[tuple[str, int]]], share_prefix: bool, device: str,
+             half: bool = False) -> float:  # fmt: skip
     """The same step as `plain_step`'s, by the fast pass; asked: (question, right option) of each clip."""
     import torch
 
@@ -237,7 +243,9 @@ def our_step(answerer: Any, processor: Any, optimizer: Any, clips: Sequence[np.n
         mels, [len(clip) for clip in clips], questions, processor.audio_token_id, processor.tokenizer.pad_token_id,
         share_prefix,
     ).to(device)  # fmt: skip
-    loss = torch.nn.functional.cross_entropy(answerer(batch), batch.letters_Q)
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        logits = answerer(batch)
+    loss = torch.nn.functional.cross_entropy(logits, batch.letters_Q)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -245,7 +253,7 @@ def our_step(answerer: Any, processor: Any, optimizer: Any, clips: Sequence[np.n
 
 
 def _step(made: tuple[Any, Any, Any], share_prefix: bool, pairs: int, device: str, clips: int = 4,
-          asked: int = 4, audio_s: float = 10.0) -> dict:  # fmt: skip
+          asked: int = 4, audio_s: float = 10.0, half: bool = False) -> dict:  # fmt: skip
     """Both ways to train on `clips` clips with `asked` questions each, from samples and words to changed weights."""
     from pcgjax.audio_llm import model as llm
     from pcgjax.audio_llm import questions as mc
@@ -267,10 +275,10 @@ def _step(made: tuple[Any, Any, Any], share_prefix: bool, pairs: int, device: st
     losses: dict[str, float] = {}
 
     def ours() -> None:
-        losses["ours"] = our_step(answerer, processor, optimizer, heard, own, share_prefix, device)
+        losses["ours"] = our_step(answerer, processor, optimizer, heard, own, share_prefix, device, half)
 
     def plain() -> None:
-        losses["plain"] = plain_step(model, processor, optimizer, [clip for clip, _ in flat], chats, letters)
+        losses["plain"] = plain_step(model, processor, optimizer, [clip for clip, _ in flat], chats, letters, half)
 
     found = paired(ours, plain, pairs, f"a step of {clips} clips of {audio_s:g} s, {asked} questions each")
     memory = {"ours": _peak_gib(ours), "plain": _peak_gib(plain)} if device == "cuda" else None
@@ -285,8 +293,8 @@ def _step(made: tuple[Any, Any, Any], share_prefix: bool, pairs: int, device: st
 
 
 def full_size(config: Any, tiny: pathlib.Path, pairs: int, device: str) -> dict:
-    """`_step` with a model of this configuration and random weights in bfloat16, FLOP/s achieved, peak memory; the
-    words are the tiny model's."""
+    """`_step` with a model of this configuration and random weights in bfloat16, LoRA in float32 and products in
+    bfloat16 as in training; FLOP/s achieved, peak memory. The words are the tiny model's."""
     import peft
     import torch
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -302,9 +310,9 @@ def full_size(config: Any, tiny: pathlib.Path, pairs: int, device: str) -> dict:
     finally:
         torch.set_default_dtype(before)
     lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[*TARGETS, "multi_modal_projector.linear"])
-    model = peft.get_peft_model(base.requires_grad_(False), lora, autocast_adapter_dtype=False).train()
+    model = peft.get_peft_model(base, lora).train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    found = _step((model, processor, optimizer), True, pairs, device)
+    found = _step((model, processor, optimizer), True, pairs, device, half=True)
     # A clip has a quarter of the step's questions.
     words = (config, found["audio_s"], found["prompt_tokens"], found["question_tokens"][:4], RANK)
     for name, flops in (("ours", our_flops(*words)), ("plain", plain_flops(*words))):
