@@ -278,7 +278,7 @@ def lengths_heard(source: Source) -> np.ndarray:
     if len(short):
         raise ValueError(
             f"{len(short)} recordings are too short for one audio token (20 ms) behind front_end.kind={source.kind}, "
-            f"such as {source.corpus.rows[short[0]]['id']}: leave them out"
+            f"such as {source.corpus.rows[short[0]]['id']}: move their files out of the source and prepare it again"
         )
     return found
 
