@@ -187,7 +187,7 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     task = tasks.make(config, meta["sample_rate_hz"])
     # Shapes alone: to draw parameters first would take longer than all the rest.
     graphdef, params, rest = tasks.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(config.seed))))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (params, rest))
     _, model, _ = checkpoint.require(folder, {"params": like[0], "rest": like[1]})
     return config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"]

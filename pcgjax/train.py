@@ -228,6 +228,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
                         "score": better, "step": at, "epoch": epoch + 1, "metric": t.select, "threshold": threshold,
                     }  # fmt: skip
                     with clock("save"):
+                        last.wait_until_finished()  # of two at once the processes' barriers get mixed up
                         checkpoint.save(best, at, {"params": held.params, "rest": held.rest}, meta)
                         best.wait_until_finished()
             # Totals of a part of an epoch travel with the checkpoint: the epoch's line is the same after a resume.
@@ -373,7 +374,7 @@ def carried_over(state: tasks.TrainState, workdir: str, groups: tuple[str, ...])
             if path not in there or there[path].shape != x.shape:
                 name = path[0].key
                 raise ValueError(f"train.start_from={workdir}: its parameters {name!r} are not those of this model")
-            return there[path]
+            return np.asarray(there[path])  # on this process' device: each puts its copy where the state lies
 
         return jax.tree_util.tree_map_with_path(one, ours)
 
@@ -391,7 +392,9 @@ def with_encoder(state: tasks.TrainState, graphdef: Any, path: str) -> tasks.Tra
 
     model = nnx.merge(graphdef, state.params, state.rest)
     if isinstance(model, image.ImageClassifier):
-        _, params, rest = tasks.split(image.load_imagenet(model, path))
+        _, *loaded = tasks.split(image.load_imagenet(model, path))
+        # As above, what was loaded; the rest, such as the head, is the state's.
+        params, rest = jax.tree.map(lambda x: np.asarray(x) if x.is_fully_addressable else x, loaded)
         return state._replace(params=params, rest=rest)
     encoder = model.encoder
     loaded = tasks.split(ssamba.load_torch_checkpoint(path, encoder.frames, encoder.stride))[1]
@@ -406,7 +409,7 @@ def with_encoder(state: tasks.TrainState, graphdef: Any, path: str) -> tasks.Tra
                 f"model.checkpoint={path}: {jax.tree_util.keystr(place)} has shape {there[place].shape}, this model "
                 f"{x.shape}; set model.width and model.depth to the checkpoint's"
             )
-        return there[place]
+        return np.asarray(there[place])
 
     return state._replace(
         params=state.params | {"encoder": jax.tree_util.tree_map_with_path(take, state.params["encoder"])}
