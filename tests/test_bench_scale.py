@@ -208,7 +208,8 @@ def test_step_beside_the_peer(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_fifty_epochs_are_a_whole_run(corpus, tmp_path):
+def test_fifty_epochs_are_a_whole_run(tmp_path):
+    corpus = bench.write_prepared(tmp_path / "corpus", 40, (3.0, 3.0), 1000)  # one window of 2.5 s at least
     found = bench.fifty_epochs(bench.Runner(tmp_path), corpus, epochs=1)
     assert found["trained_recordings"] == 36
     assert found["wall_s"] > found["seconds"]["train"] > 0
