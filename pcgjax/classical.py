@@ -14,12 +14,14 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import os
 import pathlib
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -106,23 +108,32 @@ def find_sounds(
     if not parts:
         return found
     longest = np.array([corpus.lengths[part].max() for part in parts])
-    widths = np.array(input_pipeline.choose_capacities(longest, most=4))
-    ready = []
-    for part, samples in zip(parts, longest, strict=True):
+    widths = np.array(input_pipeline.choose_capacities(longest, most=6))
+    calls = []
+    for part, samples in zip(reversed(parts), reversed(longest), strict=True):
         x = np.zeros((batch, widths[np.searchsorted(widths, samples)]), np.int16)
         lengths = np.zeros(batch, np.int32)
         for row, index in enumerate(part):
             lengths[row] = corpus.lengths[index]
             x[row, : lengths[row]] = corpus.read(int(index))
-        ready.append((part, where.count(lengths), _envelopes(x, lengths, (f.filter_order, f.high_hz), where)))
-    for part, counts, answers in ready:  # the device works on what follows meanwhile
-        e, cycles = map(np.asarray, answers)
+        calls.append((x, lengths, (f.filter_order, f.high_hz), where))
+    for part, (_, lengths, *_), (e, cycles) in zip(
+        reversed(parts), calls, _side_by_side(_envelopes, calls), strict=True
+    ):
+        counts = where.count(lengths)
         thresholds = envelope.threshold(e, counts)
         for row, index in enumerate(part):
             own, cycle = e[row, : counts[row]], float(cycles[row])
             level = float(thresholds[row]) if np.isinf(f.threshold) else f.threshold
             found[index] = envelope.pick(own, where.step_s, level, cycle), cycle, own
     return found
+
+
+def _side_by_side(function: Callable, calls: Sequence[tuple]) -> Iterator[Any]:
+    """What a jitted function answers to each call, on the host and in order. From one thread a CPU computes one call
+    after the other, mostly on one core; the caller goes on with the first answers while others are computed."""
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda arguments: jax.tree.map(np.asarray, function(*arguments)), calls)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -156,14 +167,14 @@ def features(corpus: Corpus, config: ml_collections.ConfigDict) -> Features:
         raise ValueError(f"features.nfft={f.nfft}: must be at least 2")
     if not f.threshold > -np.inf:
         raise ValueError(f"features.threshold={f.threshold}: a level of the standardised envelope, or inf: found in it")
-    stretches: list[np.ndarray] = []
+    order, stretches = f.burg_order, list[np.ndarray]()
     owner, kind, reasons, short = [], [], {}, 0
     for index, (sounds, cycle, _) in enumerate(find_sounds(corpus, f, config.train.batch_recordings)):
         cut, lacking, before = None, {SYSTOLE: "systole", DIASTOLE: "diastole"}, short
         for start_s, end_s, state in envelope.states(sounds, cycle):
             if state in (SYSTOLE, DIASTOLE):
                 first, stop = round(start_s * rate), round(end_s * rate)
-                if stop - first <= f.burg_order:
+                if stop - first <= order:
                     short += 1
                     continue
                 if cut is None:
@@ -185,18 +196,19 @@ def features(corpus: Corpus, config: ml_collections.ConfigDict) -> Features:
     parts = [ordered[i : i + _LANES] for i in range(0, len(ordered), _LANES)]
     longest = np.array([len(stretches[part[-1]]) for part in parts])
     widths = np.array(input_pipeline.choose_capacities(longest, most=4)) if parts else longest
-    answers = []
+    calls = []
     for part, samples in zip(parts, longest, strict=True):
         x = np.zeros((_LANES, widths[np.searchsorted(widths, samples)]), np.float32)
         n = np.zeros(_LANES, np.int32)
         for row, i in enumerate(part):
             n[row] = len(stretches[i])
             x[row, : n[row]] = stretches[i]
-        answers.append(_spectra(x, n, f.burg_order, f.nfft, rate))
+        calls.append((x, n, order, f.nfft, rate))
     owners, kinds = np.array(owner, int), np.array(kind, int)
     values = np.zeros((len(kept), 2, bins))
     if parts:
-        of_all = np.concatenate([np.asarray(s)[: len(part)] for part, s in zip(parts, answers, strict=True)])
+        answers = zip(parts, _side_by_side(_spectra, calls), strict=True)
+        of_all = np.concatenate([spectra[: len(part)] for part, spectra in answers])
         # Recording by recording, its systoles before its diastoles; each kept one has both.
         group = 2 * owners[ordered] + kinds[ordered]
         by_group = np.argsort(group, kind="stable")

@@ -251,16 +251,15 @@ def _sounds(intervals_s: np.ndarray, cycle_s: float) -> list[int]:
     """
     systole = systole_s(cycle_s)
     off = np.log(intervals_s[:, None] / np.array([systole, cycle_s - systole, cycle_s])) / _SPREAD
-    systole_fit, diastole_fit, skip = (np.minimum(off**2 / 2, _MISFIT) * -1).T.tolist()
-    best, came = [0.0, 0.0], []  # of S1 and of S2
-    for as_systole, as_diastole, as_cycle in zip(systole_fit, diastole_fit, skip, strict=True):
-        ways = (
-            (best[0] + as_cycle - _MISFIT, best[1] + as_diastole),  # to S1 from S1, from S2
-            (best[0] + as_systole, best[1] + as_cycle - _MISFIT),
-        )
-        came.append([int(to[1] > to[0]) for to in ways])
-        best = [max(to) for to in ways]
-    sound = int(best[1] > best[0])
+    fit = -np.minimum(off**2 / 2, _MISFIT) - [0, 0, _MISFIT]
+    first, second, came = 0.0, 0.0, []  # the best of S1, of S2
+    for as_systole, as_diastole, as_cycle in fit.tolist():
+        from_first, from_second = first + as_cycle, second + as_diastole  # to S1
+        and_first, and_second = first + as_systole, second + as_cycle  # to S2
+        came.append((from_second > from_first, and_second > and_first))
+        first = from_second if from_second > from_first else from_first
+        second = and_second if and_second > and_first else and_first
+    sound = int(second > first)
     found = [sound]
     for back in reversed(came):
         sound = back[sound]
