@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -39,7 +40,10 @@ sys.exit(1 if given["case"] == "fails" else 0)
 def cluster(n: int | str, *words: str, **environment: str) -> subprocess.Popen:
     command = ["bash", str(LAUNCH / "local_cluster.sh"), str(n), *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+    # What is started from a shell's background ignores Ctrl-C, and bash cannot then trap it.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heeded)
 
 
 def member(case: str) -> tuple[str, ...]:
