@@ -869,7 +869,7 @@ def summary(results: Mapping[str, Any]) -> str:
             f"{page.number(t[m]):>{width}s}" for m, width in (("auc", 8), ("accuracy", 10), ("mean_accuracy", 8))
         ))  # fmt: skip
     left = results["features"]["left_out"]
-    return "\n".join([*lines, f"* best on validation; {len(left)} recordings left out, in which no cycle was found"])
+    return "\n".join([*lines, f"* best on validation; {len(left)} recordings left out"])
 
 
 def main(argv: list[str]) -> None:

@@ -58,7 +58,7 @@ from pcgjax import (
 )
 
 PAPERS = ("classical", "cnn", "hinf_lstm", "audio_llm")
-# What --budget=small changes in configs/, so that --paper=all takes less than three hours on two CPU cores;
+# What --budget=small changes in configs/, so that two CPU cores can do --paper=all (BUILD_NOTES.md has the time);
 # --budget=full is configs/ as they are. Both of a paper's protocols get the same.
 _TENTH = {"features.hop": 100, "features.n_mels": 64, "train.epochs": 2}
 _HEARD = {"model.size": "tiny", "train.epochs": 2, "optimizer.learning_rate": 1e-3,
@@ -739,7 +739,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("paper", None, [*PAPERS, "all"], "Whose tables.", required=True)
     flags.DEFINE_string("source", None, "The folder that holds cinc2016/, circor/ and pascal/.", required=True)
     flags.DEFINE_string("out", None, "The folder to write; what is there already is not made again.", required=True)
-    budgets = "full: the configs as they are; small: what two CPU cores do in under three hours."
+    budgets = "full: the configs as they are; small: what two CPU cores can do in hours."
     flags.DEFINE_enum("budget", "full", list(BUDGETS), budgets)
     flags.DEFINE_string("model", "", "A local copy of Qwen2-Audio; without it a tiny random one is asked.")
     files.run(main)

@@ -79,6 +79,18 @@ def test_sounds_are_no_heartbeats(corpus, make_config, tmp_path):
         batches.make_source(corpus, config.front_end)
 
 
+def test_a_recording_without_heartbeats_is_heard_whole_and_counted(corpus, make_config, tmp_path):
+    for i, row in enumerate(corpus.rows):
+        segmentation.write_tsv(
+            [(0.0, 2.0, 0)] if i == 0 else [(0.0, 0.2, 1), (0.2, 0.6, 2)], tmp_path / f"{row['id']}.tsv"
+        )
+    config = make_config({"front_end.kind": "crop", "front_end.segments": str(tmp_path)}, "audio_llm")
+    source = batches.make_source(corpus, config.front_end)
+    assert [source.passes_whole(i) for i in (0, 1)] == [True, False]
+    assert len(source.read(0)) == corpus.lengths[0] > len(source.read(1))
+    assert not batches.make_source(corpus, make_config({}, "audio_llm").front_end).passes_whole(0)
+
+
 def test_swapped_audio_is_as_long_as_ones_own(corpus, make_config):
     source = batches.make_source(corpus, make_config({}, "audio_llm").front_end)
     there = len(source.read(1))

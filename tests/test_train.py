@@ -444,6 +444,15 @@ def test_dry_run(pipeline, make_config, tmp_path, capsys):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_sweep_does_not_drop_variants(make_config, tmp_path):
+    config = make_config({"sweep.seed": "0,1"})
+    with config.unlocked():
+        config.variants = {"a": {"features": {"filter": "none"}}}
+    with pytest.raises(ValueError, match="this config has variants"):
+        train.run_all(config, tmp_path, False)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_variants(make_config, tmp_path, capsys):
     config = make_config({"train.epochs": 1})
