@@ -11,7 +11,7 @@ own, and sets them beside the paper's numbers in report.html and table.json. Sco
 
 import ml_collections
 
-from pcgjax import runs
+from pcgjax.runs.config import fields
 
 NOISE_SNR_DB = 10.0  # of the sweep's noisy half; the paper does not state it
 
@@ -83,7 +83,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.profile.start = 0  # the first step of a trace in WORKDIR/profile
     config.profile.steps = 0  # of the trace; 0: none
 
-    config.sweep = runs.fields(config)  # values with commas between: a member of a population for each
+    config.sweep = fields(config)  # values with commas between: a member of a population for each
     config.variants = ml_collections.ConfigDict()  # name of a run -> the fields in which it differs
     if variant == "sweep":
         noise, none = {"noise_snr_db": NOISE_SNR_DB}, {"filter": "none"}

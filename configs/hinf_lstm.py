@@ -10,7 +10,7 @@ is for pcgjax.ablation. Scores, times: README.md, BUILD_NOTES.md.
 
 import ml_collections
 
-from pcgjax import runs
+from pcgjax.runs.config import fields
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -100,7 +100,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.profile.start = 0  # the first step of a trace in WORKDIR/profile
     config.profile.steps = 0  # of the trace; 0: none
 
-    config.sweep = runs.fields(config)  # values with commas between: a member of a population for each
+    config.sweep = fields(config)  # values with commas between: a member of a population for each
     config.stages = ml_collections.ConfigDict()  # trained one after the other, the last in WORKDIR itself
     config.stages.cnn_lstm = {"model": {"cell": "lstm"}}
     config.stages.hinf_lstm = {"optimizer": {"frozen": ("cnn",)}}

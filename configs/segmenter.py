@@ -11,7 +11,7 @@ weights. The paper asks `cycle` (or sounds) of a third of the training set: --co
 
 import ml_collections
 
-from pcgjax import runs
+from pcgjax.runs.config import fields
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -92,5 +92,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.profile.start = 0  # the first step of a trace in WORKDIR/profile
     config.profile.steps = 0  # of the trace; 0: none
 
-    config.sweep = runs.fields(config)  # values with commas between: a member of a population for each
+    config.sweep = fields(config)  # values with commas between: a member of a population for each
     return config

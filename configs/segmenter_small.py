@@ -10,7 +10,7 @@ configs/segmenter_small.py:causal hears the past only, and can be streamed. Scor
 
 import ml_collections
 
-from pcgjax import runs
+from pcgjax.runs.config import fields
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -98,5 +98,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.profile.start = 0  # the first step of a trace in WORKDIR/profile
     config.profile.steps = 0  # of the trace; 0: none
 
-    config.sweep = runs.fields(config)  # values with commas between: a member of a population for each
+    config.sweep = fields(config)  # values with commas between: a member of a population for each
     return config

@@ -13,7 +13,7 @@ For a GPU.
 
 import ml_collections
 
-from pcgjax import runs
+from pcgjax.runs.config import fields
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -103,5 +103,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.profile.start = 0  # the first step of a trace in WORKDIR/profile
     config.profile.steps = 0  # of the trace; 0: none
 
-    config.sweep = runs.fields(config)  # values with commas between: a member of a population for each
+    config.sweep = fields(config)  # values with commas between: a member of a population for each
     return config

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pcgjax.traced import known, on
+from pcgjax.runtime.traced import is_known, is_on
 
 
 def recording_log_probabilities(
@@ -84,14 +84,14 @@ def penalty(
     """
     if normalize not in ("counts", "rates"):
         raise ValueError(f"loss.normalize={normalize!r}: choose counts or rates")
-    if known(alpha) and not 0 <= alpha <= 1:
+    if is_known(alpha) and not 0 <= alpha <= 1:
         raise ValueError(f"loss.alpha={alpha}: must lie between 0 and 1")
-    if known(slope) and slope < 0:
+    if is_known(slope) and slope < 0:
         raise ValueError(f"loss.slope={slope}: must be at least 0")
     log_p = jnp.asarray(log_p, jnp.float32)
     positive = labels * mask
     negative = (1 - labels) * mask
-    if on(slope):
+    if is_on(slope):
         called = jax.nn.sigmoid(slope * (jnp.exp(log_p) - threshold))
     else:
         called = (jnp.exp(log_p) >= threshold).astype(log_p.dtype)

@@ -8,6 +8,7 @@ its probability >= threshold. R axis: resamples; n: recordings; G: groups of rec
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -445,3 +446,11 @@ def same_length(**arrays: Any) -> None:
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError("lengths differ: " + ", ".join(f"{name} {length}" for name, length in lengths.items()))
+
+
+def finite(score: Any, key: str = "value") -> float | None:
+    """The finite number of a score, which is a number or {"value", "low", "high"}."""
+    value = score.get(key) if isinstance(score, Mapping) else score if key == "value" else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None

@@ -17,8 +17,14 @@ import numpy as np
 import tqdm
 from absl import app, flags, logging
 
-from pcgjax import audio, datasets, evaluate, files, segment, segmentation
-from pcgjax.datasets import S1
+from pcgjax import datasets
+from pcgjax.data.corpus import decode_recordings
+from pcgjax.datasets import S1, audio
+from pcgjax.runs.judge import NO_CYCLE, write_table
+from pcgjax.runtime import files
+from pcgjax.segmentation.states import state_spans, write_tsv
+from pcgjax.systems import load_answerer
+from pcgjax.training import segmenter
 
 
 def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
@@ -26,7 +32,7 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
 
     A file that cannot be used has an error and no probability.
     """
-    config, classifies, sample_rate_hz, answer = evaluate.load_answerer(workdir)
+    config, classifies, sample_rate_hz, answer = load_answerer(workdir)
     if config.task.name == "segmenter":
         return predict_states(workdir, paths, out)
     if not classifies:
@@ -40,19 +46,19 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
             rows[i]["error"] = str(error)
             continue
         recordings.append(datasets.Recording(str(i), str(i), False, "", rate_hz, {}, (), pathlib.Path(path)))
-    corpus, problems = evaluate.decode(recordings, sample_rate_hz)
+    corpus, problems = decode_recordings(recordings, sample_rate_hz)
     reasons = {problem.path: problem.reason for problem in problems}
     for row in rows:
         row["error"] = row["error"] or reasons.get(str(pathlib.Path(row["path"])), "")
     if corpus.rows:
         for row, log_p in zip(corpus.rows, answer(corpus), strict=True):
             if np.isnan(log_p[0]):
-                rows[int(row["id"])]["error"] = evaluate.NO_CYCLE
+                rows[int(row["id"])]["error"] = NO_CYCLE
                 continue
             probability = float(np.exp(log_p[0]))
             decision = int(probability >= config.evaluation.threshold)
             rows[int(row["id"])] |= {"probability": f"{probability:.9g}", "decision": decision}
-    evaluate.write_table(rows, pathlib.Path(out))
+    write_table(rows, pathlib.Path(out))
     return rows
 
 
@@ -64,7 +70,7 @@ def predict_states(workdir: str, paths: list[str], out: str) -> list[dict]:
       ValueError: two files would have the same .tsv, or one is there already beside its recording, whose annotation
         it may be.
     """
-    model = segment.load(workdir)
+    model = segmenter.load_segmenter(workdir)
     target = pathlib.Path(out)
     tsvs = [target if target.suffix == ".tsv" else target.parent / f"{pathlib.Path(path).stem}.tsv" for path in paths]
     if len(set(tsvs)) < len(tsvs):
@@ -87,14 +93,14 @@ def predict_states(workdir: str, paths: list[str], out: str) -> list[dict]:
         except (audio.AudioError, OSError) as error:
             row["error"] = str(error)
             continue
-        spans = segmentation.spans(model.decide(scores), model.step_s, samples / rate_hz)
-        segmentation.write_tsv(spans, tsv)
+        spans = state_spans(model.decide(scores), model.step_s, samples / rate_hz)
+        write_tsv(spans, tsv)
         row["tsv"] = str(tsv)
         onsets = np.array([start for start, _, state in spans if state == S1])
         if model.config.task.frames == "states" and len(onsets) > 1:
             row["heart_rate_bpm"] = f"{60 / np.median(np.diff(onsets)):.1f}"
     if target.suffix != ".tsv":
-        evaluate.write_table(rows, target)
+        write_table(rows, target)
     return rows
 
 

@@ -196,20 +196,20 @@ SMALL_ONES = {
 @pytest.fixture(scope="session")
 def trained(make_config, tmp_path_factory) -> pathlib.Path:
     """The workdir of a run of SMALL that nothing disturbed. Not to be written to."""
-    from pcgjax import train
+    from pcgjax.training.loop import train
 
     workdir = tmp_path_factory.mktemp("trained")
-    train.train(make_config(), workdir)
+    train(make_config(), workdir)
     return workdir
 
 
 @pytest.fixture(scope="session")
 def trained_segmenter(make_config, tmp_path_factory) -> pathlib.Path:
     """The workdir of a run of SMALL_SEGMENTER that nothing disturbed. Not to be written to."""
-    from pcgjax import train
+    from pcgjax.training.loop import train
 
     workdir = tmp_path_factory.mktemp("trained_segmenter")
-    train.train(make_config(name="segmenter_small"), workdir)
+    train(make_config(name="segmenter_small"), workdir)
     return workdir
 
 

@@ -15,8 +15,31 @@ import optax
 import pytest
 from flax import nnx
 
-from pcgjax import ablation, checkpoint, input_pipeline, losses, optimizer, splits, tasks
+from pcgjax import losses, tasks
+from pcgjax.ablation import arms as arms_module
+from pcgjax.ablation import run
+from pcgjax.ablation.arms import (
+    NOISE,
+    Parts,
+    Setting,
+    clip_features_of,
+    draw_parts,
+    epoch_batches,
+    finetune,
+    simulate_corpus,
+    train_arms,
+)
+from pcgjax.ablation.run import run_ablation, settings_of
+from pcgjax.ablation.verdicts import differences, judge, summarise, verdict
+from pcgjax.data import batches, splits
+from pcgjax.data.corpus import from_prepared, in_rows
+from pcgjax.data.plan import evaluation_plan
+from pcgjax.metrics import interval
 from pcgjax.models.hinf_lstm import Recurrent
+from pcgjax.pages.ablation import ARMS, IDEAS, SCORES, draw
+from pcgjax.runtime import checkpoint
+from pcgjax.tasks.base import split_model
+from pcgjax.training import optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = {
@@ -44,7 +67,7 @@ def make_config(changes: dict | None = None):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return ablation.simulate(14, seed=0)
+    return simulate_corpus(14, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +75,15 @@ def ready(corpus):
     """(config, task, clips, labels, parts) of the simulated people at 10 dB."""
     config = make_config({"features.noise_snr_db": 10.0})
     config.model.cell, config.loss.name = "lstm", "bce"
-    data = ablation.features(config, corpus)
-    setting = ablation.Setting("synthetic", "Synthetic", "synthetic", 10.0, None)
-    parts = ablation.draw_parts(config, corpus, setting, np.asarray(data.real))
+    data = clip_features_of(config, corpus)
+    setting = Setting("synthetic", "Synthetic", "synthetic", 10.0, None)
+    parts = draw_parts(config, corpus, setting, np.asarray(data.real))
     return config, tasks.make(config, corpus.sample_rate_hz), data, corpus.labels("abnormal"), parts
 
 
 @pytest.fixture(scope="module")
 def arms(ready):
-    return ablation.train_arms(*ready)
+    return train_arms(*ready)
 
 
 def test_the_clips_are_what_the_task_shows_its_model(corpus, ready):
@@ -73,11 +96,11 @@ def test_the_clips_are_what_the_task_shows_its_model(corpus, ready):
     p = np.where(data.real, 1 / (1 + np.exp(-logits)), 0).sum(1) / counts
 
     # All recordings in one batch, packed on the host, with the same key.
-    plan = input_pipeline.evaluation_plan(np.arange(len(corpus.rows)), corpus.lengths, task.geometry, 28)
+    plan = evaluation_plan(np.arange(len(corpus.rows)), corpus.lengths, task.geometry, 28)
     (ids,), (size,) = plan.ids, plan.capacity
-    batch = input_pipeline.pack(corpus, labels, ids[0], plan.capacities[size], task.geometry)
+    batch = batches.pack(corpus, labels, ids[0], plan.capacities[size], task.geometry)
     batch = jax.tree.map(jnp.asarray, batch)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), ablation.NOISE), 0)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), NOISE), 0)
     forward = jax.jit(lambda batch, key: jnp.exp(task.forward(model, batch, plan.capacities[size], key)[0]))
     np.testing.assert_allclose(forward(batch, key), p[ids[0]], atol=2e-5)
     assert np.abs(forward(batch, jax.random.key(9)) - p[ids[0]]).max() > 1e-4  # other noise
@@ -87,12 +110,12 @@ def test_the_clips_are_what_the_task_shows_its_model(corpus, ready):
 def test_all_seeds_at_once_are_one_after_the_other(ready, arms, monkeypatch):
     """vmap, which runs where there is no CPU, against a seed at a time; how far splits are filled up is the same."""
     config, task, data, labels, parts = ready
-    monkeypatch.setattr(ablation, "over_seeds", lambda f: lambda own, shared: jax.vmap(lambda x: f(*x, *shared))(own))
-    monkeypatch.setattr(ablation, "UPDATES", ("forget",))
-    monkeypatch.setattr(ablation, "ARMS", tuple(arm for arm in ablation.ARMS if arm[0] == "forget"))
+    monkeypatch.setattr(arms_module, "over_seeds", lambda f: lambda own, shared: jax.vmap(lambda x: f(*x, *shared))(own))
+    monkeypatch.setattr(arms_module, "UPDATES", ("forget",))
+    monkeypatch.setattr(arms_module, "ARMS", tuple(arm for arm in ARMS if arm[0] == "forget"))
     longer = lambda ids, count: np.pad(ids, ((0, 0), (0, count)), constant_values=-1)
     filled = parts._replace(clips=longer(parts.clips, 21), validation=longer(parts.validation, 3))
-    for arm, (p, threshold) in ablation.train_arms(config, task, data, labels, filled).items():
+    for arm, (p, threshold) in train_arms(config, task, data, labels, filled).items():
         np.testing.assert_allclose(p, arms[arm][0], atol=1e-5)
         np.testing.assert_allclose(threshold, arms[arm][1], atol=1e-6)
         assert np.abs(p[1] - p[0]).max() > 1e-3  # another seed, another training
@@ -125,8 +148,8 @@ def test_an_arm_is_a_plain_loop_of_the_penalty_weighted_loss(ready):
     mask = jnp.ones(features.shape[:2])
     init = lambda key: Recurrent(5, 4, "convex", rngs=nnx.Rngs(key))
     key, clips = jax.random.key(3), jnp.asarray(parts.clips[1])
-    graphdef, params, _ = tasks.split(init(key))
-    run = jax.jit(ablation.finetune(config, init))
+    graphdef, params, _ = split_model(init(key))
+    run = jax.jit(finetune(config, init))
     p, _ = run(key, params, clips, jnp.asarray(parts.validation[1]), (features, mask), data.real, jnp.asarray(labels))
 
     def answer(params, ids):
@@ -145,7 +168,7 @@ def test_an_arm_is_a_plain_loop_of_the_penalty_weighted_loss(ready):
 
     state, seen = update.init(params), []
     for epoch in range(config.ablation.epochs[1]):
-        _, order = ablation.batches(key, jnp.asarray(epoch), clips, len(features), config.ablation.batch_clips)
+        _, order = epoch_batches(key, jnp.asarray(epoch), clips, len(features), config.ablation.batch_clips)
         seen.append(np.asarray(order).reshape(-1))
         for ids in np.asarray(order):
             if (ids < 0).all():
@@ -160,28 +183,27 @@ def test_an_arm_is_a_plain_loop_of_the_penalty_weighted_loss(ready):
 
 
 def test_interval_by_hand():
-    found = ablation.interval([1.0, 2.0, 3.0, 4.0])
+    found = interval([1.0, 2.0, 3.0, 4.0])
     # s = sqrt(5/3); t(0.975, 3) = 3.182446 from tables
     half = 3.182446 * math.sqrt(5 / 3) / 2
     assert found["n"] == 4
     assert found["mean"] == 2.5
     assert found["deviation"] == pytest.approx(math.sqrt(5 / 3))
     assert (found["low"], found["high"]) == pytest.approx((2.5 - half, 2.5 + half))
-    assert ablation.interval([0.5, math.nan])["n"] == 1
-    assert math.isnan(ablation.interval([0.5])["low"])
-    assert math.isnan(ablation.interval([])["mean"])
+    assert interval([0.5, math.nan])["n"] == 1
+    assert math.isnan(interval([0.5])["low"])
+    assert math.isnan(interval([])["mean"])
 
 
 def made_up(group: str, database: str = "", effect: float = 0.0, seeds: int = 5, idea: str = "convex") -> dict:
     """A setting's json in which `idea` adds `effect` to every score, seeds differ widely, and all else is equal."""
-    _, factor, new, _ = ablation.IDEAS[idea]
+    _, factor, new, _ = IDEAS[idea]
     wide = np.linspace(0.3, 0.7, seeds)
     near = np.linspace(-0.004, 0.004, seeds)
     arms = {
-        " ".join(arm): {k: (wide + (effect + near) * (arm[factor] == new)).tolist() for k in ablation.SCORES}
-        for arm in ablation.ARMS
+        " ".join(arm): {k: (wide + (effect + near) * (arm[factor] == new)).tolist() for k in SCORES} for arm in ARMS
     }
-    trivial = {name: {k: [0.5] * seeds for k in ablation.SCORES} for name in ("majority", "database_prior")}
+    trivial = {name: {k: [0.5] * seeds for k in SCORES} for name in ("majority", "database_prior")}
     name = f"{group}_{database}" if database else group
     return {
         "name": name, "title": name.replace("_", " ").capitalize(), "group": group, "recordings": 40, "people": 20,
@@ -191,11 +213,11 @@ def made_up(group: str, database: str = "", effect: float = 0.0, seeds: int = 5,
 
 def test_differences_are_paired_by_seed():
     result = made_up("person", effect=0.02)
-    found = ablation.differences(result["arms"], "convex", "auc")
+    found = differences(result["arms"], "convex", "auc")
     np.testing.assert_allclose(found, 0.02 + np.linspace(-0.004, 0.004, 5))
-    np.testing.assert_allclose(ablation.differences(result["arms"], "pwl", "auc"), 0, atol=1e-12)
+    np.testing.assert_allclose(differences(result["arms"], "pwl", "auc"), 0, atol=1e-12)
     # An interval of unpaired seeds, whose scores spread over 0.4, could not leave out 0.
-    assert ablation.interval(found)["low"] > 0
+    assert interval(found)["low"] > 0
 
 
 @pytest.mark.parametrize(
@@ -205,7 +227,7 @@ def test_differences_are_paired_by_seed():
 )  # fmt: skip
 def test_verdicts_come_from_the_intervals(effects, says):
     results = [made_up("synthetic", "clean", effects[0]), made_up("person", "", effects[1])]
-    sentence = ablation.verdict("convex", ablation.summarise(results))
+    sentence = verdict("convex", summarise(results))
     assert f": {says}" in sentence
     assert "Of 6 comparisons" in sentence
     assert ("Synthetic clean: F1 +0.050" in sentence) == (effects[0] > 0)
@@ -216,12 +238,12 @@ def test_left_out_databases_count_once_and_all_settings_are_on_the_page():
         made_up("synthetic", "clean"), made_up("person"), made_up("leave_database_out", "a", 0.1),
         made_up("leave_database_out", "b", 0.3),
     ]  # fmt: skip
-    table = ablation.summarise(results)
+    table = summarise(results)
     assert [row["name"] for row in table if row["counts"]] == ["synthetic_clean", "person", "leave_database_out"]
     together = next(row for row in table if row["name"] == "leave_database_out")
     assert together["ideas"]["convex"]["f1"]["mean"] == pytest.approx(0.2)
-    verdicts = {idea: ablation.verdict(idea, table) for idea in ablation.IDEAS}
-    html = ablation.draw(table, verdicts, {"ablation": {"seeds": 5}})
+    verdicts = {idea: verdict(idea, table) for idea in IDEAS}
+    html = draw(table, verdicts, {"ablation": {"seeds": 5}})
     for row in table:
         assert f"<h2>{row['title']}</h2>" in html
     for text in (*verdicts.values(), "0.9885", "0.9469", "the commoner class"):
@@ -234,9 +256,9 @@ def test_judge_knows_databases_and_trivial_answers(corpus):
     small = dataclasses.replace(corpus, rows=rows, lengths=corpus.lengths[:8])
     labels = np.array([1, 1, 1, 0, 0, 0, 0, 1], np.float32)
     p = np.array([[0.9, 0.8, 0.7, 0.6, 0.1, 0.1, 0.1, 0.2]])
-    parts = ablation.Parts(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32), [np.arange(8)])
+    parts = Parts(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32), [np.arange(8)])
     arm = ("lstm", "bce", "sapt")
-    scores, trivial = ablation.judge(small, labels, parts, {arm: (p, np.array([0.65]))})
+    scores, trivial = judge(small, labels, parts, {arm: (p, np.array([0.65]))})
     found = scores["lstm bce sapt"]
     assert found["sensitivity"] == [0.75]
     assert found["specificity"] == [1.0]
@@ -250,40 +272,40 @@ def test_judge_knows_databases_and_trivial_answers(corpus):
 
 def test_a_run_is_resumed_or_refused(tmp_path, monkeypatch):
     config = make_config()
-    out = ablation.run(config, tmp_path)
+    out = run_ablation(config, tmp_path)
     path = tmp_path / "synthetic_10_dB.json"
     before, result = path.stat().st_mtime_ns, json.loads(path.read_text())
     assert len(result["arms"]) == 12
     assert all(len(scores["auc"]) == 2 for scores in result["arms"].values())
-    assert set(out["verdicts"]) == set(ablation.IDEAS)
+    assert set(out["verdicts"]) == set(IDEAS)
     json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
     assert "<h2>Synthetic, 10 dB</h2>" in (tmp_path / "report.html").read_text()
     assert config.model.cell == "convex"  # the caller's config is as it was
 
-    monkeypatch.setattr(ablation, "run_setting", lambda *_: pytest.fail("trained again"))
-    again = ablation.run(make_config({"ablation.snrs_db": (10.0,), "model.cell": "forget"}), tmp_path)
+    monkeypatch.setattr(run, "run_setting", lambda *_: pytest.fail("trained again"))
+    again = run_ablation(make_config({"ablation.snrs_db": (10.0,), "model.cell": "forget"}), tmp_path)
     assert again["verdicts"] == out["verdicts"]
     assert path.stat().st_mtime_ns == before
     with pytest.raises(checkpoint.CheckpointError, match=r"synthetic_10_dB.json.*model.hidden=4, now 5"):
-        ablation.run(make_config({"model.hidden": 5}), tmp_path)
+        run_ablation(make_config({"model.hidden": 5}), tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"ablation.synthetic_people=14, now 15"):
-        ablation.run(make_config({"ablation.synthetic_people": 15}), tmp_path)
+        run_ablation(make_config({"ablation.synthetic_people": 15}), tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"synthetic_10_dB.json: damaged.*delete it"):
-        ablation.run(config, tmp_path)
+        run_ablation(config, tmp_path)
 
 
 def test_settings_of_a_prepared_data_set(prepared):
     config = make_config({"ablation.settings": ("synthetic", "person", "leave_database_out"), "ablation.seeds": 3})
-    corpus = input_pipeline.from_prepared(prepared)
-    names = [setting.name for setting in ablation.settings_of(config, corpus)]
+    corpus = from_prepared(prepared)
+    names = [setting.name for setting in settings_of(config, corpus)]
     assert names == ["synthetic_10_dB", "person", *(f"leave_database_out_cinc2016-{name}" for name in "abcdef")]
-    assert [setting.name for setting in ablation.settings_of(config, None)] == names[:1]
+    assert [setting.name for setting in settings_of(config, None)] == names[:1]
 
-    left_out = ablation.settings_of(config, corpus)[2]
+    left_out = settings_of(config, corpus)[2]
     real = np.ones((len(corpus.rows), 2), bool)
     real[::3, 1] = False
-    parts = ablation.draw_parts(config, corpus, left_out, real)
+    parts = draw_parts(config, corpus, left_out, real)
     databases = np.array([row["database"] for row in corpus.rows])
     for seed in range(3):
         clips, validation = parts.clips[seed], parts.validation[seed]
@@ -295,9 +317,9 @@ def test_settings_of_a_prepared_data_set(prepared):
         assert len(clips) == real[np.unique(clips // 2)].sum()  # all clips of a recording that trains
     assert (parts.clips[0] != parts.clips[1]).any()
 
-    few = ablation.Setting("few", "Few", "person", math.inf, None)
+    few = Setting("few", "Few", "person", math.inf, None)
     with pytest.raises(splits.SplitError, match="few, seed 0: "):
-        ablation.draw_parts(config, input_pipeline.in_rows(corpus, corpus.rows[:3]), few, real[:3])
+        draw_parts(config, in_rows(corpus, corpus.rows[:3]), few, real[:3])
 
 
 @pytest.mark.parametrize(
@@ -310,7 +332,7 @@ def test_settings_of_a_prepared_data_set(prepared):
 )  # fmt: skip
 def test_bad_config_is_named(tmp_path, field, value):
     with pytest.raises(ValueError, match=field):
-        ablation.run(make_config({field: value}), tmp_path)
+        run_ablation(make_config({field: value}), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -319,4 +341,4 @@ def test_another_config_is_refused(tmp_path):
     with config.unlocked():
         del config.ablation
     with pytest.raises(ValueError, match=r"configs/hinf_lstm.py:ablation"):
-        ablation.run(config, tmp_path)
+        run_ablation(config, tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import soxr
 
-from pcgjax import audio
+from pcgjax.datasets import audio
 
 
 def heart_sound(seconds: float = 1.0, rate_hz: int = 4000) -> np.ndarray:

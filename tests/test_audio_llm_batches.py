@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pcgjax import input_pipeline, segmentation
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
+from pcgjax.data.corpus import from_prepared, in_memory
+from pcgjax.segmentation.states import write_tsv
 
 RATE = llm.RATE_HZ
 SPANS = [(0.0, 0.1, 4), (0.1, 0.2, 1), (0.2, 0.4, 2), (0.4, 0.5, 3), (0.5, 0.9, 4), (0.9, 1.0, 1), (1.0, 1.1, 2),
@@ -21,7 +22,7 @@ SPANS = [(0.0, 0.1, 4), (0.1, 0.2, 1), (0.2, 0.4, 2), (0.4, 0.5, 3), (0.5, 0.9, 
 
 @pytest.fixture(scope="module")
 def corpus(prepared_16k):
-    return input_pipeline.from_prepared(prepared_16k)
+    return from_prepared(prepared_16k)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_segments_are_read_by_recording(corpus, make_config, tmp_path):
         batches.make_source(corpus, config.front_end)
     for row in corpus.rows:
         spans = [(0.0, 0.2, 4), (0.2, 0.3, 1), (0.3, 0.5, 2), (0.5, 0.6, 3)]
-        segmentation.write_tsv(spans, tmp_path / f"{row['id']}.tsv")
+        write_tsv(spans, tmp_path / f"{row['id']}.tsv")
     source = batches.make_source(corpus, config.front_end)
     assert len(source.read(0)) == round(0.4 * RATE)
     assert set(batches.lengths_heard(source)) == {round(0.4 * RATE)}
@@ -73,7 +74,7 @@ def test_sounds_are_no_heartbeats(corpus, make_config, tmp_path):
     """What a segmenter of the target `sounds` writes: a murmur lies between them."""
     for row in corpus.rows:
         spans = [(0.0, 0.1, 1), (0.1, 0.3, 0), (0.3, 0.4, 1), (0.4, 0.9, 0)]
-        segmentation.write_tsv(spans, tmp_path / f"{row['id']}.tsv")
+        write_tsv(spans, tmp_path / f"{row['id']}.tsv")
     config = make_config({"front_end.kind": "crop", "front_end.segments": str(tmp_path)}, "audio_llm")
     with pytest.raises(ValueError, match=r"0.10 s: sounds, not heartbeats"):
         batches.make_source(corpus, config.front_end)
@@ -81,9 +82,7 @@ def test_sounds_are_no_heartbeats(corpus, make_config, tmp_path):
 
 def test_a_recording_without_heartbeats_is_heard_whole_and_counted(corpus, make_config, tmp_path):
     for i, row in enumerate(corpus.rows):
-        segmentation.write_tsv(
-            [(0.0, 2.0, 0)] if i == 0 else [(0.0, 0.2, 1), (0.2, 0.6, 2)], tmp_path / f"{row['id']}.tsv"
-        )
+        write_tsv([(0.0, 2.0, 0)] if i == 0 else [(0.0, 0.2, 1), (0.2, 0.6, 2)], tmp_path / f"{row['id']}.tsv")
     config = make_config({"front_end.kind": "crop", "front_end.segments": str(tmp_path)}, "audio_llm")
     source = batches.make_source(corpus, config.front_end)
     assert [source.passes_whole(i) for i in (0, 1)] == [True, False]
@@ -120,8 +119,8 @@ def test_another_rate_and_too_short_recordings_are_refused(corpus, make_config):
     front_end = make_config({}, "audio_llm").front_end
     rows = corpus.rows[:1]
     with pytest.raises(ValueError, match=r"at 4000 Hz.*--sample_rate_hz=16000"):
-        batches.make_source(input_pipeline.in_memory(rows, [np.zeros(4000, np.int16)], 4000), front_end)
-    short = batches.make_source(input_pipeline.in_memory(rows, [np.zeros(320, np.int16)], RATE), front_end)
+        batches.make_source(in_memory(rows, [np.zeros(4000, np.int16)], 4000), front_end)
+    short = batches.make_source(in_memory(rows, [np.zeros(320, np.int16)], RATE), front_end)
     with pytest.raises(ValueError, match=rows[0]["id"]):
         batches.lengths_heard(short)
 
@@ -241,7 +240,7 @@ def test_a_gpu_is_trained_from_pinned_memory(prepared_16k, tiny_llm, make_config
 
 
 def test_learning_rate_rises_and_falls():
-    from pcgjax.audio_llm.train import learning_rate
+    from pcgjax.audio_llm.checkpoints import learning_rate
 
     rates = [learning_rate(step, 10, 1.0, 2) for step in range(10)]
     np.testing.assert_allclose(rates[:3], [0.5, 1.0, 1.0])

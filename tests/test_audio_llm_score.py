@@ -13,11 +13,30 @@ import numpy as np
 import pytest
 import torch
 
-from pcgjax import datasets, evaluate, input_pipeline, metrics, runs, segmentation, splits
+from pcgjax import datasets, metrics
 from pcgjax.audio_llm import batches, score, tables
+from pcgjax.audio_llm import judge as judge_module
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
+from pcgjax.audio_llm.judge import (
+    PREDICTION_FIELDS,
+    STATUS,
+    Run,
+    agreement,
+    class_log_p,
+    judge,
+    patients_of,
+    score_part,
+    swapped,
+)
+from pcgjax.audio_llm.tables import summary
+from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
+from pcgjax.data import splits
+from pcgjax.data.corpus import decode_recordings, from_prepared, in_memory
 from pcgjax.datasets import synthetic
+from pcgjax.runs.config import plain_config
+from pcgjax.runs.streams import EVALUATION
+from pcgjax.segmentation.states import write_tsv
 
 
 def row(recording: str, person: str, **labels: str) -> dict:
@@ -50,7 +69,7 @@ def test_accuracies_are_counted_by_task_beside_the_majority():
     ]
     train = mc.questions([row("9_MV", "9", **present, systolic_pitch="Low")], [0])
     trivial = mc.trivial(train, [answer.question for answer in answers])
-    found = score.judge(answers, trivial, score.patients_of(rows), 200, 0)
+    found = judge(answers, trivial, patients_of(rows), 200, 0)
     timing, pitch, murmur = (found["tasks"][t] for t in ("systolic_timing", "systolic_pitch", "murmur"))
     assert timing["accuracy"]["value"] == 1
     assert not timing["informative"]
@@ -71,14 +90,14 @@ def test_accuracies_are_counted_by_task_beside_the_majority():
     assert sum(found["letters"]["answered"].values()) == found["questions"] == 10
     assert (found["recordings"], found["people"]) == (4, 4)
     with pytest.raises(ValueError, match="no question to judge"):
-        score.judge([], trivial, {}, 10, 0)
+        judge([], trivial, {}, 10, 0)
 
 
 def test_without_training_questions_the_test_majority_stands_in():
     rows = [row(f"{i}_MV", str(i), murmur_status=word) for i, word in enumerate(("Absent", "Absent", "Present"))]
     answers = [said(one, "murmur") for one in rows]
     trivial = mc.trivial([], [answer.question for answer in answers])
-    murmur = score.judge(answers, trivial, score.patients_of(rows), 0, 0)["tasks"]["murmur"]
+    murmur = judge(answers, trivial, patients_of(rows), 0, 0)["tasks"]["murmur"]
     assert (murmur["majority"], murmur["majority_from"]) == ("Absent", "test")
     assert murmur["majority_accuracy"] == pytest.approx(2 / 3)
     assert murmur["accuracy"] == {"value": 1.0, "low": None, "high": None}
@@ -88,10 +107,10 @@ def test_intervals_are_over_people():
     rows = [row(f"{person}_{i}", person, murmur_status="Absent") for person in "12" for i in range(20)]
     answers = [said(one, "murmur", "Absent" if one["person"] == "1" else "Present") for one in rows]
     trivial = mc.trivial([], [answer.question for answer in answers])
-    found = score.judge(answers, trivial, score.patients_of(rows), 400, 0)["tasks"]["murmur"]
+    found = judge(answers, trivial, patients_of(rows), 400, 0)["tasks"]["murmur"]
     # Two people, one always right: drawn anew, one in four times only the one or only the other.
     assert found["accuracy"] == {"value": 0.5, "low": 0, "high": 1}
-    alone = score.judge(answers[:20], trivial, score.patients_of(rows), 400, 0)["tasks"]["murmur"]
+    alone = judge(answers[:20], trivial, patients_of(rows), 400, 0)["tasks"]["murmur"]
     assert alone["accuracy"] == {"value": 1, "low": None, "high": None}
 
 
@@ -105,7 +124,7 @@ def test_a_patient_is_judged_by_the_mean_over_all_recordings():
         row("30_MV", "30", murmur_status="Absent", abnormal="0"),
         row("40_MV", "40", murmur_status="Absent"),
     ]
-    patients = score.patients_of(rows)
+    patients = patients_of(rows)
     assert len(set(patients.values())) == 5
     answers = [
         said(rows[0], "murmur", "Absent"),
@@ -116,7 +135,7 @@ def test_a_patient_is_judged_by_the_mean_over_all_recordings():
     ]
     other_site = said(rows[3], "murmur", "Absent", 0.5)
     trivial = mc.trivial([], [answer.question for answer in answers])
-    found = score.judge(answers, trivial, patients, 100, 0, [other_site])
+    found = judge(answers, trivial, patients, 100, 0, [other_site])
     assert found["tasks"]["murmur"]["questions"] == 5  # the other site counts for its patient alone
     of = found["patients"]
     # 10 Absent, 11 Unknown (right), 20 Present (log .9 + log .05 > log .01 + log .5), 30 Absent, 40 Present.
@@ -139,11 +158,11 @@ def test_a_patient_is_judged_by_the_mean_over_all_recordings():
     assert of["weighted_accuracy"]["low"] < of["weighted_accuracy"]["value"] < of["weighted_accuracy"]["high"]
 
     # The other site, surer of Absent, turns patient 20.
-    turned = score.judge(answers, trivial, patients, 0, 0, [said(rows[3], "murmur", "Absent", 0.9, Present=1e-6)])
+    turned = judge(answers, trivial, patients, 0, 0, [said(rows[3], "murmur", "Absent", 0.9, Present=1e-6)])
     assert turned["patients"]["called"]["Present"]["Absent"] == 2
     # No outcome, no cost.
     nobody = {name: patient._replace(abnormal=None) for name, patient in patients.items()}
-    assert score.judge(answers, trivial, nobody, 10, 0)["patients"]["cost"] is None
+    assert judge(answers, trivial, nobody, 10, 0)["patients"]["cost"] is None
 
 
 def test_who_was_asked_what_is_told_apart():
@@ -152,7 +171,7 @@ def test_who_was_asked_what_is_told_apart():
 
     def asked(answers: list[batches.Answer], *elsewhere: batches.Answer) -> dict:
         trivial = mc.trivial([], [answer.question for answer in answers])
-        return score.judge(answers, trivial, score.patients_of(rows), 0, 0, elsewhere)["asked"]
+        return judge(answers, trivial, patients_of(rows), 0, 0, elsewhere)["asked"]
 
     first = asked([said(one, "murmur") for one in rows[:3]])
     # Neither what was answered matters, nor the order.
@@ -170,8 +189,8 @@ def test_who_was_asked_what_is_told_apart():
 
 def test_repeated_options_of_a_class_count_together():
     question = mc.ask(row("1_MV", "1", murmur_status="Absent"), "murmur", np.random.default_rng(0), padding="repeat")
-    log_p = score.class_log_p(batches.Answer(question, (math.log(0.1),) * 6, 1))
-    counts = [question.options.count(word) for word in score.STATUS]
+    log_p = class_log_p(batches.Answer(question, (math.log(0.1),) * 6, 1))
+    counts = [question.options.count(word) for word in STATUS]
     np.testing.assert_allclose(np.exp(log_p), np.array(counts) / 10)
 
 
@@ -182,14 +201,14 @@ def test_repeated_options_of_a_class_count_together():
 def test_shuffled_audio_is_always_somebody_elses(counts):
     rows = [row(f"{p}_{i}", str(p)) for p, count in enumerate(counts) for i in range(count)]
     indices = np.random.default_rng(0).permutation(len(rows))
-    found = score.swapped(rows, indices.tolist(), 3)
-    assert found == score.swapped(rows, sorted(indices), 3)
+    found = swapped(rows, indices.tolist(), 3)
+    assert found == swapped(rows, sorted(indices), 3)
     assert sorted(found) == list(range(len(rows)))
     assert all(rows[i]["person"] != rows[j]["person"] for i, j in found.items())
     if max(counts) * 2 <= len(rows):
         assert len(set(found.values())) == len(rows)
     with pytest.raises(ValueError, match="two people"):
-        score.swapped(rows, [0], 3)
+        swapped(rows, [0], 3)
 
 
 # --------------------------------------------------------------------------------------- runs, with a tiny model
@@ -197,17 +216,17 @@ def test_shuffled_audio_is_always_somebody_elses(counts):
 
 @pytest.fixture(scope="module")
 def corpus(prepared_16k):
-    return input_pipeline.from_prepared(prepared_16k)
+    return from_prepared(prepared_16k)
 
 
 @pytest.fixture(scope="module")
 def run_of(tiny_llm, make_config):
     """run_of({config field: value}) of the tiny model as it is."""
 
-    def make(changes: dict | None = None) -> score.Run:
+    def make(changes: dict | None = None) -> Run:
         config = make_config({"evaluation.resamples": 50, **(changes or {})}, "audio_llm")
         model, processor = llm.load(tiny_llm, "float32", "sdpa")
-        return score.Run("tiny", llm.Answerer(model), processor, config, torch.device("cpu"))
+        return Run("tiny", llm.Answerer(model), processor, config, torch.device("cpu"))
 
     return make
 
@@ -222,12 +241,12 @@ def test_generate_says_what_one_forward_pass_says(run_of, corpus):
     asked = batches.evaluation_clips(run.config, source, corpus.lengths, np.arange(6), llm.CLIP_S)
     tokenize = batches.Tokenizer(run.processor)
     answers = batches.ask_all(run.answerer, source, asked, tokenize, run.config, "cpu")
-    found = score.agreement(run.answerer.model, run.processor, source, asked, answers, 4)
+    found = agreement(run.answerer.model, run.processor, source, asked, answers, 4)
     assert found == {"questions": 4, "same": 1.0, "a_letter": 1.0}
     other = [answer._replace(log_p=tuple(np.roll(answer.log_p, 1))) for answer in answers]
-    assert score.agreement(run.answerer.model, run.processor, source, asked, other, 64)["same"] == 0
+    assert agreement(run.answerer.model, run.processor, source, asked, other, 64)["same"] == 0
     several = [answer._replace(windows=2) for answer in answers]
-    assert score.agreement(run.answerer.model, run.processor, source, asked, several, 64)["questions"] == 0
+    assert agreement(run.answerer.model, run.processor, source, asked, several, 64)["questions"] == 0
 
 
 def test_long_recordings_are_said_and_sites_unheard_count_for_patients(run_of):
@@ -239,10 +258,10 @@ def test_long_recordings_are_said_and_sites_unheard_count_for_patients(run_of):
         row("3_MV", "3"),
     ]
     samples = [rng.integers(-9999, 9999, n).astype(np.int16) for n in (31 * 16000, 8000, 8000, 8000)]
-    memory = input_pipeline.in_memory(rows, samples, 16000)
+    memory = in_memory(rows, samples, 16000)
     run = run_of()
     source = batches.make_source(memory, run.config.front_end)
-    result, predictions = score.score_part(run, source, memory.lengths, {"test": np.arange(4)}, "test")
+    result, predictions = score_part(run, source, memory.lengths, {"test": np.arange(4)}, "test")
     assert result["windows"] == {"recordings": 3, "longer": 1, "clips": 4, "whole": 0}
     assert result["test"]["tasks"]["murmur"]["recordings"] == 2
     assert result["test"]["patients"]["patients"] == 2
@@ -252,11 +271,9 @@ def test_long_recordings_are_said_and_sites_unheard_count_for_patients(run_of):
     assert {one["id"]: one["windows"] for one in predictions if one["part"] == "test"} == {
         "1_MV:murmur": 2, "2_MV:murmur": 1,
     }  # fmt: skip
-    assert "test: 1 of 3 recordings are longer than 30 s" in score.summary(
-        {"runs": {"tiny": metrics.json_ready(result)}}
-    )
+    assert "test: 1 of 3 recordings are longer than 30 s" in summary({"runs": {"tiny": metrics.json_ready(result)}})
     with pytest.raises(ValueError, match="no recording of the test part has murmur_status"):
-        score.score_part(run, source, memory.lengths, {"test": np.array([3])}, "test")
+        score_part(run, source, memory.lengths, {"test": np.array([3])}, "test")
 
 
 @pytest.fixture(scope="module")
@@ -267,19 +284,19 @@ def pascal(tmp_path_factory):
 
 
 def test_zero_shot_calls_present_and_unknown_abnormal(run_of, pascal):
-    unheard = score.load_unheard("pascal", pascal)
+    unheard = load_unheard("pascal", pascal)
     run = run_of()
-    source = score.unheard_source(unheard, run.config.front_end, None)
-    found, predictions = score.zero_shot(run, source, unheard.left_out, "pascal")
+    source = unheard_source(unheard, run.config.front_end, None)
+    found, predictions = zero_shot(run, source, unheard.left_out, "pascal")
     assert len(predictions) == len(source.corpus.rows) == found["pascal"]["recordings"]
     truth = {one["id"]: "abnormal" if one["labels"]["abnormal"] == "1" else "normal" for one in source.corpus.rows}
     assert {one["recording"]: one["right"] for one in predictions} == truth
     words = mc.questions(
         [one | {"labels": {"murmur_status": "Absent"}} for one in source.corpus.rows],
-        batches.key_words(run.config.seed, batches.EVALUATION), ("murmur",),
+        batches.key_words(run.config.seed, EVALUATION), ("murmur",),
     )  # fmt: skip
     for one, question in zip(predictions, words, strict=True):
-        likeliest = max(score.STATUS, key=lambda w: float(one[f"log_p_{mc.LETTERS[question.options.index(w)]}"]))
+        likeliest = max(STATUS, key=lambda w: float(one[f"log_p_{mc.LETTERS[question.options.index(w)]}"]))
         assert one["answered"] == ("normal" if likeliest == "Absent" else "abnormal")
     databases = {one["id"]: one["database"] for one in source.corpus.rows}
     for name, scores in found.items():
@@ -297,10 +314,10 @@ def test_zero_shot_calls_present_and_unknown_abnormal(run_of, pascal):
 
 def test_a_data_set_is_heard_recording_by_recording(pascal):
     recordings = [one for one in datasets.load("pascal", pascal)[0] if one.labels.get("abnormal") in ("0", "1")]
-    whole, _ = evaluate.decode(recordings, llm.RATE_HZ)
-    score.load_unheard("pascal", pascal)  # what it imports is not to be counted
+    whole, _ = decode_recordings(recordings, llm.RATE_HZ)
+    load_unheard("pascal", pascal)  # what it imports is not to be counted
     tracemalloc.start()
-    corpus = score.load_unheard("pascal", pascal).corpus
+    corpus = load_unheard("pascal", pascal).corpus
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < whole.bytes / 4
@@ -311,15 +328,13 @@ def test_a_data_set_is_heard_recording_by_recording(pascal):
 
 
 def test_segments_of_pascal_are_found_by_file_name(run_of, pascal, tmp_path):
-    unheard = score.load_unheard("pascal", pascal)
+    unheard = load_unheard("pascal", pascal)
     front_end = run_of({"front_end.kind": "crop"}).config.front_end
     with pytest.raises(ValueError, match=r"have no \.tsv there"):
-        score.unheard_source(unheard, front_end, tmp_path)
+        unheard_source(unheard, front_end, tmp_path)
     for path in pascal.glob("set_*/*.wav"):
-        segmentation.write_tsv(
-            [(0.0, 0.2, 4), (0.2, 0.3, 1), (0.3, 0.5, 2), (0.5, 0.6, 3)], tmp_path / f"{path.stem}.tsv"
-        )
-    assert len(score.unheard_source(unheard, front_end, tmp_path).read(0)) == round(0.4 * llm.RATE_HZ)
+        write_tsv([(0.0, 0.2, 4), (0.2, 0.3, 1), (0.3, 0.5, 2), (0.5, 0.6, 3)], tmp_path / f"{path.stem}.tsv")
+    assert len(unheard_source(unheard, front_end, tmp_path).read(0)) == round(0.4 * llm.RATE_HZ)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +343,7 @@ def workdirs(tiny_llm, prepared_16k, corpus, make_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "segments").mkdir()
     for one in corpus.rows:
-        segmentation.write_tsv(one["annotations"], folder / "segments" / f"{one['id']}.tsv")
+        write_tsv(one["annotations"], folder / "segments" / f"{one['id']}.tsv")
     base, _ = llm.load(tiny_llm, "float32", "sdpa")
     for name, changes in {
         "plain": {},
@@ -338,7 +353,7 @@ def workdirs(tiny_llm, prepared_16k, corpus, make_config, tmp_path_factory):
         workdir = folder / name
         split = splits.make(corpus.rows, "person", "murmur_status", 0, tuple(config.split.fractions))
         splits.save(split, workdir / "split.json")
-        (workdir / "config.json").write_text(json.dumps(runs.plain_config(config)))
+        (workdir / "config.json").write_text(json.dumps(plain_config(config)))
     adapted = llm.add_lora(base, config.lora)
     for name in ("plain", "gated"):
         llm.save_adapter(adapted, folder / name / "checkpoints" / "best-00000007" / "adapter")
@@ -346,13 +361,11 @@ def workdirs(tiny_llm, prepared_16k, corpus, make_config, tmp_path_factory):
 
 
 def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pascal, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "_GENERATED", 2)
+    monkeypatch.setattr(judge_module, "_GENERATED", 2)
     segments = tmp_path / "segments"
     segments.mkdir()
     for path in pascal.glob("set_*/*.wav"):
-        segmentation.write_tsv(
-            [(0.0, 0.1, 4), (0.1, 0.2, 1), (0.2, 0.5, 2), (0.5, 0.6, 3)], segments / f"{path.stem}.tsv"
-        )
+        write_tsv([(0.0, 0.1, 4), (0.1, 0.2, 1), (0.2, 0.5, 2), (0.5, 0.6, 3)], segments / f"{path.stem}.tsv")
     both = [str(workdirs / "plain"), str(workdirs / "gated")]
     results = score.score(
         str(tiny_llm), both, tmp_path / "out", zero_shots={"pascal": str(pascal)}, segments={"pascal": str(segments)}
@@ -368,7 +381,7 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
 
     with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == score.PREDICTION_FIELDS
+    assert tuple(rows[0]) == PREDICTION_FIELDS
     mine = [one for one in rows if one["run"] == "plain"]
     test = [one for one in mine if one["part"] == "test"]
     assert len(test) == plain["test"]["questions"]
@@ -390,7 +403,7 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
     for table in (first, second, third):
         assert {len(line) for line in table.body} == {len(table.head)}
 
-    text = score.summary(results)
+    text = summary(results)
     assert "cannot be compared" not in text
     assert "its weights are random, and accuracies say little" in " ".join(text.split())
     assert "gated, W.S (gate)" in text
@@ -402,7 +415,7 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
 
 
 def test_runs_with_different_test_people_are_told_apart(workdirs, tiny_llm, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "_GENERATED", 2)
+    monkeypatch.setattr(judge_module, "_GENERATED", 2)
     other = shutil.copytree(workdirs / "plain", tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "seed": 1}))
@@ -410,12 +423,12 @@ def test_runs_with_different_test_people_are_told_apart(workdirs, tiny_llm, corp
     splits.save(split, other / "split.json")
     results = score.score(str(tiny_llm), [str(workdirs / "plain"), str(other)], tmp_path / "out")
     said = "These runs were judged on different people: they cannot be compared with each other"
-    assert score.summary(results).count(said) == 3  # tables 1, 2 and the patients'
+    assert summary(results).count(said) == 3  # tables 1, 2 and the patients'
     assert (tmp_path / "out" / "report.html").read_text().count(said) == 5  # scores and task by task, too
 
 
 def test_the_checkpoint_itself_can_be_scored(prepared_16k, tiny_llm, tmp_path, monkeypatch):
-    monkeypatch.setattr(score, "_GENERATED", 2)
+    monkeypatch.setattr(judge_module, "_GENERATED", 2)
     config = score.plain_config()
     config.questions.tasks, config.evaluation.resamples = ("murmur", "systolic_pitch"), 20
     monkeypatch.setattr(score, "plain_config", lambda: config)
@@ -424,7 +437,7 @@ def test_the_checkpoint_itself_can_be_scored(prepared_16k, tiny_llm, tmp_path, m
     assert name == tiny_llm.name
     assert one["test"]["tasks"]["murmur"]["majority_from"] == "test"
     assert one["split"] is None
-    assert "Without training questions the majority is that of the test questions" in score.summary(results)
+    assert "Without training questions the majority is that of the test questions" in summary(results)
 
 
 def test_what_cannot_be_scored_is_named(workdirs, tiny_llm, pascal, tmp_path):
@@ -438,7 +451,7 @@ def test_what_cannot_be_scored_is_named(workdirs, tiny_llm, pascal, tmp_path):
     with pytest.raises(ValueError, match="names a run twice"):
         score.score(str(tiny_llm), [str(workdirs / "gated")] * 2, tmp_path / "out")
     with pytest.raises(datasets.DatasetError, match="no such folder"):
-        score.load_unheard("pascal", tmp_path / "nowhere")
+        load_unheard("pascal", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pcgjax.audio_llm import batches, score, tables
+from pcgjax.audio_llm import batches, tables
 from pcgjax.audio_llm import questions as mc
+from pcgjax.audio_llm.judge import judge, patients_of
 
 
 def result_of(murmurs: list[str], right: list[list[bool]], name: str = "run", **labels: str) -> dict:
@@ -27,7 +28,7 @@ def result_of(murmurs: list[str], right: list[list[bool]], name: str = "run", **
     windows = {"recordings": len(rows), "longer": 0, "clips": len(rows), "whole": 0}
     return {
         "name": name, "front_end": "N.S", "base": {"folder": "model", "parameters": 10**10, "adapter_parameters": 0},
-        "part": "test", "test": score.judge(answers, trivial, score.patients_of(rows), 1000, 0), "control": None,
+        "part": "test", "test": judge(answers, trivial, patients_of(rows), 1000, 0), "control": None,
         "agreement": None, "windows": windows, "zero_shot": {}, "split": None,
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from pcgjax.checkpoint import CheckpointError
+from pcgjax.runtime.checkpoint import CheckpointError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -50,7 +50,7 @@ def run(words: list[str], workdir: pathlib.Path, processes: int = 1, *more: str)
 def adapter(workdir: pathlib.Path, kind: str = "last") -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
-    from pcgjax.audio_llm.train import newest
+    from pcgjax.audio_llm.checkpoints import newest
 
     return load_file(newest(workdir, kind) / "adapter" / "adapter_model.safetensors")
 
@@ -87,7 +87,7 @@ def test_a_run_leaves_what_others_read(trained):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(words, trained, number, tmp_path):
-    from pcgjax.audio_llm.train import newest
+    from pcgjax.audio_llm.checkpoints import newest
 
     workdir = tmp_path / "run"
     process = subprocess.Popen(
@@ -116,7 +116,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(words, trained, 
 
 
 def wait_for_a_checkpoint(workdir: pathlib.Path, process: subprocess.Popen) -> None:
-    from pcgjax.audio_llm.train import newest
+    from pcgjax.audio_llm.checkpoints import newest
 
     deadline = time.monotonic() + 200
     while newest(workdir, "last") is None and time.monotonic() < deadline and process.poll() is None:
@@ -158,7 +158,7 @@ def test_divided_bfloat16_weights_stopped_and_resumed_are_the_same_run(words, tm
     """Two processes that hold half of every weight each, the frozen ones in bfloat16, the adapter's in float32."""
     from safetensors.numpy import load_file
 
-    from pcgjax.audio_llm.train import newest
+    from pcgjax.audio_llm.checkpoints import newest
 
     words = [*words, "--config.parallel.fsdp=2", "--config.model.dtype=bfloat16"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -256,12 +256,12 @@ def test_impossible_settings_are_named(changes, match, prepared_16k, tiny_llm, m
 
 
 def test_a_part_with_nothing_to_ask_is_named(prepared_16k, tiny_llm, make_config, tmp_path):
-    from pcgjax import runs
     from pcgjax.audio_llm import train
+    from pcgjax.runs.data import load_data
 
     changes = {"data.prepared": str(prepared_16k), "questions.tasks": ("systolic_pitch",)}
     config = make_config(changes, "audio_llm")
-    corpus, _, split = runs.load_data(config, tmp_path)
+    corpus, _, split = load_data(config, tmp_path)
     without = {row["id"] for row in corpus.rows if "systolic_pitch" not in row["labels"]}
     moved = set(split["validation"]) - without
     split["validation"] = sorted(set(split["validation"]) & without)
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_names_step_and_recordings(prepared_16k, tiny_
 
 
 def test_a_run_without_a_model_is_named(tmp_path):
-    from pcgjax.audio_llm.train import best_adapter
+    from pcgjax.audio_llm.checkpoints import best_adapter
 
     with pytest.raises(CheckpointError, match="no trained adapter there"):
         best_adapter(tmp_path)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pcgjax import bench_audio_llm as bench
 from pcgjax.audio_llm.make_tiny import make_tiny
+from pcgjax.bench import audio_llm as bench
 
 CONVERSATION = [
     {"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": "Which? A. B."}]}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from pcgjax import bench_classical
+from pcgjax.bench import classical
 
 
 @pytest.mark.slow
 def test_suite():
-    result = bench_classical.classical_suite(clips=6, pairs=1)
+    result = classical.classical_suite(clips=6, pairs=1)
     assert result["clips"] == 6
     assert result["difference_db"]["median"] < 0.01
     assert result["features"]["ratio"] > 0
-    assert "x the loop" in bench_classical.classical_summary(result)
+    assert "x the loop" in classical.classical_summary(result)

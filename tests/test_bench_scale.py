@@ -10,42 +10,60 @@ import numpy as np
 import pytest
 import torch
 
-from pcgjax import bench_scale as bench
-from pcgjax import input_pipeline, peers, runs, tasks
+from pcgjax.bench import peers
+from pcgjax.bench.scale import (
+    LAYOUTS,
+    NO_GPU,
+    ONE,
+    Runner,
+    _changes,
+    _corpus,
+    _layout,
+    agreed,
+    fifty_epochs,
+    goals,
+    scale_suite,
+    scale_summary,
+)
+from pcgjax.bench.scale_jobs import Training, device_job, idle
+from pcgjax.bench.scale_models import DISTINCT, MODELS, write_prepared
+from pcgjax.data.corpus import from_prepared
 from pcgjax.models import segmenter, ssamba
+from pcgjax.runs.config import load_config
+from pcgjax.tasks.base import split_model
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> pathlib.Path:
-    return bench.write_prepared(tmp_path_factory.mktemp("scale") / "cnn", 40, (2.0, 2.0), 1000, annotated=True)
+    return write_prepared(tmp_path_factory.mktemp("scale") / "cnn", 40, (2.0, 2.0), 1000, annotated=True)
 
 
 @pytest.fixture(scope="module")
 def losses(corpus, tmp_path_factory) -> list[float]:
     """Of the first four steps on one device, resident."""
-    config = runs.load_config("cnn", bench._changes("cnn", corpus, True))
-    found, times = bench.Training(config, tmp_path_factory.mktemp("one")).losses(4)
+    config = load_config("cnn", _changes("cnn", corpus, True))
+    found, times = Training(config, tmp_path_factory.mktemp("one")).losses(4)
     assert np.isfinite(found).all()
     assert len(set(found)) == len(times) == 4
     return found
 
 
 def test_simulated_corpus_is_a_prepared_one(corpus):
-    read = input_pipeline.from_prepared(corpus)
+    read = from_prepared(corpus)
     assert read.sample_rate_hz == 1000
     assert set(read.lengths) == {2000}
     assert len(read.rows) == 40
     first, other = read.read(0), read.read(1)
     assert np.abs(first).max() == 32767
     assert not np.array_equal(first, other)
-    np.testing.assert_array_equal(first, read.read(bench.DISTINCT))
+    np.testing.assert_array_equal(first, read.read(DISTINCT))
     assert all(0 <= start < end <= 2 for start, end, _ in read.rows[0]["annotations"])
     assert read.rows[0]["annotations"]
 
 
 def test_streamed_steps_are_the_resident_ones(corpus, losses, tmp_path):
-    config = runs.load_config("cnn", bench._changes("cnn", corpus, True))
-    streamed = bench.Training(config, tmp_path / "other")
+    config = load_config("cnn", _changes("cnn", corpus, True))
+    streamed = Training(config, tmp_path / "other")
     streamed.steps(0, 4, mib=0.05)
     total = float(streamed.totals.loss)
     assert total == pytest.approx(8 * sum(losses), rel=1e-5)
@@ -62,7 +80,7 @@ def test_streamed_steps_are_the_resident_ones(corpus, losses, tmp_path):
 )
 def test_idle(spans, share, wall_ns):
     for order in (spans, spans[::-1]):
-        found = bench.idle(order)
+        found = idle(order)
         assert found["idle_share"] == pytest.approx(share)
         assert found["wall_s"] == pytest.approx(wall_ns / 1e9)
 
@@ -78,11 +96,11 @@ def torch_count(net: torch.nn.Module) -> int:
 def test_peers_have_the_models_parameters():
     from flax import nnx
 
-    m = runs.load_config("segmenter_small", {}).model
+    m = load_config("segmenter_small", {}).model
     ours = nnx.eval_shape(lambda: segmenter.Segmenter(32, 4, m.width, m.depth, m.d_state, m.expand, rngs=nnx.Rngs(0)))
-    assert torch_count(peers.Framed(32, 4, m).net) == count(tasks.split(ours)[1])
+    assert torch_count(peers.Framed(32, 4, m).net) == count(split_model(ours)[1])
     encoder = lambda: ssamba.SSAMBA(32, 4, 64, pretraining=True, rngs=nnx.Rngs(0))
-    assert torch_count(peers.Patched(32, 4, 64).net) == count(tasks.split(nnx.eval_shape(encoder))[1])
+    assert torch_count(peers.Patched(32, 4, 64).net) == count(split_model(nnx.eval_shape(encoder))[1])
 
 
 def test_peers_scan_runs_both_ways():
@@ -104,7 +122,7 @@ def test_peers_scan_runs_both_ways():
 
 def test_peers_learn():
     torch.manual_seed(0)
-    m = runs.load_config("segmenter_small", {"model.width": 16, "model.depth": 1, "model.d_state": 4}).model
+    m = load_config("segmenter_small", {"model.width": 16, "model.depth": 1, "model.d_state": 4}).model
     framed, frames = peers.Framed(8, 4, m), torch.randn(2, 20, 8)
     losses = [framed.step(frames, frames[..., :4].argmax(-1)) for _ in range(30)]
     assert losses[-1] < 0.8 * losses[0]
@@ -115,7 +133,7 @@ def test_peers_learn():
 
 
 def test_loader_gives_all_recordings(corpus):
-    read = input_pipeline.from_prepared(corpus).read
+    read = from_prepared(corpus).read
     batches = [[3, 1], [0]]
     found = list(peers.recordings_loader(read, batches))
     np.testing.assert_array_equal(found[0][1].numpy(), read(1))
@@ -126,10 +144,10 @@ def test_loader_gives_all_recordings(corpus):
 
 @pytest.mark.slow
 def test_layout_in_a_process_of_its_own(corpus, losses, tmp_path):
-    runner = bench.Runner(tmp_path)
-    row = bench._layout(runner, "cnn", "8 devices, fsdp", corpus, True)
+    runner = Runner(tmp_path)
+    row = _layout(runner, "cnn", "8 devices, fsdp", corpus, True)
     one = {"losses": losses, "wire_over_minimum": None}
-    rows = bench.agreed({bench.ONE: one, "8 devices, fsdp": row})
+    rows = agreed({ONE: one, "8 devices, fsdp": row})
     assert rows["8 devices, fsdp"]["difference"] < 1e-4
     assert row["state_bytes"]["share"] < 1.1 / 8
     assert 1 <= row["wire_over_minimum"] < 1.1
@@ -144,15 +162,15 @@ def test_goals_and_their_table():
     }  # fmt: skip
     result = {
         "layouts": {"cnn": {
-            bench.ONE: row, "8 devices, fsdp": row, "8 devices, pmap": {"failed": "no memory"},
+            ONE: row, "8 devices, fsdp": row, "8 devices, pmap": {"failed": "no memory"},
             "2 processes, pmap": {"losses": [1.0], "steps_a_s": 1.0, "difference": 0.5},
         }},
         "population": {"cnn": {"ratio": 0.95, "ratio_range": [0.9, 1.0], "members": 16}},
         "stream": {"failed": "no disk"},
         "memory": {"recordings": 5, "corpus_mib": 1.0, "peak_rss_mib": 500.0, "recordings_a_s": 3.0},
-        "gpu": bench.NO_GPU,
+        "gpu": NO_GPU,
     }  # fmt: skip
-    result["goals"] = bench.goals(result)
+    result["goals"] = goals(result)
     found = {g["what"]: g for g in result["goals"]}
     fsdp = "cnn, 8 devices, fsdp: "
     assert found[fsdp + "loss, relative difference"]["met"] is True
@@ -166,14 +184,14 @@ def test_goals_and_their_table():
     }  # fmt: skip
     assert found["streamed / resident"]["met"] == "no disk"
     assert found["peak MiB, streaming a large corpus"]["met"] is True
-    assert found["50 epochs, s"]["met"] == bench.NO_GPU
+    assert found["50 epochs, s"]["met"] == NO_GPU
     del result["stream"]["failed"]
     result["stream"] |= {
         "training": {"rate_over_resident": 0.97}, "default_mib": 32.0,
         "loader": {"ours_recordings_a_s": 9000.0, "ratio": 2.5},
     }  # fmt: skip
-    assert {g["what"]: g for g in bench.goals(result)}["streamed / resident"]["met"] is True
-    text = bench.scale_summary(result)
+    assert {g["what"]: g for g in goals(result)}["streamed / resident"]["met"] is True
+    text = scale_summary(result)
     assert "missed: cnn, 8 devices, fsdp: bytes sent / minimum: at most 1.1, measured 1.2" in text
     assert "0.97, in blocks of 32 MiB" in text
     assert "8 devices, pmap" in text
@@ -183,25 +201,25 @@ def test_goals_and_their_table():
 
 @pytest.mark.slow
 def test_suite(tmp_path):
-    result = bench.scale_suite(quick=True)
-    assert set(result["layouts"]) == set(bench.MODELS)
+    result = scale_suite(quick=True)
+    assert set(result["layouts"]) == set(MODELS)
     for rows in result["layouts"].values():
-        assert set(rows) == set(bench.LAYOUTS)
+        assert set(rows) == set(LAYOUTS)
         for layout, row in rows.items():
             assert row["difference"] < 1e-3, layout
     assert all(row["ratio"] > 0 for row in result["population"].values())
     assert result["stream"]["training"]["rate_over_resident"] > 0
     assert result["memory"]["pipeline"] == "stream"
-    assert bench.scale_summary(result)
+    assert scale_summary(result)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", bench.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 def test_step_beside_the_peer(model, tmp_path):
     """What a GPU is measured by, on what there is."""
-    prepared = bench._corpus(tmp_path, model, True)
-    config = runs.load_config(model, bench._changes(model, prepared, True))
-    found = bench.device_job(config, tmp_path / "work", pairs=1, compiled=False)
+    prepared = _corpus(tmp_path, model, True)
+    config = load_config(model, _changes(model, prepared, True))
+    found = device_job(config, tmp_path / "work", pairs=1, compiled=False)
     assert found["peers"]["eager"]["ratio"] > 0
     assert found["segments_a_s"] > 0
     assert found["ceilings"]["float32_flops_a_s"] > 1e8
@@ -209,7 +227,7 @@ def test_step_beside_the_peer(model, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_epochs_are_a_whole_run(tmp_path):
-    corpus = bench.write_prepared(tmp_path / "corpus", 40, (3.0, 3.0), 1000)  # one window of 2.5 s at least
-    found = bench.fifty_epochs(bench.Runner(tmp_path), corpus, epochs=1)
+    corpus = write_prepared(tmp_path / "corpus", 40, (3.0, 3.0), 1000)  # one window of 2.5 s at least
+    found = fifty_epochs(Runner(tmp_path), corpus, epochs=1)
     assert found["trained_recordings"] == 36
     assert found["wall_s"] > found["seconds"]["train"] > 0

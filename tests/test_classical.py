@@ -10,8 +10,15 @@ import pathlib
 import numpy as np
 import pytest
 
-from pcgjax import classical, input_pipeline, splits
-from pcgjax.bench_classical import peer_features
+from pcgjax.bench.classical import peer_features
+from pcgjax.classical.classifiers import fit, make_classifier
+from pcgjax.classical.experiment import _resampled, draw, experiment, selected
+from pcgjax.classical.features import classical_features
+from pcgjax.classical.picking import picking
+from pcgjax.classical.run import load_classical, train_classical
+from pcgjax.data import splits
+from pcgjax.data.corpus import from_prepared, in_memory, in_rows
+from pcgjax.pages.classical import CLASSIFIERS, PROTOCOLS, SCORES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -40,19 +47,19 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(prepared):
-    return input_pipeline.from_prepared(prepared / "prepared")
+    return from_prepared(prepared / "prepared")
 
 
 @pytest.fixture(scope="module")
 def chosen(corpus):
-    return classical.selected(corpus, make_config())[0]
+    return selected(corpus, make_config())[0]
 
 
 @pytest.fixture(scope="module")
 def ran(prepared, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = make_config({"data.prepared": str(prepared / "prepared")})
-    return workdir, config, classical.run(config, workdir)
+    return workdir, config, train_classical(config, workdir)
 
 
 def test_selected_is_clean_set_b(corpus, chosen):
@@ -61,7 +68,7 @@ def test_selected_is_clean_set_b(corpus, chosen):
     assert all(row["labels"]["noisy"] == "0" and "murmur" in row["labels"] for row in chosen.rows)
     clips = [i for i, row in enumerate(corpus.rows) if row["id"] == chosen.rows[3]["id"]]
     np.testing.assert_array_equal(chosen.read(3), corpus.read(clips[0]))
-    everyone, target = classical.selected(corpus, make_config({"data.database": "pascal-a", "task.target": "abnormal"}))
+    everyone, target = selected(corpus, make_config({"data.database": "pascal-a", "task.target": "abnormal"}))
     assert {row["database"] for row in everyone.rows} == {"pascal-a"}
     assert target == "abnormal"
 
@@ -70,12 +77,12 @@ def test_selected_is_clean_set_b(corpus, chosen):
 def test_selected_names_what_is_wrong(corpus, changes):
     (name, value), *_ = changes.items()
     with pytest.raises(ValueError, match=f"{name}='{value}'"):
-        classical.selected(corpus, make_config(changes))
+        selected(corpus, make_config(changes))
 
 
 def test_features_are_those_of_a_scipy_and_librosa_loop(chosen):
     config = make_config()
-    made = classical.features(chosen, config)
+    made = classical_features(chosen, config)
     expected = peer_features(chosen, config)
     assert made.values.shape == (len(made.indices), 2 * 257)
     assert sorted(expected) == made.indices.tolist()
@@ -83,7 +90,7 @@ def test_features_are_those_of_a_scipy_and_librosa_loop(chosen):
     # A stretch whose edge falls on another frame in float64 is another stretch: rare.
     assert np.quantile(off, 0.9) < 0.01
     config.features.decibels = True
-    np.testing.assert_allclose(classical.features(chosen, config).values, 10 * np.log10(made.values), atol=1e-3)
+    np.testing.assert_allclose(classical_features(chosen, config).values, 10 * np.log10(made.values), atol=1e-3)
 
 
 def test_clips_without_a_cycle_are_left_out_and_named(chosen):
@@ -91,11 +98,11 @@ def test_clips_without_a_cycle_are_left_out_and_named(chosen):
     rng = np.random.default_rng(0)
     clips = [chosen.read(0), np.zeros(3000, np.int16), np.ones(20, np.int16), np.int16(rng.normal(size=300) * 99)]
     rows = [{**chosen.rows[i], "id": f"clip{i}"} for i in range(4)]
-    made = classical.features(input_pipeline.in_memory(rows, clips, 1000), config)
+    made = classical_features(in_memory(rows, clips, 1000), config)
     assert made.indices.tolist() == [0]
     assert made.left_out == [{"id": f"clip{i}", "reason": "no cycle found"} for i in (1, 2, 3)]
     config.features.burg_order = 400  # longer than any systole
-    made = classical.features(input_pipeline.in_memory(rows[:1], clips[:1], 1000), config)
+    made = classical_features(in_memory(rows[:1], clips[:1], 1000), config)
     assert not len(made.values)
     assert made.stretches["too_short"] > 0
     assert made.left_out[0]["reason"].startswith("no systole")
@@ -109,17 +116,17 @@ def test_clips_without_a_cycle_are_left_out_and_named(chosen):
 )  # fmt: skip
 def test_features_that_fit_no_data(chosen, changes, message):
     with pytest.raises(ValueError, match=message):
-        classical.features(chosen, make_config(changes))
+        classical_features(chosen, make_config(changes))
 
 
 def test_people_are_apart_and_records_stratified(chosen):
     y = chosen.labels("murmur").astype(int)
     people = np.array([row["person"] for row in chosen.rows])
     for seed in range(3):
-        test = classical.draw(chosen.rows, y, "person", "murmur", 0.3, seed)
+        test = draw(chosen.rows, y, "person", "murmur", 0.3, seed)
         assert not set(people[test]) & set(people[~test])
         assert 0.15 < test.mean() < 0.45
-        test = classical.draw(chosen.rows, y, "record", "murmur", 0.3, seed)
+        test = draw(chosen.rows, y, "record", "murmur", 0.3, seed)
         assert [test[y == v].sum() for v in (0, 1)] == [round(0.3 * (y == v).sum()) for v in (0, 1)]
     assert set(people[test]) & set(people[~test])
 
@@ -127,16 +134,16 @@ def test_people_are_apart_and_records_stratified(chosen):
 def test_too_few_of_a_class(chosen):
     y = chosen.labels("murmur").astype(int)
     few = np.r_[np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:2]]
-    for protocol in classical.PROTOCOLS:
+    for protocol in PROTOCOLS:
         with pytest.raises(splits.SplitError, match="too few"):
-            classical.draw([chosen.rows[i] for i in few], y[few], protocol, "murmur", 0.3, 0)
+            draw([chosen.rows[i] for i in few], y[few], protocol, "murmur", 0.3, 0)
     with pytest.raises(splits.SplitError, match="0 and 3 recordings"):
-        classical.fit("knn", make_config(), 0, np.ones((3, 2)), np.ones(3))
+        fit("knn", make_config(), 0, np.ones((3, 2)), np.ones(3))
 
 
 def test_classifiers_have_the_published_settings():
     config = make_config({"train.epochs": 5000, "model.hidden": 150})
-    knn, svm, mlp, logistic = (classical.make_classifier(name, config, 0)[-1] for name in classical.CLASSIFIERS)
+    knn, svm, mlp, logistic = (make_classifier(name, config, 0)[-1] for name in CLASSIFIERS)
     assert (knn.n_neighbors, knn.metric, knn.p) == (5, "minkowski", 2)
     assert (svm.kernel, svm.tol) == ("poly", 0.002)
     assert (mlp.hidden_layer_sizes, mlp.alpha, mlp.max_iter) == ((150,), 0.5, 5000)
@@ -147,8 +154,8 @@ def test_svm_probability_has_the_order_of_its_margin():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 3)), np.arange(60) % 2
     x[y == 1] += 1
-    p = classical.fit("svm", make_config(), 0, x, y)(x)
-    model = classical.make_classifier("svm", make_config(), 0).fit(x, y)
+    p = fit("svm", make_config(), 0, x, y)(x)
+    model = make_classifier("svm", make_config(), 0).fit(x, y)
     np.testing.assert_array_equal(p >= 0.5, model.predict(x) == 1)
 
 
@@ -158,7 +165,7 @@ def test_experiment(chosen, ran):
     for row in asked["rows"]:
         for s in row["scores"].values():
             assert s["low"] <= s["mean"] <= s["high"]
-        assert set(row["paper"]) == set(classical.SCORES)
+        assert set(row["paper"]) == set(SCORES)
     by = {(r["classifier"], r["set"], r["protocol"]): r for r in asked["rows"]}
     # The paper's printed "Sens" is that of the normal clips.
     assert by["svm", "unbalanced", "record"]["paper"]["specificity"] == 0.9833
@@ -172,25 +179,25 @@ def test_experiment(chosen, ran):
         if t["set"] == "unbalanced" and t["protocol"] == "record":
             n, m = round(0.3 * normal), round(0.3 * murmur)
             assert t["scores"]["accuracy"] == pytest.approx(max(n, m) / (n + m))
-    assert classical.experiment(chosen, ran[1]) == asked
+    assert experiment(chosen, ran[1]) == asked
 
 
 def test_experiment_on_features_that_tell_all_and_nothing(chosen):
     config = make_config()
-    made = classical.features(chosen, config)
+    made = classical_features(chosen, config)
     y = chosen.labels("murmur")[made.indices]
     rng = np.random.default_rng(0)
     all_told = rng.normal(size=made.values.shape).astype(np.float32) / 9 + y[:, None]
-    for row in classical.experiment(chosen, config, made._replace(values=all_told))["rows"]:
+    for row in experiment(chosen, config, made._replace(values=all_told))["rows"]:
         assert row["scores"]["auc"]["mean"] == row["scores"]["sensitivity"]["best"] == 1
     nothing = np.zeros_like(all_told)
-    for row in classical.experiment(chosen, config, made._replace(values=nothing))["rows"]:
+    for row in experiment(chosen, config, made._replace(values=nothing))["rows"]:
         assert row["scores"]["auc"]["mean"] == 0.5
 
 
 def test_widened_interval():
     values = [0.7, 0.8, 0.75, 0.85, 0.7]
-    found = classical._resampled(values, 0.3 / 0.7)
+    found = _resampled(values, 0.3 / 0.7)
     half = 2.7764451 * np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.3 / 0.7)  # t of 4 degrees of freedom
     assert found["high"] - found["mean"] == pytest.approx(half, rel=1e-6)
 
@@ -203,7 +210,7 @@ def test_workdir(ran):
     assert {line["split"] for line in lines} == {"train", "validation", "test"}
     assert all("loss" in line for line in lines)
     assert len(lines) == 12
-    assert results["chosen"] in classical.CLASSIFIERS
+    assert results["chosen"] in CLASSIFIERS
     assert results["split"]["people_apart"]
     page = (workdir / "report.html").read_text()
     assert page.count("<svg") >= 3
@@ -214,20 +221,20 @@ def test_workdir(ran):
 def test_run_again_is_the_same_run(ran, tmp_path):
     workdir, config, results = ran
     before = (workdir / "predictions.csv").read_bytes()
-    again = classical.run(config, workdir)
+    again = train_classical(config, workdir)
     assert again["classifiers"] == results["classifiers"]
     assert (workdir / "predictions.csv").read_bytes() == before
     other = config.copy_and_resolve_references()
     other.features.burg_order = 5
     with pytest.raises(ValueError, match=r"features\.burg_order=10, now 5"):
-        classical.run(other, workdir)
+        train_classical(other, workdir)
 
 
 def test_classifier_again_from_plain_arrays(ran, chosen):
     workdir, _, _ = ran
-    config, classifies, sample_rate_hz, answer = classical.load(workdir)
+    config, classifies, sample_rate_hz, answer = load_classical(workdir)
     assert (config.task.target, classifies, sample_rate_hz) == ("murmur", True, 1000)
-    silence = input_pipeline.in_memory(chosen.rows[:1], [np.zeros(3000, np.int16)], 1000)
+    silence = in_memory(chosen.rows[:1], [np.zeros(3000, np.int16)], 1000)
     assert np.isnan(answer(silence)).all()
     log_p = answer(chosen)
     place = {row["id"]: i for i, row in enumerate(chosen.rows)}
@@ -238,20 +245,18 @@ def test_classifier_again_from_plain_arrays(ran, chosen):
     (workdir / "checkpoints" / "best.npz").rename(workdir / "checkpoints" / "away.npz")
     (workdir / "checkpoints" / "best.npz").write_bytes(b"cut")
     with pytest.raises(ValueError, match="train again"):
-        classical.load(workdir)
+        load_classical(workdir)
     (workdir / "checkpoints" / "away.npz").replace(workdir / "checkpoints" / "best.npz")
 
 
 def test_picking_beside_marks_and_states(corpus):
-    found = classical.picking(corpus, make_config())
+    found = picking(corpus, make_config())
     assert found["marks"]["S1_S2_f1_100ms"] > 0.8
     assert found["marks"]["sound_f1_100ms"] >= found["marks"]["S1_S2_f1_100ms"]
     states = [{**row, "annotations": [(t, t + 0.1, s) for t, _, s in row["annotations"]]} for row in corpus.rows]
-    assert "annotated" in classical.picking(input_pipeline.in_rows(corpus, states), make_config())
+    assert "annotated" in picking(in_rows(corpus, states), make_config())
     with pytest.raises(ValueError, match="no recording is annotated"):
-        classical.picking(
-            input_pipeline.in_rows(corpus, [{**r, "annotations": []} for r in corpus.rows]), make_config()
-        )
+        picking(in_rows(corpus, [{**r, "annotations": []} for r in corpus.rows]), make_config())
 
 
 @pytest.mark.parametrize(
@@ -262,4 +267,4 @@ def test_picking_beside_marks_and_states(corpus):
 )  # fmt: skip
 def test_bad_fields(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        classical.run(make_config(changes), tmp_path)
+        train_classical(make_config(changes), tmp_path)

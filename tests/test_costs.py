@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pcgjax import costs
+from pcgjax.runtime import costs
+from pcgjax.runtime.hlo import KINDS, Collective, collectives, step_cost, wire_bytes
 
 WIDTH = 64
 PARAMETERS = 4 * (2 * WIDTH * 4 * WIDTH + WIDTH)  # bytes of the process' network below
@@ -25,23 +26,23 @@ def compiled(function, *arguments):
 
 
 def test_bytes_on_the_wire():
-    assert costs.wire_bytes("all-reduce", 800, 8) == 1400
-    assert costs.wire_bytes("all-gather", 800, 8) == costs.wire_bytes("reduce-scatter", 800, 8) == 700
-    assert costs.wire_bytes("all-to-all", 800, 4) == 600
-    assert costs.wire_bytes("collective-permute", 800, 4) == 800
-    assert all(costs.wire_bytes(kind, 800, 1) == 0 for kind in costs.KINDS)
+    assert wire_bytes("all-reduce", 800, 8) == 1400
+    assert wire_bytes("all-gather", 800, 8) == wire_bytes("reduce-scatter", 800, 8) == 700
+    assert wire_bytes("all-to-all", 800, 4) == 600
+    assert wire_bytes("collective-permute", 800, 4) == 800
+    assert all(wire_bytes(kind, 800, 1) == 0 for kind in KINDS)
     with pytest.raises(ValueError, match=r"collective 'gossip': choose one of all-reduce, all-gather"):
-        costs.wire_bytes("gossip", 1, 2)
+        wire_bytes("gossip", 1, 2)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4), (4, 2), (1, 1)])
 def test_the_least_is_the_same_for_every_mesh(data, fsdp):
     p, other = 8192, 80
     parts = (
-        costs.wire_bytes("all-gather", p, fsdp)
-        + costs.wire_bytes("reduce-scatter", p, fsdp)
-        + costs.wire_bytes("all-reduce", p / fsdp, data)
-        + costs.wire_bytes("all-reduce", other, data * fsdp)
+        wire_bytes("all-gather", p, fsdp)
+        + wire_bytes("reduce-scatter", p, fsdp)
+        + wire_bytes("all-reduce", p / fsdp, data)
+        + wire_bytes("all-reduce", other, data * fsdp)
     )
     assert costs.minimum(p, other, (data, fsdp)) == pytest.approx(parts)
     assert (parts == 0) == (data * fsdp == 1)
@@ -75,7 +76,7 @@ def test_notations_of_groups(groups, size):
         "%x = f32[16]{0} parameter(0)",
         f"ROOT %r = f32[16]{{0}} all-reduce(%x), channel_id=1, {groups}, use_global_device_ids=true, to_apply=%add",
     )
-    (found,) = costs.collectives(text)
+    (found,) = collectives(text)
     assert (found.kind, found.bytes, found.group_size) == ("all-reduce", 64, size)
     assert found.wire_bytes == 2 * (size - 1) / size * 64
 
@@ -104,17 +105,17 @@ def test_every_form_of_a_collective():
         "ROOT %done = f32[16]{0} copy(%x)",
         before=wrapped,
     )
-    found = {c.kind: (c.bytes, c.group_size) for c in costs.collectives(text)}
+    found = {c.kind: (c.bytes, c.group_size) for c in collectives(text)}
     assert found == {
         "all-reduce": (64 + 32, 2), "all-gather": (256, 4), "reduce-scatter": (64, 4), "collective-permute": (64, 2),
         "all-to-all": (64, 2),
     }  # fmt: skip
-    assert len(costs.collectives(text)) == 5
+    assert len(collectives(text)) == 5
 
 
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match=r"give compiled.as_text\(\), which has an ENTRY"):
-        costs.step_cost("module @jit_f {\n}\n")
+        step_cost("module @jit_f {\n}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- FLOPs
@@ -138,7 +139,7 @@ def test_loops_and_branches_of_a_step():
         return lax.fori_loop(0, steps, step, x @ SQUARE)
 
     program = compiled(run, SQUARE, jnp.zeros(10, int), 5)
-    step = costs.step_cost(program.as_text())
+    step = step_cost(program.as_text())
     assert step.flops == pytest.approx((3 + 7) * ONE, rel=1e-3)
     assert sorted(branch["flops"] for branch in step.branches.values()) == pytest.approx([ONE, 3 * ONE], rel=1e-3)
     assert not step.uncounted
@@ -153,7 +154,7 @@ def test_a_loop_of_unknown_length_in_a_step_is_told():
 
         return lax.fori_loop(0, steps, step, x)
 
-    step = costs.step_cost(compiled(run, SQUARE, 5).as_text())
+    step = step_cost(compiled(run, SQUARE, 5).as_text())
     assert step.flops == pytest.approx(3 * ONE, rel=0.02)
     (told,) = step.uncounted
     assert told.endswith("of unknown length")
@@ -167,13 +168,13 @@ def network(p, x):
 def test_a_program_without_loops_costs_what_xla_says():
     p = {"c": jnp.ones((5, 16, 32)), "w": jnp.ones((32 * 32, 24))}
     program = compiled(jax.grad(network), p, jnp.ones((8, 64, 16)))
-    step, xla = costs.step_cost(program.as_text()), program.cost_analysis()
+    step, xla = step_cost(program.as_text()), program.cost_analysis()
     assert step.flops == pytest.approx(xla["flops"] + xla["transcendentals"], rel=0.03)
     assert step.bytes_accessed == pytest.approx(xla["bytes accessed"], rel=0.15)
 
 
 def test_fft():
-    step = costs.step_cost(compiled(jnp.fft.rfft, jnp.ones((3, 1024))).as_text())
+    step = step_cost(compiled(jnp.fft.rfft, jnp.ones((3, 1024))).as_text())
     assert step.flops == 2.5 * 3 * 1024 * 10
 
 
@@ -185,7 +186,7 @@ def test_what_is_gathered_from_a_corpus_is_read_not_the_corpus():
         step = lambda i, out: lax.dynamic_update_index_in_dim(out, jnp.sin(corpus[ids + i]).sum(1), i, 0)
         return lax.fori_loop(0, steps, step, out)
 
-    step = costs.step_cost(compiled(run, corpus, ids, 5).as_text())
+    step = step_cost(compiled(run, corpus, ids, 5).as_text())
     assert 8 * 64 * 4 <= step.bytes_accessed < 20 * 8 * 64 * 4
 
 
@@ -195,7 +196,7 @@ PROCESS = """
 import jax, jax.numpy as jnp, json, math
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from pcgjax import costs
+from pcgjax.runtime.hlo import step_cost
 
 WIDTH = 64
 SHAPES = {"a": (WIDTH, 4 * WIDTH), "b": (4 * WIDTH, WIDTH), "c": (WIDTH,)}
@@ -223,7 +224,7 @@ def shapes(tree, sharding):
     return {k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding[k]) for k, s in tree.items()}
 
 def told(compiled, **more):
-    step = costs.step_cost(compiled.as_text())
+    step = step_cost(compiled.as_text())
     return {"wire": step.wire_bytes, "kinds": sorted({c.kind for c in step.collectives if c.group_size > 1}), **more}
 
 result = {}
@@ -328,7 +329,7 @@ def test_memory_of_a_device(eight, data, fsdp):
 
 
 def test_collectives_of_a_training_program(eight):
-    found = [costs.Collective(**c) for c in eight["loop"]["collectives"]]
+    found = [Collective(**c) for c in eight["loop"]["collectives"]]
     assert {(c.kind, c.group_size, c.times) for c in found} == {("all-reduce", 8, 1)}
     placed = sorted((c.where, c.branch.split(" ")[-1], c.counted, c.bytes) for c in found)
     assert placed == [
@@ -377,7 +378,7 @@ def test_floor():
 
 
 def test_a_program_too_large_for_a_chip_is_told():
-    step = costs.step_cost(compiled(layer, SQUARE).as_text())
+    step = step_cost(compiled(layer, SQUARE).as_text())
     facts = costs.summary(step, {"arguments": 50 * 10**9, "total": 50 * 10**9}, {}, 0.0, 1e9, (1, 1))
     told = {name: f"{name} " in line and "does not fit" in line for name in costs.CHIPS
             for line in costs.table(facts).splitlines() if line.startswith(f"  {name} ")}  # fmt: skip

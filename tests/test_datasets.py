@@ -11,7 +11,9 @@ import pytest
 import scipy.io
 import soundfile
 
-from pcgjax import datasets, prepare, splits
+from pcgjax import datasets
+from pcgjax.data import splits
+from pcgjax.data.shards import read_rows
 from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording
 
 Loaded = tuple[dict[str, Recording], list[Problem]]
@@ -1139,7 +1141,7 @@ def test_folder_is_prepared_and_divided(own: pathlib.Path, run_command: Callable
     sound(own / "ann" / "other.wav", 4000, 0.2)
     done = run_command("prepare", "--dataset=folder", f"--source={own}", f"--out={out}")
     assert done.returncode == 0, done.stderr
-    manifest, rows = prepare.read_rows(out)
+    manifest, rows = read_rows(out)
     assert [row["id"] for row in rows][:2] == ["ann/a", "ann/later/b"]
     assert [row["id"] for row in rows][-8:] == [f"p{i // 2}/{i}" for i in range(8)]
     assert f"folder: {len(rows)} recordings, 6 people" in done.stdout

@@ -14,13 +14,13 @@ import time
 import pytest
 from conftest import ROOT
 
-from pcgjax import distributed
+from pcgjax.runtime import distributed
 
 # Steps with a sum over all processes, until a signal or --steps; process 0 has more to do at the end.
 TOY = """
 import signal, sys, time
 from absl import flags
-from pcgjax import distributed, files
+from pcgjax.runtime import distributed, files
 
 def main(argv):
     with distributed.together():
@@ -107,7 +107,7 @@ def test_all_stop_at_the_step_where_one_got_a_signal():
 def test_flags_that_do_not_fit(run_python):
     code = f"""
 from absl import flags
-from pcgjax import distributed
+from pcgjax.runtime import distributed
 distributed.define_flags()
 with distributed.together():
     print("alone")

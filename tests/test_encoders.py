@@ -20,10 +20,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from pcgjax import evaluate, input_pipeline, predict, prepare, report  # noqa: E402
-from pcgjax.audio_llm import encoders  # noqa: E402
+from pcgjax import evaluate, predict, prepare  # noqa: E402
+from pcgjax.audio_llm.checkpoints import newest  # noqa: E402
+from pcgjax.audio_llm.encoders.clips import Clip, answers, batch_of, clips_of, geometry_of, load_encoder  # noqa: E402
+from pcgjax.audio_llm.encoders.model import SIZES, make_encoder  # noqa: E402
+from pcgjax.audio_llm.encoders.train import train_encoder  # noqa: E402
 from pcgjax.audio_llm.model import ModelError  # noqa: E402
-from pcgjax.checkpoint import CheckpointError  # noqa: E402
+from pcgjax.data.corpus import in_memory  # noqa: E402
+from pcgjax.pages import run as run_page  # noqa: E402
+from pcgjax.runtime.checkpoint import CheckpointError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -67,7 +72,7 @@ def config_of(heard):
 def trained(config_of, tmp_path_factory) -> pathlib.Path:
     """The workdir of a run that nothing disturbed. Not to be written to."""
     workdir = tmp_path_factory.mktemp("encoder") / "run"
-    encoders.train(config_of(), workdir)
+    train_encoder(config_of(), workdir)
     return workdir
 
 
@@ -82,7 +87,7 @@ def lines(workdir: pathlib.Path) -> list[dict]:
 def saved_folder(folder: pathlib.Path, kind: str, **changes) -> pathlib.Path:
     """A random encoder with a classification head, as transformers saves it."""
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(kind, **(encoders.SIZES["tiny"] | changes))
+    config = transformers.AutoConfig.for_model(kind, **(SIZES["tiny"] | changes))
     config.num_labels, config.classifier_proj_size = 1, config.hidden_size
     model = transformers.AutoModelForAudioClassification.from_config(config)
     model.save_pretrained(folder)
@@ -103,7 +108,7 @@ def saved_folder(folder: pathlib.Path, kind: str, **changes) -> pathlib.Path:
 )
 def test_a_folder_answers_as_transformers_own_classifier(name, kind, changes, config_of, tmp_path):
     folder = saved_folder(tmp_path / "model", kind, **changes)
-    model, extractor = encoders.make(config_of(name, {"model.folder": str(folder)}).model)
+    model, extractor = make_encoder(config_of(name, {"model.folder": str(folder)}).model)
     oracle = transformers.AutoModelForAudioClassification.from_pretrained(folder).eval()
     with torch.no_grad():  # its projection before the mean: none
         oracle.projector.weight.copy_(torch.eye(16))
@@ -111,9 +116,9 @@ def test_a_folder_answers_as_transformers_own_classifier(name, kind, changes, co
         model.head.load_state_dict(oracle.classifier.state_dict())
     rng = np.random.default_rng(0)
     waves = [rng.normal(200, 3000, n).astype(np.int16) for n in (16000, 9000)]
-    corpus = input_pipeline.in_memory([{}, {}], waves, 16000)
-    clips = [encoders.Clip(0, 0, 16000), encoders.Clip(1, 0, 9000)]
-    samples, mask = encoders.batch_of(corpus, clips, extractor, 16000)
+    corpus = in_memory([{}, {}], waves, 16000)
+    clips = [Clip(0, 0, 16000), Clip(1, 0, 9000)]
+    samples, mask = batch_of(corpus, clips, extractor, 16000)
     assert (mask is None) == (changes.get("feat_extract_norm") != "layer")
     for i, wave in enumerate(waves):  # an oracle for normalisation and padding
         own = (wave / 32767 - np.mean(wave / 32767)) / np.std(wave / 32767)
@@ -130,7 +135,7 @@ def test_the_base_sizes_are_those_published(config_of):
     for name, millions in (("wav2vec2", 94.37), ("hubert", 94.37), ("distilhubert", 23.49)):
         config = config_of(name, {"model.size": "base"})
         with torch.device("meta"):
-            model, _ = encoders.make(config.model)
+            model, _ = make_encoder(config.model)
         assert sum(p.numel() for p in model.encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         assert frozen
@@ -140,7 +145,7 @@ def test_the_base_sizes_are_those_published(config_of):
 def test_what_a_folder_lacks_is_said(config_of, tmp_path):
     def fails(words: str, folder: pathlib.Path, name: str = "wav2vec2") -> None:
         with pytest.raises(ModelError, match=words):
-            encoders.make(config_of(name, {"model.folder": str(folder)}).model)
+            make_encoder(config_of(name, {"model.folder": str(folder)}).model)
 
     fails("no config.json there", tmp_path / "nowhere")
     folder = saved_folder(tmp_path / "model", "wav2vec2")
@@ -162,7 +167,7 @@ def test_what_a_folder_lacks_is_said(config_of, tmp_path):
     fails("pytorch_model.bin, pickled weights.*save_pretrained", folder)
     # What the message says to do.
     transformers.AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "converted")
-    model, _ = encoders.make(config_of(changes={"model.folder": str(tmp_path / "converted")}).model)
+    model, _ = make_encoder(config_of(changes={"model.folder": str(tmp_path / "converted")}).model)
     name = "feature_projection.projection.weight"
     np.testing.assert_array_equal(model.encoder.get_parameter(name).detach(), state[f"wav2vec2.{name}"])
 
@@ -176,28 +181,28 @@ def test_clips_are_cut_one_after_another_and_their_probabilities_averaged(config
     rng = np.random.default_rng(1)
     lengths = (2 * window + 500, 6000, 3 * window)
     waves = [rng.normal(0, 2000, n).astype(np.int16) for n in lengths]
-    corpus = input_pipeline.in_memory([{}] * 3, waves, 16000)
-    geometry = encoders.geometry_of(config, corpus)
-    assert encoders.clips_of(corpus, [2, 0, 1], geometry) == [
+    corpus = in_memory([{}] * 3, waves, 16000)
+    geometry = geometry_of(config, corpus)
+    assert clips_of(corpus, [2, 0, 1], geometry) == [
         (2, 0, window), (2, window, 2 * window), (2, 2 * window, 3 * window), (0, 0, window), (0, window, 2 * window),
         (1, 0, 6000),
     ]  # fmt: skip
     torch.manual_seed(0)
-    model, extractor = encoders.make(config.model)
+    model, extractor = make_encoder(config.model)
     device = torch.device("cpu")
-    found = encoders.answers(model, extractor, corpus, np.array([2, 0, 1]), config, device)
-    samples, _ = encoders.batch_of(corpus, encoders.clips_of(corpus, [2], geometry), extractor, window)
+    found = answers(model, extractor, corpus, np.array([2, 0, 1]), config, device)
+    samples, _ = batch_of(corpus, clips_of(corpus, [2], geometry), extractor, window)
     with torch.no_grad():
         p = float(torch.sigmoid(model.eval()(samples)).mean())
     np.testing.assert_allclose(found[0], [math.log(p), math.log(1 - p)], rtol=1e-5)
     np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-12)
     # However the clips are portioned out.
     config.train.portion_clips = 1
-    one = encoders.answers(model, extractor, corpus, np.array([2, 0, 1]), config, device)
+    one = answers(model, extractor, corpus, np.array([2, 0, 1]), config, device)
     np.testing.assert_allclose(one, found, rtol=1e-5)
-    corpus = input_pipeline.in_memory([{}], [waves[0]], 2000)
+    corpus = in_memory([{}], [waves[0]], 2000)
     with pytest.raises(ValueError, match="prepare it again with --sample_rate_hz=16000"):
-        encoders.geometry_of(config, corpus)
+        geometry_of(config, corpus)
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -217,7 +222,7 @@ def test_a_run_leaves_what_others_read(trained, corpus_folder, tmp_path):
     assert results["test"]["recordings"] == len(split["test"]) > 0
     assert results["data"]["parameters"] == 7857
     assert results["best"]["score"] == max(line["auc"] for line in found if line["split"] == "validation")
-    report.write(trained)
+    run_page.write(trained)
 
     out = tmp_path / "scores.json"
     scores = evaluate.evaluate(str(trained), "cinc2016", str(corpus_folder / "source"), str(out))
@@ -233,7 +238,7 @@ def test_a_run_leaves_what_others_read(trained, corpus_folder, tmp_path):
 
 
 def weights(workdir: pathlib.Path, kind: str) -> dict[str, bytes]:
-    folder = encoders.newest(workdir, kind)
+    folder = newest(workdir, kind)
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
@@ -242,7 +247,7 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(config_of, train
 
     def stop_after_a_checkpoint() -> None:
         deadline = time.monotonic() + 60
-        while encoders.newest(workdir, "last") is None and time.monotonic() < deadline:
+        while newest(workdir, "last") is None and time.monotonic() < deadline:
             time.sleep(0.002)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -251,16 +256,16 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(config_of, train
     thread.start()
     try:
         with pytest.raises(SystemExit) as stopped:
-            encoders.train(config_of(), workdir)
+            train_encoder(config_of(), workdir)
     finally:
         thread.join()
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert not (workdir / "metrics.json").exists()
-    at = json.loads((encoders.newest(workdir, "last") / "meta.json").read_text())["step"]
+    at = json.loads((newest(workdir, "last") / "meta.json").read_text())["step"]
     assert 2 <= at < 20
     (workdir / "checkpoints" / ".last-00000009.1.tmp").mkdir()  # as one that is killed while it writes leaves it
-    encoders.train(config_of(changes={"train.checkpoint_steps": 4}), workdir)
+    train_encoder(config_of(changes={"train.checkpoint_steps": 4}), workdir)
     assert lines(workdir) == lines(trained)
     for kind in ("last", "best"):
         assert weights(workdir, kind) == weights(trained, kind)
@@ -271,14 +276,14 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(config_of, train
 def test_another_experiment_does_not_go_on_with_a_run(config_of, trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"trained with optimizer\.learning_rate=0.003, now 0.1"):
-        encoders.train(config_of(changes={"optimizer.learning_rate": 0.1}), workdir)
+        train_encoder(config_of(changes={"optimizer.learning_rate": 0.1}), workdir)
     with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
-        encoders.train(config_of("distilhubert"), workdir)
+        train_encoder(config_of("distilhubert"), workdir)
     next(workdir.glob("checkpoints/best-*/model.safetensors")).write_bytes(b"1234")
     with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
-        encoders.load(workdir)
+        load_encoder(workdir)
     with pytest.raises(CheckpointError, match="no trained encoder there"):
-        encoders.load(tmp_path)
+        load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -296,22 +301,22 @@ def test_another_experiment_does_not_go_on_with_a_run(config_of, trained, tmp_pa
 )
 def test_a_field_that_does_not_fit_is_named(changes, words, config_of, tmp_path):
     with pytest.raises(ValueError, match=words):
-        encoders.train(config_of(changes=changes), tmp_path)
+        train_encoder(config_of(changes=changes), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_its_recordings(config_of, tmp_path):
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+, recordings \w+, .*learning_rate"):
-        encoders.train(config_of(changes={"optimizer.learning_rate": 1e30, "train.epochs": 1}), tmp_path)
+        train_encoder(config_of(changes={"optimizer.learning_rate": 1e30, "train.epochs": 1}), tmp_path)
 
 
 def test_bfloat16_and_unfrozen_convolutions_train(config_of, tmp_path):
     changes = {"model.dtype": "bfloat16", "model.freeze_feature_encoder": False, "train.epochs": 1,
                "train.balance": "class"}  # fmt: skip
-    results = encoders.train(config_of("distilhubert", changes), tmp_path)
+    results = train_encoder(config_of("distilhubert", changes), tmp_path)
     assert results["data"]["trained"] == results["data"]["parameters"] == 7841
     from safetensors.torch import load_file
 
-    state = load_file(encoders.newest(tmp_path, "last") / "model.safetensors")
+    state = load_file(newest(tmp_path, "last") / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
@@ -350,7 +355,7 @@ def test_killed_and_resumed_it_is_the_same_run(heard, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     process = subprocess.Popen(command(heard, killed), env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while encoders.newest(killed, "last") is None and time.monotonic() < deadline and process.poll() is None:
+    while newest(killed, "last") is None and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()

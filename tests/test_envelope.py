@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from pcgjax import segmentation
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, synthetic
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE
+from pcgjax.datasets.simulate import draw_person, simulate_person
 from pcgjax.features import envelope, filters
+from pcgjax.segmentation.scores import score_rates, score_states
+from pcgjax.segmentation.states import frame_states
 
 RATE_HZ = 1000
 SOS = filters.butterworth(4, 100.0, RATE_HZ, "lowpass")
@@ -42,8 +44,8 @@ def heard():
     rng = np.random.default_rng(0)
     found = []
     for i, duration_s in enumerate((3.0, 5.237, 8.001, 6.4)):
-        person = synthetic.draw_person(rng, i)
-        wave, states = synthetic.simulate(person, "MV", rng, duration_s, RATE_HZ)
+        person = draw_person(rng, i)
+        wave, states = simulate_person(person, "MV", rng, duration_s, RATE_HZ)
         found.append((np.asarray(wave, np.float64), states))
     return found
 
@@ -89,10 +91,10 @@ def test_sounds_are_found_and_told_apart(heard, analysed):
     for i, (samples, states) in enumerate(heard):
         sounds = envelope.pick(e[i, : counts[i]], FRAMES.step_s, thresholds[i], cycles[i])
         frames = int(len(samples) / RATE_HZ / 0.005)
-        truth = segmentation.frame_states(states, frames, 0.005)
-        found = segmentation.frame_states(envelope.states(sounds, cycles[i]), frames, 0.005)
-        scores.append(segmentation.score(truth, found, 0.005))
-    rates = segmentation.rates({k: sum(s[k] for s in scores) for k in scores[0]})
+        truth = frame_states(states, frames, 0.005)
+        found = frame_states(envelope.states(sounds, cycles[i]), frames, 0.005)
+        scores.append(score_states(truth, found, 0.005))
+    rates = score_rates({k: sum(s[k] for s in scores) for k in scores[0]})
     assert rates["onset_f1_60ms"] > 0.9
 
 

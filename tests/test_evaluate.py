@@ -11,9 +11,11 @@ import pytest
 import soundfile
 import soxr
 
-from pcgjax import audio, datasets, evaluate, metrics, predict, report
-from pcgjax.checkpoint import CheckpointError
-from pcgjax.datasets import DatasetError, synthetic
+from pcgjax import datasets, evaluate, metrics, predict
+from pcgjax.datasets import DatasetError, audio, synthetic
+from pcgjax.runs.judge import PREDICTION_COLUMNS
+from pcgjax.runs.results import PREDICTION_FIELDS
+from pcgjax.runtime.checkpoint import CheckpointError
 
 
 def rows_of(path):
@@ -52,7 +54,7 @@ def test_cinc2016_from_the_command_line(run_command, corpus_folder, trained, sai
     expected = {recording.id: recording for recording in recordings if recording.id not in ("a0001", "c0001")}
 
     assert [row["id"] for row in rows] == sorted(expected)
-    assert tuple(rows[0]) == evaluate.FIELDS == report.PREDICTION_FIELDS
+    assert tuple(rows[0]) == PREDICTION_COLUMNS == PREDICTION_FIELDS
     for row in rows:
         recording = expected[row["id"]]
         assert row["label"] == recording.labels["abnormal"]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from pcgjax import goodput, train
+from pcgjax.runtime import goodput
+from pcgjax.training.loop import train
 
 SMALL = {"train.batch_recordings": 8, "train.epochs": 2, "features.filter": "none", "train.checkpoint_steps": 100}
 
@@ -83,7 +84,7 @@ def test_compiling_is_told_apart():
 def test_a_profile_that_cannot_be(start, steps, make_config, tmp_path):
     config = make_config({"profile.start": start, "profile.steps": steps})
     with pytest.raises(ValueError, match=f"profile.start={start}, profile.steps={steps}: must be at least 0"):
-        train.train(config, tmp_path)
+        train(config, tmp_path)
 
 
 def test_where_training_pauses_for_a_trace(tmp_path):
@@ -108,7 +109,7 @@ def events(workdir) -> list[list[dict]]:
 def traced(make_config, tmp_path_factory):
     """A run of two epochs of three steps, the second and third of which are traced."""
     workdir = tmp_path_factory.mktemp("traced")
-    train.train(make_config({**SMALL, "profile.start": 1, "profile.steps": 2}), workdir)
+    train(make_config({**SMALL, "profile.start": 1, "profile.steps": 2}), workdir)
     return workdir
 
 
@@ -138,6 +139,6 @@ def test_a_run_past_the_profiled_steps_does_not_trace(traced, make_config, tmp_p
     workdir = tmp_path / "run"
     shutil.copytree(traced, workdir)
     shutil.rmtree(workdir / "profile")
-    train.train(make_config({**SMALL, "train.epochs": 3, "profile.start": 1, "profile.steps": 2}), workdir)
+    train(make_config({**SMALL, "train.epochs": 3, "profile.start": 1, "profile.steps": 2}), workdir)
     assert json.loads((workdir / "metrics.json").read_text())["epochs"] == 3
     assert not events(workdir)

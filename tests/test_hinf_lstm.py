@@ -13,9 +13,17 @@ import pytest
 from flax import nnx
 from test_train import assert_same_run, lines_of, state_of, stop_in_mid_epoch
 
-from pcgjax import evaluate, input_pipeline, losses, predict, tasks, thresholds, train
+from pcgjax import losses, predict, tasks, thresholds
+from pcgjax.data import batches
+from pcgjax.data.corpus import from_prepared, in_memory
+from pcgjax.data.plan import evaluation_plan
 from pcgjax.models import hinf_lstm
 from pcgjax.models.hinf_lstm import CNNLSTM, BatchNorm, conv3x3
+from pcgjax.tasks.base import split_model
+from pcgjax.tasks.clips import clip_loss
+from pcgjax.training.answers import load_model
+from pcgjax.training.loop import train
+from pcgjax.training.stages import stages
 
 RNG = np.random.default_rng(0)
 
@@ -107,11 +115,11 @@ def test_dropout_is_of_training_only():
 
 def test_frozen_cnn_has_no_gradient_and_keeps_its_averages():
     model, x, mask = make_model(frozen_cnn=True), normal(2, 12, 8), jnp.ones((2, 8))
-    graphdef, params, rest = tasks.split(model)
+    graphdef, params, rest = split_model(model)
 
     def loss(params):
         model = nnx.merge(graphdef, params, rest)
-        return model(x, mask, jax.random.key(0)).sum(), tasks.split(model)[2]
+        return model(x, mask, jax.random.key(0)).sum(), split_model(model)[2]
 
     grads, after = jax.grad(loss, has_aux=True)(params)
     assert all((g == 0).all() for g in jax.tree.leaves(grads["cnn"]))
@@ -136,7 +144,7 @@ def test_loss_in_shares_equals_the_loss_of_the_whole(slope, normalize, make_conf
 
     def shares(z):
         def one(z, y, r):
-            return tasks.clip_loss(config, z, y, r, 0.4, lambda x: jax.lax.psum(x, "groups"))
+            return clip_loss(config, z, y, r, 0.4, lambda x: jax.lax.psum(x, "groups"))
 
         split = (x.reshape(2, 4) for x in (z, labels, real))
         objective, counts = jax.vmap(one, axis_name="groups")(*split)
@@ -167,11 +175,11 @@ def test_forward_equals_libraries_one_recording_at_a_time(changes, make_config):
     lengths = [2500, 713, 1000, 1999]  # two clips and a rest, a short one, one exactly, one and a rest
     samples = [np.int16(RNG.normal(size=n) * 3000 * (1 + np.sin(np.arange(n) / 40))) for n in lengths]
     rows = [{"id": str(i), "labels": {}} for i in range(4)]
-    corpus = input_pipeline.in_memory(rows, samples, rate)
+    corpus = in_memory(rows, samples, rate)
     task = tasks.make(config, rate)
     model = task.init(nnx.Rngs(0))
-    plan = input_pipeline.evaluation_plan(np.arange(4), corpus.lengths, task.geometry, 4)
-    one = input_pipeline.pack(corpus, np.zeros(4), plan.ids[0, 0], 7, task.geometry)
+    plan = evaluation_plan(np.arange(4), corpus.lengths, task.geometry, 4)
+    one = batches.pack(corpus, np.zeros(4), plan.ids[0, 0], 7, task.geometry)
     log_p, _ = jax.jit(lambda b: task.forward(model, b, 7, jax.random.key(0)))(one)
 
     sos = scipy.signal.butter(f.filter_order, f.high_hz, fs=rate, output="sos")
@@ -202,7 +210,7 @@ def test_forward_equals_libraries_one_recording_at_a_time(changes, make_config):
 def staged(make_config, tmp_path_factory):
     """The workdir of both stages, undisturbed. Not to be written to."""
     workdir = tmp_path_factory.mktemp("staged") / "run"
-    train.stages(make_config({}, "hinf_lstm"), workdir)
+    stages(make_config({}, "hinf_lstm"), workdir)
     return workdir
 
 
@@ -229,7 +237,7 @@ def test_threshold_moves_and_is_used(staged, corpus_folder, tmp_path):
     best = json.loads((staged / "metrics.json").read_text())["best"]
     used = lines[best["epoch"] - 1]["threshold"]
     assert best["threshold"] == used
-    config = evaluate.load_model(staged)[0]
+    config = load_model(staged)[0]
     assert config.evaluation.threshold == used
     rows = (staged / "predictions.csv").read_text().splitlines()[1:]
     for cells in (row.split(",") for row in rows):
@@ -247,7 +255,7 @@ def test_killed_in_either_stage_and_resumed(stage, staged, command, make_config,
     # In the third epoch, after the threshold has moved for the first time.
     assert stop_in_mid_epoch(words, env, workdir / stage, signal.SIGKILL, 2 * steps_an_epoch) == -signal.SIGKILL
     assert not (workdir / "metrics.json").exists()
-    train.stages(make_config({}, "hinf_lstm"), workdir)
+    stages(make_config({}, "hinf_lstm"), workdir)
     assert_same_run(workdir, staged)
     assert_same_run(workdir / "cnn_lstm", staged / "cnn_lstm")
 
@@ -259,27 +267,27 @@ def test_a_changed_first_stage_is_refused(staged, make_config, tmp_path):
     shutil.copytree(staged / "cnn_lstm", tmp_path / "cnn_lstm")
     shutil.copy(staged / "split.json", tmp_path)
     with pytest.raises(ValueError, match=r"cnn_lstm: trained with model.hidden=8, now 9"):
-        train.stages(make_config({"model.hidden": 9}, "hinf_lstm"), tmp_path)
+        stages(make_config({"model.hidden": 9}, "hinf_lstm"), tmp_path)
 
 
 @pytest.mark.slow
 def test_start_from_another_model_is_refused(staged, make_config, tmp_path):
     changes = {"model.blocks": ((4,), (9,)), "train.start_from": str(staged), "optimizer.frozen": ("cnn",)}
     with pytest.raises(ValueError, match=r"train.start_from=.*: its parameters 'cnn' are not those of this model"):
-        train.train(make_config(changes, "hinf_lstm"), tmp_path)
+        train(make_config(changes, "hinf_lstm"), tmp_path)
 
 
 @pytest.mark.slow
 def test_validation_without_a_class_keeps_the_threshold_and_says_so(make_config, prepared, tmp_path, caplog):
-    from pcgjax import splits
+    from pcgjax.data import splits
 
-    rows = input_pipeline.from_prepared(prepared).rows
+    rows = from_prepared(prepared).rows
     split = splits.make(rows, "person", "abnormal", 0, (0.65, 0.15, 0.20))
     by_id = {row["id"]: row for row in rows}
     split["validation"] = [id for id in split["validation"] if by_id[id]["labels"]["abnormal"] == "1"]
     splits.save(split, tmp_path / "split.json")
     config = make_config({"train.epochs": 3, "train.select": "loss"}, "hinf_lstm")
-    train.train(config, tmp_path)
+    train(config, tmp_path)
     assert "validation has one class only: the threshold stays at 0.5" in caplog.text
     assert {line["threshold"] for line in lines_of(tmp_path) if line["split"] == "validation"} == {0.5}
 
@@ -322,12 +330,12 @@ def test_validation_without_a_class_keeps_the_threshold_and_says_so(make_config,
 )
 def test_bad_config_names_the_field(changes, message, make_config, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.train(make_config(changes, "hinf_lstm"), tmp_path)
+        train(make_config(changes, "hinf_lstm"), tmp_path)
 
 
 @pytest.mark.slow
 def test_the_first_threshold_is_the_config_s(make_config, tmp_path):
     config = make_config({"evaluation.threshold": 0.3, "sapt.interval": 0, "train.epochs": 1}, "hinf_lstm")
-    results = train.train(config, tmp_path)
+    results = train(config, tmp_path)
     assert results["best"]["threshold"] == pytest.approx(0.3)
     assert isinstance(thresholds.init(0.3, interval=0), thresholds.State)

@@ -11,9 +11,13 @@ from flax import nnx
 from test_train import lines_of
 from torch import nn
 
-from pcgjax import evaluate, predict, tasks, train
+from pcgjax import predict
 from pcgjax.models import image
-from pcgjax.models.image import ImageClassifier, load_imagenet
+from pcgjax.models.image import ImageClassifier
+from pcgjax.models.imagenet import _STEMS, _positions, load_imagenet
+from pcgjax.tasks.base import split_model
+from pcgjax.training.answers import load_model
+from pcgjax.training.loop import train
 
 RNG = np.random.default_rng(0)
 F, T = 45, 70  # pixels, odd at one or another of the strides
@@ -185,11 +189,11 @@ def make_oracle(name):
 
 def on_paper(model, train_):
     """A pure (params, rest, x, mask) -> features, running averages of the model's trunk."""
-    graphdef = tasks.split(model.trunk)[0]
+    graphdef = split_model(model.trunk)[0]
 
     def answer(params, rest, x, mask):
         trunk = nnx.merge(graphdef, params, rest)
-        return trunk(x, mask, train_, ALONE), tasks.split(trunk)[2]
+        return trunk(x, mask, train_, ALONE), split_model(trunk)[2]
 
     return answer
 
@@ -210,7 +214,7 @@ def test_net_equals_pytorch_s(name, tmp_path):
     x, weights = RNG.random((3, f, t), np.float32), normal(3, model.trunk.outputs)
     scaled = 2 * x - 1 if name == "vit" else (x - 0.449) / 0.226
     picture = torch.tensor(scaled)[:, None].repeat(1, 3, 1, 1)
-    _, params, rest = tasks.split(model.trunk)
+    _, params, rest = split_model(model.trunk)
     ones = jnp.ones((3, t))
     with torch.no_grad():
         assert_near(compiled(on_paper(model, False))(params, rest, x, ones)[0], net.eval()(picture), 1e-5)
@@ -225,9 +229,9 @@ def test_net_equals_pytorch_s(name, tmp_path):
     assert_near(h, theirs.detach())
     # Their gradients go the weights' way, through a file; a channel of the stem has a third of ours.
     state = net.state_dict() | {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
-    stem = next(key for key in image._STEMS if key in state)
+    stem = next(key for key in _STEMS if key in state)
     torch.save(state | {stem: state[stem] / 3}, tmp_path / "gradients.pth")
-    wanted, averages = tasks.split(load_imagenet(model, tmp_path / "gradients.pth").trunk)[1:]
+    wanted, averages = split_model(load_imagenet(model, tmp_path / "gradients.pth").trunk)[1:]
     for (_, ours), expected in zip(leaves(grads), jax.tree.leaves(wanted), strict=True):
         assert_near(ours, expected)  # a bias that the next batch norm takes off has none
     for (place, ours), expected in zip(leaves(after), jax.tree.leaves(averages), strict=True):
@@ -245,7 +249,7 @@ def leaves(tree):
 )
 def test_convolution_equals_the_library_s(size, stride, depthwise):
     conv = image.Conv(4, 4 if depthwise else 5, size, stride, depthwise, rngs=nnx.Rngs(0))
-    graphdef, params, rest = tasks.split(conv)
+    graphdef, params, rest = split_model(conv)
 
     def library(params, x):
         return jax.lax.conv_general_dilated(
@@ -292,9 +296,9 @@ def test_padding_changes_nothing(name):
     nnx.update(short, state)
     x = jnp.asarray(RNG.random((4, F, T)), jnp.float32)
     mask = jnp.broadcast_to(jnp.arange(T) < 37, (4, T)).at[3].set(False).astype(jnp.float32)
-    answer, (_, params, rest) = compiled(on_paper(model, True)), tasks.split(model.trunk)
+    answer, (_, params, rest) = compiled(on_paper(model, True)), split_model(model.trunk)
     padded, averages = answer(params, rest, jnp.where(mask[:, None] > 0, x, 0), mask)
-    alone, expected = compiled(on_paper(short, True))(*tasks.split(short.trunk)[1:], x[:3, :, :37], jnp.ones((3, 37)))
+    alone, expected = compiled(on_paper(short, True))(*split_model(short.trunk)[1:], x[:3, :, :37], jnp.ones((3, 37)))
     assert_near(padded[:3], alone, 1e-4)
     jax.tree.map(lambda a, b: assert_near(a, b, 1e-4), averages, expected)
     whole, _ = answer(params, rest, x, jnp.ones((4, T)))
@@ -306,7 +310,7 @@ def test_batch_norm_of_shares_is_that_of_the_whole():
     model = make("mobilenet_v3", 20, 30, 2)
     x = jnp.asarray(RNG.random((4, 20, 30)), jnp.float32)
     mask = jnp.asarray(np.arange(30) < np.array([[30], [17], [30], [0]]), jnp.float32)
-    graphdef, params, rest = tasks.split(model)
+    graphdef, params, rest = split_model(model)
 
     def logits(params, x, mask, total):
         return nnx.merge(graphdef, params, rest)(x, mask, jax.random.key(0), total)
@@ -337,7 +341,7 @@ def test_positions_are_interpolated_as_images_are():
     table = torch.randn(1, 1 + 36, 8)
     grid = table[:, 1:].reshape(1, 6, 6, 8).permute(0, 3, 1, 2)
     wanted = nn.functional.interpolate(grid, (3, 8), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
-    ours = image._positions(table.numpy(), (3, 8))
+    ours = _positions(table.numpy(), (3, 8))
     assert_near(ours[:, 1:], wanted.reshape(1, 24, 8), 1e-5)
     np.testing.assert_array_equal(ours[:, :1], table[:, :1])
 
@@ -396,7 +400,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     ids=["vit", "resnet50", "mobilenet_v3"],
 )
 def test_trains_and_is_judged(name, changes, make_config, tmp_path):
-    results = train.train(make_config(changes, name), tmp_path)
+    results = train(make_config(changes, name), tmp_path)
     losses = [line["loss"] for line in lines_of(tmp_path) if line["split"] == "train"]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
@@ -412,11 +416,11 @@ def test_training_starts_from_a_file(make_config, tmp_path):
     net = ViT(64, 1)
     torch.save(net.state_dict(), tmp_path / "net.pth")
     changes = {"model.checkpoint": str(tmp_path / "net.pth"), "model.blocks": 1, "train.epochs": 1}
-    train.train(make_config({**changes, "optimizer.learning_rate": 1e-9}, "vit"), tmp_path / "run")
-    trunk = evaluate.load_model(tmp_path / "run")[3]["trunk"]
+    train(make_config({**changes, "optimizer.learning_rate": 1e-9}, "vit"), tmp_path / "run")
+    trunk = load_model(tmp_path / "run")[3]["trunk"]
     assert_near(trunk["cls_token"], net.cls_token.detach(), 1e-5)
     with pytest.raises(ValueError, match=r"net.pth: missing blocks.1.*model.blocks must be the file's"):
-        train.train(make_config({**changes, "model.blocks": 2}, "vit"), tmp_path / "other")
+        train(make_config({**changes, "model.blocks": 2}, "vit"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -436,4 +440,4 @@ def test_training_starts_from_a_file(make_config, tmp_path):
 )
 def test_bad_config_names_the_field(name, changes, message, make_config, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.train(make_config(changes, name), tmp_path)
+        train(make_config(changes, name), tmp_path)

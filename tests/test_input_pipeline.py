@@ -12,10 +12,21 @@ import scipy.signal
 import soundfile
 from flax import nnx
 
-from pcgjax import input_pipeline, prepare, tasks
+from pcgjax import prepare, tasks
+from pcgjax.data import PrepareError
+from pcgjax.data.batches import block, gather_batch, pack, stream
+from pcgjax.data.corpus import Corpus, from_prepared, in_memory, in_rows, order_digest
+from pcgjax.data.plan import (
+    Geometry,
+    batch_units,
+    choose_capacities,
+    epoch_order,
+    evaluation_plan,
+    padding_waste,
+    plan_batches,
+)
 from pcgjax.features import filters
 from pcgjax.features.filters import ALIGN
-from pcgjax.input_pipeline import Geometry
 from pcgjax.models.cnn1d import reference
 
 HALF, QUARTER, APART = Geometry(400, 200, 0, 0), Geometry(400, 300, 0, 0), Geometry(400, 400, 0, 0)
@@ -30,7 +41,7 @@ def corpus_of(lengths, sample_rate_hz=1000, seed=0):
     samples = [rng.integers(-32767, 32768, n).astype(np.int16) for n in lengths]
     labels = [{"abnormal": str(i % 2)} for i in range(len(lengths))]
     rows = [{"id": f"r{i}", "sha256": f"{seed} {n}", "labels": labels[i]} for i, n in enumerate(lengths)]
-    return input_pipeline.in_memory(rows, samples, sample_rate_hz)
+    return in_memory(rows, samples, sample_rate_hz)
 
 
 def cinc_like(count=400, seed=0):
@@ -91,28 +102,28 @@ def test_the_buffer_always_suffices(seed):
 
 def test_epoch_order_holds_every_recording_once():
     indices = np.arange(100, 137, dtype=np.int32)
-    orders = [input_pipeline.epoch_order(indices, None, jax.random.key(e), 5) for e in range(3)]
+    orders = [epoch_order(indices, None, jax.random.key(e), 5) for e in range(3)]
     for order in orders:
         assert order.shape == (8, 1, 5)
         assert sorted(order[order >= 0]) == list(indices)
         assert (order.reshape(-1)[:37] >= 0).all()
     assert not np.array_equal(orders[0], orders[1])
-    np.testing.assert_array_equal(orders[0], input_pipeline.epoch_order(indices, None, jax.random.key(0), 5))
+    np.testing.assert_array_equal(orders[0], epoch_order(indices, None, jax.random.key(0), 5))
 
 
 def test_devices_divide_the_same_batches():
     indices = np.arange(50, dtype=np.int32)
-    one = input_pipeline.epoch_order(indices, None, jax.random.key(0), 8, 1)
-    four = input_pipeline.epoch_order(indices, None, jax.random.key(0), 8, 4)
+    one = epoch_order(indices, None, jax.random.key(0), 8, 1)
+    four = epoch_order(indices, None, jax.random.key(0), 8, 4)
     assert four.shape == (7, 4, 2)
     np.testing.assert_array_equal(four.reshape(one.shape), one)
     with pytest.raises(ValueError, match=r"train\.batch_recordings=8 must be a multiple of the 3 groups"):
-        input_pipeline.epoch_order(indices, None, jax.random.key(0), 8, 3)
+        epoch_order(indices, None, jax.random.key(0), 8, 3)
 
 
 def test_balanced_groups_are_drawn_equally_often():
     groups = np.array(["a"] * 70 + ["b"] * 20 + ["c"] * 10)
-    drawn = [input_pipeline.epoch_order(np.arange(100), groups, jax.random.key(e), 4) for e in range(30)]
+    drawn = [epoch_order(np.arange(100), groups, jax.random.key(e), 4) for e in range(30)]
     for order in drawn:
         assert (order >= 0).sum() == 100
         counts = [int((groups[order[order >= 0]] == name).sum()) for name in "abc"]
@@ -127,12 +138,12 @@ def test_balanced_groups_are_drawn_equally_often():
 
 def test_order_digest_changes_with_all_it_should():
     facts = {"train": ["r0", "r1"], "seed": 0, "batch": 4}
-    digest = input_pipeline.order_digest(corpus_of([500, 600]), **facts)
-    assert digest == input_pipeline.order_digest(corpus_of([500, 600]), **facts)
+    digest = order_digest(corpus_of([500, 600]), **facts)
+    assert digest == order_digest(corpus_of([500, 600]), **facts)
     others = [
-        input_pipeline.order_digest(corpus_of([500, 601]), **facts),
-        input_pipeline.order_digest(corpus_of([500]), **facts),
-        *(input_pipeline.order_digest(corpus_of([500, 600]), **(facts | change))
+        order_digest(corpus_of([500, 601]), **facts),
+        order_digest(corpus_of([500]), **facts),
+        *(order_digest(corpus_of([500, 600]), **(facts | change))
           for change in ({"train": ["r1", "r0"]}, {"seed": 1}, {"batch": 5}, {"more": 1})),
     ]  # fmt: skip
     assert len({digest, *others}) == 7
@@ -146,7 +157,7 @@ def test_order_digest_changes_with_all_it_should():
 def test_capacities_are_the_best_there_are(seed, most):
     needed = np.random.default_rng(seed).integers(1, 30, 40)
     needed = needed[np.isin(needed, np.unique(needed)[:9])]
-    chosen = input_pipeline.choose_capacities(needed, most)
+    chosen = choose_capacities(needed, most)
     assert len(chosen) <= most
     assert list(chosen) == sorted(set(chosen))
 
@@ -160,7 +171,7 @@ def test_capacities_are_the_best_there_are(seed, most):
 
 def test_capacities_of_many_sizes():
     needed = np.random.default_rng(0).integers(1, 5000, 20_000)
-    chosen = input_pipeline.choose_capacities(needed)
+    chosen = choose_capacities(needed)
     assert len(chosen) <= 8
     assert chosen[-1] == needed.max()
     fits = np.asarray(chosen)[np.searchsorted(chosen, needed)]
@@ -169,11 +180,11 @@ def test_capacities_of_many_sizes():
 
 def test_plan_gives_each_batch_the_smallest_capacity_that_holds_it():
     lengths = cinc_like()
-    order = input_pipeline.epoch_order(np.arange(400, dtype=np.int32), None, jax.random.key(0), 8, 2)
-    needed = input_pipeline.batch_units(order, lengths, HALF)
+    order = epoch_order(np.arange(400, dtype=np.int32), None, jax.random.key(0), 8, 2)
+    needed = batch_units(order, lengths, HALF)
     for step, ids in enumerate(order):
         assert needed[step] == max(sum(int(HALF.units(lengths[i])) for i in group if i >= 0) for group in ids)
-    made = input_pipeline.plan(order, lengths, HALF, input_pipeline.choose_capacities(needed, 3))
+    made = plan_batches(order, lengths, HALF, choose_capacities(needed, 3))
     for step, choice in enumerate(made.capacity):
         assert made.capacities[choice] >= needed[step]
         assert choice == 0 or made.capacities[choice - 1] < needed[step]
@@ -184,29 +195,29 @@ def test_plan_gives_each_batch_the_smallest_capacity_that_holds_it():
 def test_padding_wastes_little(batch, overlap):
     lengths, everyone = cinc_like(), np.arange(400, dtype=np.int32)
     geometry = Geometry(2500, round(2500 * (1 - overlap)), 27, 727)
-    orders = [input_pipeline.epoch_order(everyone, None, jax.random.key(e), batch) for e in range(5)]
-    needed = [input_pipeline.batch_units(order, lengths, geometry) for order in orders]
-    capacities = input_pipeline.choose_capacities(np.concatenate(needed))
+    orders = [epoch_order(everyone, None, jax.random.key(e), batch) for e in range(5)]
+    needed = [batch_units(order, lengths, geometry) for order in orders]
+    capacities = choose_capacities(np.concatenate(needed))
     for order in orders:
-        made = input_pipeline.plan(order, lengths, geometry, capacities)
-        assert 0 <= input_pipeline.padding_waste(made, lengths, geometry) < 0.10
-    judged = input_pipeline.evaluation_plan(everyone, lengths, geometry, 16)
-    assert input_pipeline.padding_waste(judged, lengths, geometry) < 0.10
+        made = plan_batches(order, lengths, geometry, capacities)
+        assert 0 <= padding_waste(made, lengths, geometry) < 0.10
+    judged = evaluation_plan(everyone, lengths, geometry, 16)
+    assert padding_waste(judged, lengths, geometry) < 0.10
 
 
 def test_padding_waste_equals_a_count():
     lengths = np.array([1000, 399, 1400], np.int32)
     for geometry, useful in ((APART, 400 * (2 + 1 + 3)), (HALF, 1000 + 400 + 1400)):
-        made = input_pipeline.evaluation_plan(np.arange(3), lengths, geometry, 3)
+        made = evaluation_plan(np.arange(3), lengths, geometry, 3)
         computed = made.capacities[0] * 400
-        assert input_pipeline.padding_waste(made, lengths, geometry) == pytest.approx(1 - useful / computed)
+        assert padding_waste(made, lengths, geometry) == pytest.approx(1 - useful / computed)
 
 
 @pytest.mark.parametrize(("count", "batch", "devices"), [(37, 8, 1), (37, 8, 4), (3, 16, 2), (1, 1, 1), (5, 5, 1)])
 def test_evaluation_plan_holds_every_recording_once(count, batch, devices):
     lengths = cinc_like(100)
     indices = np.random.default_rng(0).permutation(100)[:count].astype(np.int32)
-    made = input_pipeline.evaluation_plan(indices, lengths, HALF, batch, devices)
+    made = evaluation_plan(indices, lengths, HALF, batch, devices)
     assert made.ids.shape[1] == devices
     assert sorted(made.ids[made.ids >= 0]) == sorted(indices)
 
@@ -216,15 +227,15 @@ def test_evaluation_plan_holds_every_recording_once(count, batch, devices):
 
 def batches_of(corpus, labels, made, geometry, pipeline, start=0):
     """Every batch of a plan, a list of its groups, as the resident or the streamed pipeline gives them to a model."""
-    gather = jax.jit(input_pipeline.gather, static_argnums=(2, 3))
+    gather = jax.jit(gather_batch, static_argnums=(2, 3))
     devices = made.ids.shape[1] if pipeline == "stream, a block a group" else 1
     if pipeline == "resident":
-        data = jax.device_put(input_pipeline.block(corpus, labels, np.arange(len(corpus.rows))))
+        data = jax.device_put(block(corpus, labels, np.arange(len(corpus.rows))))
         for ids, choice in list(zip(made.ids, made.capacity, strict=True))[start:]:
             yield [gather(data, of_group, made.capacities[choice], geometry) for of_group in ids]
     else:
         mine = range(devices)
-        pieces = input_pipeline.stream(corpus, labels, made, start, len(made.ids), devices, mine, mib=0.03, steps=3)
+        pieces = stream(corpus, labels, made, start, len(made.ids), devices, mine, mib=0.03, steps=3)
         for data, ids, capacity, steps in pieces:
             blocks = [jax.tree.map(lambda x, d=d: x[d], data) for d in mine]
             for i in range(steps):
@@ -243,16 +254,16 @@ def test_every_pipeline_gives_the_packed_batches(geometry, batch, groups, pipeli
     corpus = corpus_of(lengths)
     labels = np.arange(21, dtype=np.float32) / 21
     indices = np.random.default_rng(2).permutation(21)[:19].astype(np.int32)
-    order = input_pipeline.epoch_order(indices, None, jax.random.key(0), batch, groups)
-    needed = input_pipeline.batch_units(order, corpus.lengths, geometry)
-    made = input_pipeline.plan(order, corpus.lengths, geometry, input_pipeline.choose_capacities(needed, 2))
+    order = epoch_order(indices, None, jax.random.key(0), batch, groups)
+    needed = batch_units(order, corpus.lengths, geometry)
+    made = plan_batches(order, corpus.lengths, geometry, choose_capacities(needed, 2))
     for start in (0, len(order) // 2):
         batches = list(batches_of(corpus, labels, made, geometry, pipeline, start))
         assert len(batches) == len(order) - start
         for step, got in enumerate(batches, start):
             assert len(got) == groups
             for ids, of_group in zip(order[step], got, strict=True):
-                expected = input_pipeline.pack(corpus, labels, ids, made.capacities[made.capacity[step]], geometry)
+                expected = pack(corpus, labels, ids, made.capacities[made.capacity[step]], geometry)
                 # A streamed batch counts its recordings within its block.
                 np.testing.assert_array_equal(np.asarray(of_group["ids"]) >= 0, ids >= 0)
                 if pipeline == "resident":
@@ -265,19 +276,17 @@ def test_every_pipeline_gives_the_packed_batches(geometry, batch, groups, pipeli
 def test_a_process_reads_its_own_recordings_alone():
     lengths = np.random.default_rng(3).integers(400, 900, 40)
     corpus = corpus_of(lengths)
-    order = input_pipeline.epoch_order(np.arange(40, dtype=np.int32), None, jax.random.key(0), 8, 8)
-    made = input_pipeline.plan(order, corpus.lengths, APART, (2,))
+    order = epoch_order(np.arange(40, dtype=np.int32), None, jax.random.key(0), 8, 8)
+    made = plan_batches(order, corpus.lengths, APART, (2,))
     seen = []
-    watched = input_pipeline.Corpus(
-        corpus.rows, 1000, corpus.lengths, lambda index: (seen.append(index), corpus.read(index))[1]
-    )
+    watched = Corpus(corpus.rows, 1000, corpus.lengths, lambda index: (seen.append(index), corpus.read(index))[1])
     labels = np.zeros(40, np.float32)
-    pieces = list(input_pipeline.stream(watched, labels, made, 0, len(order), devices=4, mine=(2, 3), mib=0.03))
+    pieces = list(stream(watched, labels, made, 0, len(order), devices=4, mine=(2, 3), mib=0.03))
     assert sorted(seen) == sorted(order[:, 4:].reshape(-1))
     assert pieces[0][0]["samples"].shape[0] == 2
     assert pieces[0][1].shape[1:] == (4, 1)
     # All processes come to blocks of one shape, whatever they hold.
-    other = list(input_pipeline.stream(corpus, labels, made, 0, len(order), devices=4, mine=(0, 1), mib=0.03))
+    other = list(stream(corpus, labels, made, 0, len(order), devices=4, mine=(0, 1), mib=0.03))
     shapes = lambda found: [str(jax.tree.map(np.shape, piece)) for piece in found]
     assert shapes(pieces) == shapes(other)
 
@@ -286,7 +295,7 @@ def test_packed_samples_are_where_the_filters_look():
     lengths = [500, 1200, 64, 999]
     corpus = corpus_of(lengths)
     for ids, labels in (([2, -1, 0], [1, 0, 1]), ([1, 3, -1], [1, 1, 0])):
-        batch = input_pipeline.pack(corpus, np.ones(4, np.float32), np.array(ids), 12, FILTERED)
+        batch = pack(corpus, np.ones(4, np.float32), np.array(ids), 12, FILTERED)
         assert batch["labels"].tolist() == labels
         buffer = batch["samples"]
         where = filters.packing(jnp.asarray(batch["lengths"]), len(buffer), FILTERED.lead, FILTERED.gap)
@@ -300,10 +309,10 @@ def test_packed_samples_are_where_the_filters_look():
 def test_streamed_blocks_have_one_shape_and_stay_small():
     lengths = cinc_like(100)
     corpus = corpus_of(lengths // 20)
-    order = input_pipeline.epoch_order(np.arange(100, dtype=np.int32), None, jax.random.key(0), 2)
-    needed = input_pipeline.batch_units(order, corpus.lengths, HALF)
-    made = input_pipeline.plan(order, corpus.lengths, HALF, input_pipeline.choose_capacities(needed))
-    pieces = list(input_pipeline.stream(corpus, np.zeros(100, np.float32), made, 5, 49, mib=0.03, steps=7))
+    order = epoch_order(np.arange(100, dtype=np.int32), None, jax.random.key(0), 2)
+    needed = batch_units(order, corpus.lengths, HALF)
+    made = plan_batches(order, corpus.lengths, HALF, choose_capacities(needed))
+    pieces = list(stream(corpus, np.zeros(100, np.float32), made, 5, 49, mib=0.03, steps=7))
     assert sum(steps for *_, steps in pieces) == 44
     assert max(steps for *_, steps in pieces) <= 7
     assert len(pieces) > 7  # the size, too, ends a block
@@ -313,16 +322,16 @@ def test_streamed_blocks_have_one_shape_and_stay_small():
 
 def test_streaming_nothing():
     corpus = corpus_of([500, 600])
-    made = input_pipeline.evaluation_plan(np.arange(2), corpus.lengths, HALF, 1)
-    assert list(input_pipeline.stream(corpus, np.zeros(2, np.float32), made, 2, 2)) == []
+    made = evaluation_plan(np.arange(2), corpus.lengths, HALF, 1)
+    assert list(stream(corpus, np.zeros(2, np.float32), made, 2, 2)) == []
 
 
 def test_labels_and_size_of_a_corpus(prepared):
-    corpus = input_pipeline.from_prepared(prepared)
+    corpus = from_prepared(prepared)
     assert corpus.sample_rate_hz == 1000
     assert corpus.bytes == 2 * sum(len(corpus.read(i)) for i in range(len(corpus.rows)))
     np.testing.assert_array_equal(corpus.labels("abnormal"), [int(row["labels"]["abnormal"]) for row in corpus.rows])
-    changed = input_pipeline.in_rows(corpus, [{**row, "labels": {}} for row in corpus.rows])
+    changed = in_rows(corpus, [{**row, "labels": {}} for row in corpus.rows])
     assert np.isnan(changed.labels("abnormal")).all()
 
 
@@ -343,7 +352,7 @@ def test_forward_equals_scipy_one_recording_at_a_time(filter_, overlap, window_s
     ids = np.array([[0, 1, -1, 2, 3, 4, 5]])
     used = np.where(ids >= 0, corpus.lengths[ids], 0)
     capacity = int(task.geometry.units(used).sum()) + 3
-    batch = input_pipeline.pack(corpus, np.zeros(6, np.float32), ids[0], capacity, task.geometry)
+    batch = pack(corpus, np.zeros(6, np.float32), ids[0], capacity, task.geometry)
     graphdef, params = nnx.split(model)
     forward = jax.jit(lambda p, b: task.forward(nnx.merge(graphdef, p), b, capacity, jax.random.key(0)))
     log_p, log_q = forward(params, batch)
@@ -377,7 +386,7 @@ def test_noise_is_added_before_the_filter(make_config):
             return task.forward(nnx.merge(graphdef, params), batch, 4, key)[0][0]
 
         for index, seed in itertools.product((0, 1), (0, 1)):
-            batch = input_pipeline.pack(corpus, np.zeros(2, np.float32), np.array([index]), 4, task.geometry)
+            batch = pack(corpus, np.zeros(2, np.float32), np.array([index]), 4, task.geometry)
             answers[snr_db, index, seed] = float(forward(params, batch, jax.random.key(seed)))
     clean, noisy = float("inf"), -60.0
     assert answers[clean, 0, 0] == answers[clean, 0, 1] != answers[clean, 1, 0]
@@ -401,8 +410,8 @@ def own_sounds(tmp_path_factory):
 
 
 def test_folders_are_read_as_one(prepared, own_sounds):
-    one, other = (input_pipeline.from_prepared(path) for path in (prepared, own_sounds / "prepared_1000"))
-    both = input_pipeline.from_prepared(f"{prepared},{own_sounds / 'prepared_1000'}")
+    one, other = (from_prepared(path) for path in (prepared, own_sounds / "prepared_1000"))
+    both = from_prepared(f"{prepared},{own_sounds / 'prepared_1000'}")
     assert both.rows == [*one.rows, *other.rows]
     assert both.sample_rate_hz == 1000
     np.testing.assert_array_equal(both.lengths, [*one.lengths, *other.lengths])
@@ -414,8 +423,8 @@ def test_folders_are_read_as_one(prepared, own_sounds):
 
 def test_folders_that_do_not_go_together(prepared, own_sounds):
     with pytest.raises(ValueError, match=r"prepared at different rates, \[1000, 2000\] Hz"):
-        input_pipeline.from_prepared(f"{prepared},{own_sounds / 'prepared_2000'}")
+        from_prepared(f"{prepared},{own_sounds / 'prepared_2000'}")
     with pytest.raises(ValueError, match="recording a0001 is in two of these folders"):
-        input_pipeline.from_prepared(f"{prepared},{prepared}")
-    with pytest.raises(prepare.PrepareError, match="nowhere: no prepared data set"):
-        input_pipeline.from_prepared(f"{prepared},nowhere")
+        from_prepared(f"{prepared},{prepared}")
+    with pytest.raises(PrepareError, match="nowhere: no prepared data set"):
+        from_prepared(f"{prepared},nowhere")

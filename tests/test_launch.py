@@ -91,7 +91,7 @@ def test_local_cluster_says_what_it_wants():
 def test_local_cluster_of_jax():
     code = """
 from absl import logging
-from pcgjax import distributed, files
+from pcgjax.runtime import distributed, files
 def main(argv):
     with distributed.together():
         import jax

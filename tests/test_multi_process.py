@@ -16,7 +16,11 @@ from conftest import ROOT
 from test_distributed import free_port
 from test_sharding import assert_same_answers, assert_same_curve, assert_same_state, history
 
-from pcgjax import input_pipeline, train
+from pcgjax.data import batches
+from pcgjax.data.corpus import in_memory
+from pcgjax.data.plan import Geometry, epoch_order, plan_batches
+from pcgjax.training.loop import train
+from pcgjax.training.stages import stages
 
 SMALL = {"train.batch_recordings": 8, "train.epochs": 2, "features.filter": "none", "train.checkpoint_steps": 2}
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
@@ -29,21 +33,19 @@ def test_every_topology_has_the_same_batches():
     """A step's recordings are the same everywhere, each of them whole and on one device alone."""
     rng = np.random.default_rng(0)
     samples = [rng.integers(-99, 99, length, dtype=np.int16) for length in rng.integers(100, 900, 37)]
-    corpus = input_pipeline.in_memory([{"id": str(i)} for i in range(37)], samples, 1000)
-    geometry = input_pipeline.Geometry(100, 50, 0, 0)
+    corpus = in_memory([{"id": str(i)} for i in range(37)], samples, 1000)
+    geometry = Geometry(100, 50, 0, 0)
     names = np.arange(37, dtype=np.float32)  # labels that say whose they are
     found = {}
     for processes, devices, accumulate in ((1, 1, 1), (1, 1, 8), (1, 8, 1), (2, 1, 4), (2, 4, 1), (4, 2, 2)):
         everywhere = processes * devices
-        order = input_pipeline.epoch_order(
-            np.arange(37, dtype=np.int32), None, jax.random.key(0), 16, everywhere * accumulate
-        )
-        plan = input_pipeline.plan(order, corpus.lengths, geometry, (int(geometry.units(corpus.lengths).sum()),))
+        order = epoch_order(np.arange(37, dtype=np.int32), None, jax.random.key(0), 16, everywhere * accumulate)
+        plan = plan_batches(order, corpus.lengths, geometry, (int(geometry.units(corpus.lengths).sum()),))
         steps = [[] for _ in order]
         for process in range(processes):
             mine = range(process * devices, (process + 1) * devices)
             done = 0
-            for blocks, ids, _, count in input_pipeline.stream(
+            for blocks, ids, _, count in batches.stream(
                 corpus, names, plan, 0, len(order), everywhere, mine, mib=0.01, steps=2
             ):
                 for step in range(count):
@@ -68,7 +70,7 @@ def test_every_topology_has_the_same_batches():
 @pytest.fixture(scope="module")
 def on_one(make_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
-    train.train(make_config(SMALL), workdir)
+    train(make_config(SMALL), workdir)
     return workdir
 
 
@@ -125,7 +127,7 @@ def test_two_processes_where_averages_cross_them(changes, make_config, command, 
         "train.batch_recordings": 8, "train.epochs": 2, "features.wavelet_level": 0, "model.dropout": 0.0,
         "loss.slope": 5.0, "optimizer.learning_rate": 0.001,
     }  # fmt: skip
-    train.stages(make_config(small, "hinf_lstm"), tmp_path / "one")
+    stages(make_config(small, "hinf_lstm"), tmp_path / "one")
     two_processes(command, tmp_path / "two", {**small, **changes}, "hinf_lstm")
     for stage in ("cnn_lstm", "."):
         assert_same_curve(tmp_path / "two" / stage, tmp_path / "one" / stage, rel=1e-3)
@@ -177,7 +179,7 @@ def struck(processes, workdir, victim, number, after):
 @pytest.fixture(scope="module")
 def undisturbed(make_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    train.train(make_config(LONG), workdir)
+    train(make_config(LONG), workdir)
     return workdir
 
 
@@ -203,7 +205,7 @@ def test_stopped_and_lost_and_gone_on(victim, last, undisturbed, command, make_c
     assert 2 * epoch < saved(workdir) < 3 * epoch
 
     if last == "one process":
-        train.train(make_config(LONG), workdir)
+        train(make_config(LONG), workdir)
     else:
         ((status, _),), _ = struck(start(command, workdir, 1, LONG), workdir, 0, signal.SIGTERM, after=saved(workdir))
         assert status == 128 + signal.SIGTERM

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from pcgjax import optimizer
+from pcgjax.training import optimizer
 
 PARAMS = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"scale": jnp.ones(())}}
 

@@ -16,8 +16,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from pcgjax import evaluate, goodput, population, runs, train
-from pcgjax.checkpoint import CheckpointError
+from pcgjax.runs.config import one_of, plain_config, with_fields
+from pcgjax.runtime import goodput
+from pcgjax.runtime.checkpoint import CheckpointError
+from pcgjax.training import population
+from pcgjax.training.answers import load_model
+from pcgjax.training.loop import train
+from pcgjax.training.members import TRACED, Program, programs, swept_values, train_program
 
 # Every recording has as many windows as the others, so that there is one shape to compile.
 QUICK = {"train.epochs": 2, "train.batch_recordings": 8, "train.checkpoint_steps": 2, "features.window_s": 1.0,
@@ -41,7 +46,7 @@ def lines_of(workdir, member=None):
 def alone(config, found, number, workdir, population_dir):
     """The run of one member's config, in a folder of its own."""
     fields = found["members"][number]["fields"] | {"split.file": str(population_dir / "split.json")}
-    train.train(population.with_fields(config, fields), workdir)
+    train(with_fields(config, fields), workdir)
 
 
 def assert_close(workdir, member, other, **tolerance):
@@ -115,7 +120,7 @@ def test_a_member_is_the_run_alone(finished, make_config, tmp_path):
     # One after the other on a CPU, with batches of the same capacities: bit for bit.
     assert lines_of(finished, found["selected"]) == lines_of(tmp_path)
     assert (finished / "best" / "predictions.csv").read_text() == (tmp_path / "predictions.csv").read_text()
-    ours, theirs = (evaluate.load_model(workdir) for workdir in (finished / "best", tmp_path))
+    ours, theirs = (load_model(workdir) for workdir in (finished / "best", tmp_path))
     for one, two in zip(jax.tree.leaves(ours[3]), jax.tree.leaves(theirs[3]), strict=True):
         np.testing.assert_array_equal(one, two)
     ours, theirs = (json.loads((w / "metrics.json").read_text()) for w in (finished / "best", tmp_path))
@@ -126,10 +131,10 @@ def test_a_member_is_the_run_alone(finished, make_config, tmp_path):
 def test_members_as_one_batch(finished, make_config, tmp_path):
     """As on an accelerator: each step at the capacity of the member that needs the most."""
     config = swept(make_config, {})
-    base = train.one_of(config, {}, str(finished / "split.json"))
+    base = one_of(config, {}, str(finished / "split.json"))
     members = [m["fields"] for m in json.loads((finished / "population.json").read_text())["members"]]
-    program = population.Program(base, members, tmp_path, together=True)
-    done = population.train_program(program, range(4), tmp_path / "checkpoints", tmp_path, goodput.Clock())
+    program = Program(base, members, tmp_path, together=True)
+    done = train_program(program, range(4), tmp_path / "checkpoints", tmp_path, goodput.Clock())
     assert [step is None for step in done.diverged] == [True, True, False, False]
     for member in (0, 1):
         for one, two in zip(lines_of(tmp_path, member), lines_of(finished, member), strict=True):
@@ -149,12 +154,12 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, make_config, tmp_pat
     try:
         threading.Thread(target=stop, daemon=True).start()
         with pytest.raises(SystemExit) as stopped:
-            population.run(config, tmp_path)
+            population.train_population(config, tmp_path)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert not (tmp_path / "population.json").exists()
-    found = population.run(config, tmp_path)
+    found = population.train_population(config, tmp_path)
     for member in range(4):
         assert lines_of(tmp_path, member) == lines_of(finished, member)
     assert (tmp_path / "best" / "predictions.csv").read_text() == (finished / "best" / "predictions.csv").read_text()
@@ -162,7 +167,7 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, make_config, tmp_pat
     assert json.loads(json.dumps(found["members"])) == uninterrupted["members"]
 
     with pytest.raises(CheckpointError, match=r"trained with sweep=.*seed=0,1, now .*seed=0,2"):
-        population.run(swept(make_config, SWEEP | {"seed": "0,2"}), tmp_path)
+        population.train_population(swept(make_config, SWEEP | {"seed": "0,2"}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +183,12 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, make_config, tmp_pat
 )
 def test_what_it_refuses(sweep, changes, message, make_config, tmp_path):
     with pytest.raises(ValueError, match=message):
-        population.run(swept(make_config, sweep, changes), tmp_path)
+        population.train_population(swept(make_config, sweep, changes), tmp_path)
 
 
 def test_what_is_asked_for(make_config):
-    assert population.asked(make_config()) == {}
-    asked = population.asked(
+    assert swept_values(make_config()) == {}
+    asked = swept_values(
         swept(make_config, {"seed": "0, 7", "model.filters": "(4, 8), (8, 16)", "features.filter": "none,causal",
                             "features.noise_snr_db": "inf,10", "model.bfloat16": "false,true"})
     )  # fmt: skip
@@ -201,7 +206,7 @@ def test_members_of_one_program():
         for snr in (np.inf, 5.0, 10.0)
         for seed in (0, 1)
     ]
-    assert population.programs(members) == [[0, 1], [2, 3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    assert programs(members) == [[0, 1], [2, 3, 4, 5], [6, 7], [8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize(
@@ -222,11 +227,11 @@ def test_members_of_one_program():
     ],
 )  # fmt: skip
 def test_every_traced_field_can_be(name, changes, numbers, make_config, tmp_path):
-    config = train.one_of(make_config(changes, name), {}, str(tmp_path / "split.json"))
+    config = one_of(make_config(changes, name), {}, str(tmp_path / "split.json"))
     twice = [numbers, {field: value * 0.9 for field, value in numbers.items()}]
-    assert population.programs(twice) == [[0, 1]]
-    assert set(numbers) <= set(population.TRACED)
-    program = population.Program(config, twice, tmp_path, together=True)
+    assert programs(twice) == [[0, 1]]
+    assert set(numbers) <= set(TRACED)
+    program = Program(config, twice, tmp_path, together=True)
     held = program.start()
     (_, shared), *_ = program.pieces(program.experiment.resident(), 0, 1)
     shared = jax.tree.map(jnp.asarray, shared)
@@ -258,7 +263,7 @@ def test_members_of_other_models(name, sweep, changes, make_config, tmp_path):
     if "stages" in config:
         with config.unlocked():
             del config.stages
-    found = population.run(config, tmp_path / "all")
+    found = population.train_population(config, tmp_path / "all")
     last = len(found["members"]) - 1
     alone(config, found, last, tmp_path / "alone", tmp_path / "all")
     assert_close(tmp_path / "all", last, tmp_path / "alone", rtol=1e-4)
@@ -269,7 +274,7 @@ def test_members_of_other_models(name, sweep, changes, make_config, tmp_path):
 def test_members_with_ssamba(name, make_config, prepared_16k, tmp_path):
     changes = {"data.prepared": str(prepared_16k), "train.epochs": 1}
     config = swept(make_config, {"seed": "0,1", "optimizer.learning_rate": "0.001,0.003"}, changes, name)
-    found = population.run(config, tmp_path / "all")
+    found = population.train_population(config, tmp_path / "all")
     alone(config, found, 3, tmp_path / "alone", tmp_path / "all")
     assert_close(tmp_path / "all", 3, tmp_path / "alone", rtol=1e-4)
 
@@ -278,10 +283,10 @@ def test_members_with_ssamba(name, make_config, prepared_16k, tmp_path):
 def test_stages(make_config, tmp_path):
     """Each member's last stage starts from its own first one."""
     config = swept(make_config, {"seed": "0,1"}, {"train.epochs": 1}, "hinf_lstm")
-    found = population.run(config, tmp_path)
+    found = population.train_population(config, tmp_path)
     number = found["selected"]
-    before = evaluate.load_model(tmp_path / "cnn_lstm" / "members" / str(number))
-    after = evaluate.load_model(tmp_path / "best")
+    before = load_model(tmp_path / "cnn_lstm" / "members" / str(number))
+    after = load_model(tmp_path / "best")
     assert before[0].seed == after[0].seed == number
     for one, two in zip(jax.tree.leaves(before[3]["cnn"]), jax.tree.leaves(after[3]["cnn"]), strict=True):
         np.testing.assert_array_equal(one, two)
@@ -290,7 +295,9 @@ def test_stages(make_config, tmp_path):
 
 
 def test_dry_run_says_what_a_device_would_hold(make_config, tmp_path, capsys):
-    assert population.run(swept(make_config, SWEEP | {"model.hidden": "8,16"}), tmp_path, dry_run=True) == {}
+    assert (
+        population.train_population(swept(make_config, SWEEP | {"model.hidden": "8,16"}), tmp_path, dry_run=True) == {}
+    )
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "sweep: 8 members, in programs of 4, 4"
     sizes = (line.split()[2:4] for line in said if line.startswith("  all members"))
@@ -324,4 +331,4 @@ def test_members_on_several_devices(finished, run_command, tmp_path):
 
 
 def test_no_skeleton_in_a_lone_run(make_config):
-    assert "sweep" not in runs.plain_config(make_config())
+    assert "sweep" not in plain_config(make_config())

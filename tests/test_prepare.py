@@ -21,7 +21,13 @@ import pytest
 import soundfile
 import soxr
 
-from pcgjax import audio, datasets, prepare
+from pcgjax import datasets, prepare
+from pcgjax.data import PrepareError
+from pcgjax.data.decode import decode, decode_all, fingerprint
+from pcgjax.data.ray_cluster import _write_unit_there
+from pcgjax.data.shards import _doubles, decoder_versions, open_records, read_rows, unit_key
+from pcgjax.data.workers import progress_bar
+from pcgjax.datasets import audio
 
 RATE_HZ = 2000
 
@@ -71,10 +77,10 @@ def test_samples_come_back_as_librosa_would_resample_them(corpus: pathlib.Path, 
         *(f"shard-{n:05d}.array_record" for n in range(3)),
     ]
 
-    read_manifest, rows = prepare.read_rows(tmp_path / "out")
+    read_manifest, rows = read_rows(tmp_path / "out")
     assert read_manifest == manifest
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
-    for row, samples in zip(rows, prepare.open_records(tmp_path / "out", rows), strict=True):
+    for row, samples in zip(rows, open_records(tmp_path / "out", rows), strict=True):
         expected = soxr.resample(noise(int(row["id"][1:])) / np.float32(32768), RATE_HZ, 1000, quality="HQ")
         assert samples.dtype == np.int16
         assert abs(samples.astype(int)).max() == 32767
@@ -84,10 +90,10 @@ def test_samples_come_back_as_librosa_would_resample_them(corpus: pathlib.Path, 
 
 def test_reading_at_random_by_threads_and_after_pickling(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
     prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
-    _, rows = prepare.read_rows(tmp_path)
+    _, rows = read_rows(tmp_path)
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    in_order = list(prepare.open_records(tmp_path, rows))
-    records = prepare.open_records(tmp_path, rows)
+    in_order = list(open_records(tmp_path, rows))
+    records = open_records(tmp_path, rows)
     assert len(records) == 140
     indices = np.random.default_rng(1).integers(-140, 140, 400).tolist()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -111,8 +117,8 @@ def test_a_killed_run_is_taken_up(tmp_path: pathlib.Path) -> None:
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.jsonl")}
     assert 1 <= len(done) < 10
     assert not (out / "manifest.json").exists()
-    with pytest.raises(prepare.PrepareError, match="unfinished"):
-        prepare.read_rows(out)
+    with pytest.raises(PrepareError, match="unfinished"):
+        read_rows(out)
     shards = {name: (out / name.replace(".jsonl", ".array_record")).stat().st_mtime_ns for name in done}
 
     resumed = prepare.prepare("cinc2016", source, out, workers=1)
@@ -127,9 +133,9 @@ def test_a_killed_run_is_taken_up(tmp_path: pathlib.Path) -> None:
 
 def test_workers_end_with_a_killed_parent(tmp_path: pathlib.Path) -> None:
     program = (
-        "import os, time; from pcgjax import prepare\n"
+        "import os, time; from pcgjax.data.workers import in_order\n"
         "def job(_): os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)\n"  # one write: two workers share the pipe
-        "list(prepare._in_order(job, [1, 2], 10_000, 2))"
+        "list(in_order(job, [1, 2], 10_000, 2))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -164,9 +170,9 @@ def test_two_machines_share_the_work(corpus: pathlib.Path, tmp_path: pathlib.Pat
     for index in (0, 1):  # a machine more than the work has shares for, joined by a call without the flags
         assert prepare.prepare("cinc2016", corpus, third, workers=1, num_shards=3, shard_index=index) is None
     assert prepare.prepare("cinc2016", corpus, third, workers=2) == single
-    with pytest.raises(prepare.PrepareError, match="shard_index"):
+    with pytest.raises(PrepareError, match="shard_index"):
         prepare.prepare("cinc2016", corpus, out, num_shards=2, shard_index=2)
-    with pytest.raises(prepare.PrepareError, match="overwrite"):
+    with pytest.raises(PrepareError, match="overwrite"):
         prepare.prepare("cinc2016", corpus, out, num_shards=2, shard_index=0, overwrite=True)
 
 
@@ -198,6 +204,7 @@ def test_ray_writes_the_same_bytes_and_takes_up_the_rest(ray_cluster, run_python
 import pathlib, sys
 import ray
 from pcgjax import prepare
+from pcgjax.data import PrepareError
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 source, out, blocked = sys.argv[1:]
 prepare.prepare("cinc2016", source, out, engine="ray")
@@ -205,7 +212,7 @@ assert ray.is_initialized()  # the caller's cluster stays
 (pathlib.Path(blocked) / "shard-00001.array_record").mkdir(parents=True)
 try:
     prepare.prepare("cinc2016", source, blocked, engine="ray")
-except prepare.PrepareError as error:
+except PrepareError as error:
     print(error)
 """
     done = run_python(program, str(corpus), str(out), str(tmp_path / "blocked"))
@@ -243,16 +250,16 @@ def test_a_ray_machine_that_sees_something_else_says_what(tmp_path: pathlib.Path
 
     def there(versions: dict[str, str]) -> str:
         job = out, 0, recordings, parameters
-        return prepare._write_unit_there({"job": pickle.dumps((job, key, versions))})["problem"]
+        return _write_unit_there({"job": pickle.dumps((job, key, versions))})["problem"]
 
-    key = prepare._unit_key(recordings, parameters)
-    assert re.search(r"/out: not there on .*--out must be a folder that all machines share", there(prepare._versions()))
+    key = unit_key(recordings, parameters)
+    assert re.search(r"/out: not there on .*--out must be a folder that all machines share", there(decoder_versions()))
     (out / "parts").mkdir(parents=True)
-    assert "'soxr': '0'" in there({**prepare._versions(), "soxr": "0"})
+    assert "'soxr': '0'" in there({**decoder_versions(), "soxr": "0"})
     os.utime(source / "training-e" / "e00000.wav", (0, 0))
-    assert re.search(r"e00000.wav to .*e00002.wav: other sizes or times on ", there(prepare._versions()))
+    assert re.search(r"e00000.wav to .*e00002.wav: other sizes or times on ", there(decoder_versions()))
     (source / "training-e" / "e00001.wav").unlink()
-    found = there(prepare._versions())
+    found = there(decoder_versions())
     assert re.search(r"training-e/e00001.wav: not there on .*--source must be a folder that all machines share", found)
     assert not list(out.glob("shard*"))
 
@@ -261,9 +268,9 @@ def test_without_ray_the_error_says_how_to_have_it(
     corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as when it is not installed
-    with pytest.raises(prepare.PrepareError, match=r"--engine=ray needs Ray Data.*pip install .*\[ray\]"):
+    with pytest.raises(PrepareError, match=r"--engine=ray needs Ray Data.*pip install .*\[ray\]"):
         prepare.prepare("cinc2016", corpus, tmp_path, engine="ray")
-    with pytest.raises(prepare.PrepareError, match="--engine=beam: must be one of local, ray"):
+    with pytest.raises(PrepareError, match="--engine=beam: must be one of local, ray"):
         prepare.prepare("cinc2016", corpus, tmp_path, engine="beam")
 
 
@@ -292,15 +299,15 @@ def test_a_folder_with_other_content_is_kept(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
     first = prepare.prepare("cinc2016", source, out, workers=1)
     assert first is not None
-    with pytest.raises(prepare.PrepareError, match="sample_rate_hz is 1000 there, 500 asked"):
+    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 500 asked"):
         prepare.prepare("cinc2016", source, out, 500, workers=1)
     other = shutil.copytree(source, tmp_path / "other")
-    with pytest.raises(prepare.PrepareError, match=r"source is .*source' there, .*other' asked"):
+    with pytest.raises(PrepareError, match=r"source is .*source' there, .*other' asked"):
         prepare.prepare("cinc2016", other, out, workers=1)
     write_corpus(source, {"e00001": noise(77)})
-    with pytest.raises(prepare.PrepareError, match=r"e00000 to e00002.*--overwrite"):
+    with pytest.raises(PrepareError, match=r"e00000 to e00002.*--overwrite"):
         prepare.prepare("cinc2016", source, out, workers=1)
-    assert prepare.read_rows(out)[0] == first
+    assert read_rows(out)[0] == first
 
     (out / "mine.txt").write_text("not prepare's")
     second = prepare.prepare("cinc2016", source, out, 500, workers=1, overwrite=True)
@@ -310,13 +317,13 @@ def test_a_folder_with_other_content_is_kept(tmp_path: pathlib.Path) -> None:
     assert (out / "mine.txt").exists()
 
     (source / "training-e" / "REFERENCE.csv").write_text("e00000,1\ne00001,1\ne00002,-1\n")
-    with pytest.raises(prepare.PrepareError, match="labels"):
+    with pytest.raises(PrepareError, match="labels"):
         prepare.prepare("cinc2016", source, out, 500, workers=1)
 
 
 def test_an_unfinished_folder_with_other_parameters_is_kept(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
     prepare.prepare("cinc2016", corpus, tmp_path, workers=1, num_shards=2, shard_index=0)
-    with pytest.raises(prepare.PrepareError, match="sample_rate_hz is 1000 there, 2000 asked"):
+    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 2000 asked"):
         prepare.prepare("cinc2016", corpus, tmp_path, 2000, workers=1)
     manifest = prepare.prepare("cinc2016", corpus, tmp_path, 2000, workers=1, overwrite=True)
     assert manifest is not None
@@ -360,9 +367,9 @@ def test_damaged_files_are_left_out_and_listed(tmp_path: pathlib.Path) -> None:
     assert found == damaged
     assert all(problem["path"].startswith("training-e/") for problem in manifest["problems"])
     assert manifest["counts"]["left_out"] == {kind: 1 for kind in sorted(damaged.values())}
-    _, rows = prepare.read_rows(tmp_path / "out")
+    _, rows = read_rows(tmp_path / "out")
     assert [row["id"] for row in rows] == ["e00001", "e00002"]
-    assert [len(samples) for samples in prepare.open_records(tmp_path / "out", rows)] == [1000, 1000]
+    assert [len(samples) for samples in open_records(tmp_path / "out", rows)] == [1000, 1000]
     text = prepare.summary(manifest)
     assert "problems: 6" in text
     assert "training-e/e00004.wav: silent" in text
@@ -371,19 +378,19 @@ def test_damaged_files_are_left_out_and_listed(tmp_path: pathlib.Path) -> None:
 def test_strict_lists_all_and_completes_nothing(tmp_path: pathlib.Path) -> None:
     damaged = damaged_corpus(tmp_path / "source")
     out = tmp_path / "out"
-    with pytest.raises(prepare.PrepareError) as error:
+    with pytest.raises(PrepareError) as error:
         prepare.prepare("cinc2016", tmp_path / "source", out, workers=1, strict=True)
     assert all(f"training-e/{name}.wav: {kind}" in str(error.value) for name, kind in damaged.items())
     assert not (out / "manifest.json").exists()
     assert not (out / "records.jsonl").exists()
     assert prepare.prepare("cinc2016", tmp_path / "source", out, workers=1) is not None
-    with pytest.raises(prepare.PrepareError, match="6 files"):  # also where the folder is complete
+    with pytest.raises(PrepareError, match="6 files"):  # also where the folder is complete
         prepare.prepare("cinc2016", tmp_path / "source", out, workers=1, strict=True)
 
 
 def test_no_usable_recording_is_an_error(tmp_path: pathlib.Path) -> None:
     write_corpus(tmp_path / "source", {"e00001": np.zeros(2000)})
-    with pytest.raises(prepare.PrepareError, match=r"no recording can be used.*\n.*e00001.wav: silent"):
+    with pytest.raises(PrepareError, match=r"no recording can be used.*\n.*e00001.wav: silent"):
         prepare.prepare("cinc2016", tmp_path / "source", tmp_path / "out", workers=1)
     assert not (tmp_path / "out" / "manifest.json").exists()
     with pytest.raises(datasets.DatasetError, match="no such folder"):
@@ -400,22 +407,22 @@ def test_doubled_audio(tmp_path: pathlib.Path) -> None:
         "e00002": "doubled: same audio as e00005 with another label",
         "e00005": "doubled: same audio as e00002 with another label",
     }
-    _, rows = prepare.read_rows(tmp_path / "out")
+    _, rows = read_rows(tmp_path / "out")
     assert [row["id"] for row in rows] == ["e00001", "e00004"]
-    expected = [prepare.decode(recording, 1000)[1] for recording in datasets.load("cinc2016", tmp_path / "source")[0]]
-    for samples, index in zip(prepare.open_records(tmp_path / "out", rows), (0, 3), strict=True):
+    expected = [decode(recording, 1000)[1] for recording in datasets.load("cinc2016", tmp_path / "source")[0]]
+    for samples, index in zip(open_records(tmp_path / "out", rows), (0, 3), strict=True):
         np.testing.assert_array_equal(samples, expected[index])
 
 
 def test_doubled_audio_of_two_people() -> None:
     known = {"labels": {"abnormal": "1"}, "sha256": "s", "path": "x.wav", "person_known": True}
     rows = [known | {"id": "a", "person": "p"}, known | {"id": "b", "person": "q"}]
-    assert {name: problem.reason for name, problem in prepare._doubles(rows).items()} == {
+    assert {name: problem.reason for name, problem in _doubles(rows).items()} == {
         "a": "doubled: same audio as b of another person",
         "b": "doubled: same audio as a of another person",
     }
     rows[1]["person_known"] = False  # then nothing contradicts
-    assert list(prepare._doubles(rows)) == ["b"]
+    assert list(_doubles(rows)) == ["b"]
 
 
 def recording(path: pathlib.Path) -> datasets.Recording:
@@ -430,11 +437,11 @@ def test_first_channel_of_stereo_is_taken_and_said(tmp_path: pathlib.Path) -> No
     assert manifest is not None
     assert manifest["counts"]["several_channels"] == 1
     assert "1 recordings have several channels" in prepare.summary(manifest)
-    _, (row,) = prepare.read_rows(tmp_path / "out")
+    _, (row,) = read_rows(tmp_path / "out")
     assert row["channels"] == 2
     write_corpus(tmp_path / "mono", {"e00001": noise(1)})
-    mono_row, mono = prepare.decode(recording(tmp_path / "mono" / "training-e" / "e00001.wav"), 1000)
-    np.testing.assert_array_equal(prepare.open_records(tmp_path / "out", [row])[0], mono)
+    mono_row, mono = decode(recording(tmp_path / "mono" / "training-e" / "e00001.wav"), 1000)
+    np.testing.assert_array_equal(open_records(tmp_path / "out", [row])[0], mono)
     assert row["sha256"] == mono_row["sha256"]
 
 
@@ -442,8 +449,8 @@ def test_first_channel_of_stereo_is_taken_and_said(tmp_path: pathlib.Path) -> No
 def test_the_same_audio_in_other_containers_is_the_same(tmp_path: pathlib.Path, subtype: str, suffix: str) -> None:
     soundfile.write(tmp_path / "a.wav", noise(1), RATE_HZ, subtype="PCM_16")
     soundfile.write(tmp_path / f"b.{suffix}", noise(1) / 32768, RATE_HZ, subtype=subtype)
-    a, a_samples = prepare.decode(recording(tmp_path / "a.wav"), 1000)
-    b, b_samples = prepare.decode(recording(tmp_path / f"b.{suffix}"), 1000)
+    a, a_samples = decode(recording(tmp_path / "a.wav"), 1000)
+    b, b_samples = decode(recording(tmp_path / f"b.{suffix}"), 1000)
     assert a["sha256"] == b["sha256"]
     assert a["fingerprint"] == b["fingerprint"]
     np.testing.assert_allclose(a_samples, b_samples, atol=1)
@@ -454,7 +461,7 @@ def test_quiet_recordings_keep_their_precision_and_are_not_taken_for_doubles(tmp
     rows = []
     for i in range(2):
         soundfile.write(tmp_path / f"{i}.wav", values[i], RATE_HZ, subtype="FLOAT")
-        row, samples = prepare.decode(recording(tmp_path / f"{i}.wav"), RATE_HZ)
+        row, samples = decode(recording(tmp_path / f"{i}.wav"), RATE_HZ)
         np.testing.assert_allclose(samples * (row["scale"] / 32767), values[i], atol=1e-10)
         rows.append(row)
     assert rows[0]["sha256"] != rows[1]["sha256"]
@@ -464,34 +471,34 @@ def test_quiet_recordings_keep_their_precision_and_are_not_taken_for_doubles(tmp
 def test_nothing_left_below_half_the_new_rate(tmp_path: pathlib.Path) -> None:
     alternating = np.tile(np.array([3000, -3000], np.int16), 4000)
     soundfile.write(tmp_path / "a.wav", alternating, 8000)
-    row, _ = prepare.decode(recording(tmp_path / "a.wav"), 1000)
+    row, _ = decode(recording(tmp_path / "a.wav"), 1000)
     assert row["scale"] < 0.01  # the filter's edges are all that is left
     soundfile.write(tmp_path / "short.wav", alternating[:100], 8000)
     with pytest.raises(audio.AudioError, match="too short"):
-        prepare.decode(recording(tmp_path / "short.wav"), 1000)
+        decode(recording(tmp_path / "short.wav"), 1000)
 
 
 def test_decode_all_is_in_order_with_reasons(corpus: pathlib.Path) -> None:
     recordings, _ = datasets.load("cinc2016", corpus)
     gone = recording(corpus / "training-e" / "gone.wav")
     wanted = [*recordings[:50], gone, *recordings[50:90]]
-    found = list(prepare.decode_all(wanted, 500, workers=2))
+    found = list(decode_all(wanted, 500, workers=2))
     assert [got.id for got, *_ in found] == [want.id for want in wanted]
     for got, row, samples, reason in found:
         if got is gone:
             assert (row, samples, reason) == (None, None, "missing: no such file")
         else:
-            expected_row, expected = prepare.decode(got, 500)
+            expected_row, expected = decode(got, 500)
             assert reason is None
             assert row == expected_row
             np.testing.assert_array_equal(samples, expected)
 
 
 def test_only_what_takes_long_gets_a_progress_bar(capsys: pytest.CaptureFixture) -> None:
-    with prepare._progress(8, "quick") as advance:
+    with progress_bar(8, "quick") as advance:
         advance(8)
     assert capsys.readouterr().err == ""
-    with prepare._progress(8, "long") as advance:
+    with progress_bar(8, "long") as advance:
         time.sleep(1.01)
         advance(3)
         advance(5)
@@ -501,9 +508,9 @@ def test_only_what_takes_long_gets_a_progress_bar(capsys: pytest.CaptureFixture)
 
 def test_a_worker_that_is_killed_is_an_error(tmp_path: pathlib.Path) -> None:
     program = (
-        "import os, signal; from pcgjax import prepare\n"
+        "import os, signal; from pcgjax.data.workers import in_order\n"
         "def job(_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "list(prepare._in_order(job, range(4), 10_000, 2))"
+        "list(in_order(job, range(4), 10_000, 2))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert run.returncode != 0
@@ -522,15 +529,15 @@ def test_a_damaged_shard_is_named(corpus: pathlib.Path, tmp_path: pathlib.Path, 
         shard.write_bytes(content)
     else:
         shard.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    _, rows = prepare.read_rows(tmp_path)
-    with pytest.raises(prepare.PrepareError, match=r"shard-00001.array_record: missing, cut or corrupt.*--overwrite"):
-        list(prepare.open_records(tmp_path, rows))
-    records = prepare.open_records(tmp_path, rows)
+    _, rows = read_rows(tmp_path)
+    with pytest.raises(PrepareError, match=r"shard-00001.array_record: missing, cut or corrupt.*--overwrite"):
+        list(open_records(tmp_path, rows))
+    records = open_records(tmp_path, rows)
     assert len(records[0]) == 1000  # the other shards can be read
-    with pytest.raises(prepare.PrepareError, match=r"shard-00001.array_record.*--overwrite"):
+    with pytest.raises(PrepareError, match=r"shard-00001.array_record.*--overwrite"):
         [records[i] for i in range(64, 128)]
     if damage != "bits":
-        with pytest.raises(prepare.PrepareError, match=r"shard-00001.array_record.*--overwrite"):
+        with pytest.raises(PrepareError, match=r"shard-00001.array_record.*--overwrite"):
             prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
 
 
@@ -538,38 +545,38 @@ def test_shards_and_rows_of_different_runs_are_not_mixed(corpus: pathlib.Path, t
     prepare.prepare("cinc2016", corpus, tmp_path / "a", 1000, workers=1)
     prepare.prepare("cinc2016", corpus, tmp_path / "b", 500, workers=1)
     shutil.copy(tmp_path / "b" / "shard-00000.array_record", tmp_path / "a")
-    _, rows = prepare.read_rows(tmp_path / "a")
-    with pytest.raises(prepare.PrepareError, match=r"record 0 holds 500 samples, records.jsonl says 1000"):
-        prepare.open_records(tmp_path / "a", rows)(0)
+    _, rows = read_rows(tmp_path / "a")
+    with pytest.raises(PrepareError, match=r"record 0 holds 500 samples, records.jsonl says 1000"):
+        open_records(tmp_path / "a", rows)(0)
 
 
 def test_read_rows_names_what_is_wrong(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(prepare.PrepareError, match="no prepared data set"):
-        prepare.read_rows(tmp_path)
+    with pytest.raises(PrepareError, match="no prepared data set"):
+        read_rows(tmp_path)
     prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
     lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "records.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(prepare.PrepareError, match=r"records.jsonl: 139 rows, manifest.json says 140"):
-        prepare.read_rows(tmp_path)
+    with pytest.raises(PrepareError, match=r"records.jsonl: 139 rows, manifest.json says 140"):
+        read_rows(tmp_path)
     (tmp_path / "records.jsonl").write_text(lines[0][:50])
-    with pytest.raises(prepare.PrepareError, match=r"records.jsonl: .*--overwrite"):
-        prepare.read_rows(tmp_path)
+    with pytest.raises(PrepareError, match=r"records.jsonl: .*--overwrite"):
+        read_rows(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(prepare.PrepareError, match="format 99, this version reads"):
-        prepare.read_rows(tmp_path)
+    with pytest.raises(PrepareError, match="format 99, this version reads"):
+        read_rows(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(prepare.PrepareError, match="not a manifest"):
-        prepare.read_rows(tmp_path)
+    with pytest.raises(PrepareError, match="not a manifest"):
+        read_rows(tmp_path)
 
 
 def test_out_that_cannot_be_written(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(prepare.PrepareError, match="file/out"):
+    with pytest.raises(PrepareError, match="file/out"):
         prepare.prepare("cinc2016", corpus, tmp_path / "file" / "out", workers=1)
     # A folder where the shard should go: renaming fails, as it does where nothing may be written.
     (tmp_path / "out" / "shard-00001.array_record").mkdir(parents=True)
-    with pytest.raises(prepare.PrepareError, match=r"shard-00001.array_record: could not be written"):
+    with pytest.raises(PrepareError, match=r"shard-00001.array_record: could not be written"):
         prepare.prepare("cinc2016", corpus, tmp_path / "out", workers=1)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert sorted(path.name for path in (tmp_path / "out" / "parts").iterdir()) == ["shard-00000.jsonl"]
@@ -595,12 +602,12 @@ def test_a_full_disk_leaves_no_named_file(corpus: pathlib.Path, tmp_path: pathli
 def test_fingerprint_finds_shared_audio_at_any_offset() -> None:
     for rate_hz in (2000, 4000, 44100):
         whole = noise(1, 8, rate_hz)
-        first = set(prepare.fingerprint(whole[: 5 * rate_hz + 7], rate_hz).split())
-        second = set(prepare.fingerprint(whole[3 * rate_hz + 1 :], rate_hz).split())
+        first = set(fingerprint(whole[: 5 * rate_hz + 7], rate_hz).split())
+        second = set(fingerprint(whole[3 * rate_hz + 1 :], rate_hz).split())
         assert 20 < len(first) < 70  # about 8 a second
         assert len(first & second) >= 3
         assert all(len(value) == 8 and int(value, 16) >= 0 for value in first)
-        assert not first & set(prepare.fingerprint(noise(2, 8, rate_hz), rate_hz).split())
+        assert not first & set(fingerprint(noise(2, 8, rate_hz), rate_hz).split())
 
 
 @pytest.mark.parametrize(("steps", "tone_hz"), [(3, 25), (5, 50), (20, 50), (10, 37)])
@@ -609,13 +616,13 @@ def test_fingerprint_of_a_quiet_recording_is_neither_empty_nor_long(steps: int, 
     rng = np.random.default_rng(0)
     tone = steps * np.sin(2 * np.pi * tone_hz * np.arange(60_000) / 2000)
     quiet = np.int16(np.rint(tone + rng.normal(size=len(tone)) * 0.7))
-    assert 4 < len(prepare.fingerprint(quiet, 2000).split()) / 30 < 15
+    assert 4 < len(fingerprint(quiet, 2000).split()) / 30 < 15
 
 
 def test_fingerprint_ignores_what_many_recordings_have() -> None:
     silence = np.zeros(20_000, np.int16)
     clipped = np.repeat(np.array([32767, -32768] * 500, np.int16), 20)
-    assert prepare.fingerprint(silence, RATE_HZ) == ""
-    assert prepare.fingerprint(clipped, RATE_HZ) == ""
-    assert prepare.fingerprint(noise(1)[:63], RATE_HZ) == ""
-    assert prepare.fingerprint(np.repeat(silence, 2), 44100) == ""
+    assert fingerprint(silence, RATE_HZ) == ""
+    assert fingerprint(clipped, RATE_HZ) == ""
+    assert fingerprint(noise(1)[:63], RATE_HZ) == ""
+    assert fingerprint(np.repeat(silence, 2), 44100) == ""

@@ -9,9 +9,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from pcgjax import datasets, prepare, splits
+from pcgjax import datasets, prepare
 from pcgjax.audio_llm import questions as q
+from pcgjax.data import splits
+from pcgjax.data.shards import read_rows
 from pcgjax.datasets import synthetic
+from pcgjax.datasets.simulate import GRADES, PITCHES, QUALITIES, SHAPES, TIMINGS
 
 FEATURES = tuple(task for task in q.TASKS if task != "murmur")
 CASES = [(task, word) for task in q.TASKS for word in q.TASKS[task].classes]
@@ -66,12 +69,12 @@ def test_eleven_tasks_of_six_options() -> None:
 
 def test_the_simulated_murmurs_use_the_words_of_the_tasks() -> None:
     words = {task: set(q.TASKS[task].classes) for task in q.TASKS}
-    assert set(synthetic.TIMINGS) <= words["systolic_timing"] | words["diastolic_timing"]
+    assert set(TIMINGS) <= words["systolic_timing"] | words["diastolic_timing"]
     for phase, number in (("systolic", datasets.SYSTOLE), ("diastolic", datasets.DIASTOLE)):
-        assert set(synthetic.SHAPES) == words[f"{phase}_shape"]
-        assert set(synthetic.GRADES[number]) == words[f"{phase}_grading"]
-        assert set(synthetic.PITCHES) == words[f"{phase}_pitch"]
-        assert set(synthetic.QUALITIES) == words[f"{phase}_quality"]
+        assert set(SHAPES) == words[f"{phase}_shape"]
+        assert set(GRADES[number]) == words[f"{phase}_grading"]
+        assert set(PITCHES) == words[f"{phase}_pitch"]
+        assert set(QUALITIES) == words[f"{phase}_quality"]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +327,7 @@ def test_export_refuses(asked, tmp_path) -> None:
 
 def test_command_writes_one_part_of_a_split(corpus, rows, tmp_path, run_command) -> None:
     prepare.prepare("circor", corpus, tmp_path / "prepared", workers=1)
-    split = splits.make(prepare.read_rows(tmp_path / "prepared")[1], "person", "", seed=0)
+    split = splits.make(read_rows(tmp_path / "prepared")[1], "person", "", seed=0)
     splits.save(split, tmp_path / "split.json")
     out = tmp_path / "test.jsonl"
     flags = ("--dataset=circor", f"--source={corpus}", f"--out={out}", "--layout=ms_swift")

@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from pcgjax import compare, metrics, report, segmentation
+from pcgjax import metrics, report
+from pcgjax.pages import population as population_page
+from pcgjax.pages import run as run_page
+from pcgjax.pages.comparison import run_row, write
+from pcgjax.pages.words import SEGMENTATION_WORDS, WORDS
+from pcgjax.published import CNN_PAPER, PAPER_METRICS
+from pcgjax.runs.results import PREDICTION_FIELDS, save_examples, surest
+from pcgjax.segmentation.decoding import metronome
+from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE, best_median_worst, score_rates, score_states, summarise
+from pcgjax.segmentation.states import state_spans
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RATE = 1000
@@ -46,13 +55,13 @@ def make_run(workdir, seed=0, databases=("cinc2016-a", "cinc2016-b"), words=("No
             "split": split, "path": f"/data/{i}.wav",
         })  # fmt: skip
     with (workdir / "predictions.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, report.PREDICTION_FIELDS)
+        writer = csv.DictWriter(file, PREDICTION_FIELDS)
         writer.writeheader()
         writer.writerows(rows)
 
     def judged(split):
         own = [row for row in rows if row["split"] == split]
-        column = {key: [row[key] for row in own] for key in report.PREDICTION_FIELDS}
+        column = {key: [row[key] for row in own] for key in PREDICTION_FIELDS}
         return metrics.judge(column["label"], column["probability"], column["person"], column["database"],
                              column["class"], resamples=100)  # fmt: skip
 
@@ -73,7 +82,7 @@ def make_run(workdir, seed=0, databases=("cinc2016-a", "cinc2016-b"), words=("No
             if step % 30 == 0:
                 line = {"step": step, "split": "validation", "loss": 0.4 + 0.3 * np.exp(-step / 40)}
                 file.write(json.dumps({**line, "auc": 0.6 + step / 1000}) + "\n")
-    chosen = report.surest([row for row in rows if row["split"] == "test"], 1)
+    chosen = surest([row for row in rows if row["split"] == "test"], 1)
     waveforms = {row["id"]: beats(7, row["label"], rng) for row in chosen["right"] + chosen["wrong"]}
     np.savez(workdir / "examples.npz", sample_rate_hz=RATE, **waveforms)
     return workdir
@@ -82,7 +91,7 @@ def make_run(workdir, seed=0, databases=("cinc2016-a", "cinc2016-b"), words=("No
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = make_run(tmp_path_factory.mktemp("runs") / "cnn")
-    assert report.write(workdir) == workdir / "report.html"
+    assert run_page.write(workdir) == workdir / "report.html"
     return workdir
 
 
@@ -114,7 +123,7 @@ def links(page):
 def test_headline_shows_value_and_interval(page, judgement, metric):
     s = judgement["overall"][metric]
     cards = re.findall(r'<h3>([^<]*)</h3><p class="big">(.*?)</p>.*?interval (.*?)</p>', page)
-    want = (report.WORDS[metric], f"{s['value']:.3f}", f"{s['low']:.3f}–{s['high']:.3f}")
+    want = (WORDS[metric], f"{s['value']:.3f}", f"{s['low']:.3f}–{s['high']:.3f}")
     assert cards.count(want) == 1
 
 
@@ -186,7 +195,7 @@ def test_page_says_what_it_rests_on(page, run):
 
 def test_drawing_again_gives_the_same_file(run, page, tmp_path):
     copy = shutil.copytree(run, tmp_path / "cnn")
-    report.write(copy)
+    run_page.write(copy)
     assert (copy / "report.html").read_text(encoding="utf-8") == page
     assert not list(copy.glob("*.part"))
 
@@ -198,7 +207,7 @@ def test_shared_people_are_told(run, tmp_path):
     text[-1] = ",".join({**row, "id": "again", "split": "validation"}.values())
     (copy / "predictions.csv").write_text("\n".join(text) + "\n")
     (copy / "examples.npz").unlink()
-    page = report.write(copy).read_text()
+    page = run_page.write(copy).read_text()
     assert "1 person is both in validation and in test" in page
     assert "Judged on people not heard" not in page
 
@@ -206,7 +215,7 @@ def test_shared_people_are_told(run, tmp_path):
 def test_everything_from_data_is_escaped(tmp_path):
     nasty = "<script>alert(1)</script>&\"'$x_1$"
     workdir = make_run(tmp_path / "nasty", databases=(nasty, "b"), words=("normal", nasty), mark=nasty)
-    page = report.write(workdir).read_text()
+    page = run_page.write(workdir).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in page
     figures = "".join(re.findall(r"<svg.*?</svg>", page, re.S))
@@ -216,7 +225,7 @@ def test_everything_from_data_is_escaped(tmp_path):
 def test_only_metrics_are_needed(run, tmp_path):
     results = json.loads((run / "metrics.json").read_text())
     (tmp_path / "metrics.json").write_text(json.dumps({"test": results["test"]}))
-    page = report.write(tmp_path).read_text()
+    page = run_page.write(tmp_path).read_text()
     for sentence in ("predictions.csv has no test rows", "no metrics.jsonl", "no examples.npz", "no config.json"):
         assert sentence in page
     assert "does not say whether people of the test set" in page
@@ -226,7 +235,7 @@ def test_one_class_only(tmp_path):
     labels, p = np.zeros(12, int), np.linspace(0, 0.9, 12)
     test = metrics.judge(labels, p, [str(i) for i in range(12)], ["a"] * 12, ["normal"] * 12, resamples=20)
     (tmp_path / "metrics.json").write_text(json.dumps({"test": test}))
-    page = report.write(tmp_path).read_text()
+    page = run_page.write(tmp_path).read_text()
     assert re.search(r'<h3>AUC</h3><p class="big">n/a</p>', page)
     assert "one class only" in page
 
@@ -234,7 +243,7 @@ def test_one_class_only(tmp_path):
 def test_scores_of_another_task(tmp_path):
     test = {"onset_f1": {"value": 0.971, "low": 0.96, "high": 0.98}, "frame_accuracy": 0.917}
     (tmp_path / "metrics.json").write_text(json.dumps({"test": test}))
-    page = report.write(tmp_path).read_text()
+    page = run_page.write(tmp_path).read_text()
     assert '<h3>onset f1</h3><p class="big">0.971</p>' in page
     assert cells(page, "Frame accuracy") == [["0.917"]]
 
@@ -255,21 +264,21 @@ def segmenter(tmp_path_factory):
         truth = np.r_[[0] * 40, np.tile(np.repeat([1, 2, 3, 4], (5, 11, 4, 23)), 10)[:440], [0] * 20].astype(np.int8)
         predicted = np.where(truth == 0, 4, np.roll(truth, i % 5 - 1))
         predicted[100 : 100 + 20 * i] = 1
-        ours.append(segmentation.score(truth, predicted, 0.02))
-        trivial.append(segmentation.score(truth, segmentation.metronome(truth, 0.02, log_duration), 0.02))
+        ours.append(score_states(truth, predicted, 0.02))
+        trivial.append(score_states(truth, metronome(truth, 0.02, log_duration), 0.02))
         examples.append({
-            "id": f"r<{i}>", "samples": samples, "sample_rate_hz": RATE, "truth": segmentation.spans(truth, 0.02),
-            "predicted": segmentation.spans(predicted, 0.02), "score": segmentation.rates(ours[-1]),
+            "id": f"r<{i}>", "samples": samples, "sample_rate_hz": RATE, "truth": state_spans(truth, 0.02),
+            "predicted": state_spans(predicted, 0.02), "score": score_rates(ours[-1]),
         })  # fmt: skip
-    chosen = segmentation.best_median_worst(ours)
+    chosen = best_median_worst(ours)
     persons = [str(i // 2) for i in range(12)]
-    found = {name: segmentation.summarise(s, persons, 50) for name, s in (("test", ours), ("metronome", trivial))}
+    found = {name: summarise(s, persons, 50) for name, s in (("test", ours), ("metronome", trivial))}
     results = {"segmentation": {**found, "recordings": 12, "people": 6, "intervals": {"resamples": 50}}}
     (workdir / "metrics.json").write_text(json.dumps(results))
     line = {"step": 1, "split": "validation", "loss": 1.0, "frame_accuracy": 0.5}
     (workdir / "metrics.jsonl").write_text("\n".join(json.dumps({**line, "step": step}) for step in (1, 2)))
-    assert report.save_examples(workdir, [examples[i] for i in chosen[::-1]]) == workdir / "segments.npz"
-    return report.write(workdir), found, [examples[i] for i in chosen]
+    assert save_examples(workdir, [examples[i] for i in chosen[::-1]]) == workdir / "segments.npz"
+    return run_page.write(workdir), found, [examples[i] for i in chosen]
 
 
 def test_segmenter_beside_the_metronome(segmenter):
@@ -277,7 +286,7 @@ def test_segmenter_beside_the_metronome(segmenter):
     page = path.read_text()
     assert "12 test recordings · 6 people" in page
     assert "people, not recordings, are drawn anew" in page
-    for metric, name in (*report.WORDS.items(), *report.SEGMENTATION_WORDS.items()):
+    for metric, name in (*WORDS.items(), *SEGMENTATION_WORDS.items()):
         if metric in found["test"]:
             row = cells(page, name.replace("'", "&#x27;"))
             assert len(row) == 2
@@ -286,7 +295,7 @@ def test_segmenter_beside_the_metronome(segmenter):
                 between = [] if s["low"] is None else [f"{s['low']:.3f}–{s['high']:.3f}"]
                 assert cell == [page_number(s["value"]), *between]
     cards = dict(re.findall(r'<h3>([^<]*)</h3><p class="big">(.*?)</p>', page))
-    assert cards == {report.WORDS[m]: f"{found['test'][m]['value']:.3f}" for m in report.SEGMENTATION_HEADLINE}
+    assert cards == {WORDS[m]: f"{found['test'][m]['value']:.3f}" for m in SEGMENTATION_HEADLINE}
     assert f"a metronome ({found['metronome']['onset_f1_60ms']['value']:.3f})" in page
     assert "Frame accuracy on validation" in page
 
@@ -317,9 +326,9 @@ def test_segmented_recordings_from_best_to_worst(segmenter):
 
 def test_segmenter_without_examples(segmenter, tmp_path):
     (tmp_path / "metrics.json").write_text((segmenter[0].parent / "metrics.json").read_text())
-    assert "no segments.npz" in report.write(tmp_path).read_text()
-    rows = [compare.row(tmp_path, name) for name in "ab"]
-    page = compare.write(rows, tmp_path / "both.html", "t").read_text()
+    assert "no segments.npz" in run_page.write(tmp_path).read_text()
+    rows = [run_row(tmp_path, name) for name in "ab"]
+    page = write(rows, tmp_path / "both.html", "t").read_text()
     told = cells(page, '<span class="muted">a metronome</span>')
     assert [f"{segmenter[1]['metronome']['onset_f1_60ms']['value']:.3f}"] in told
 
@@ -340,13 +349,13 @@ def test_damage_of_a_segmenters_files_is_named(segmenter, tmp_path, name, conten
     else:
         np.savez(copy / name, **content)
     with pytest.raises(ValueError, match=message):
-        report.write(copy)
+        run_page.write(copy)
 
 
 def test_examples_to_save_must_be_whole(segmenter, tmp_path):
     example = {k: v for k, v in segmenter[2][0].items() if k != "truth"}
     with pytest.raises(ValueError, match=r"examples\[0\]: no field 'truth'"):
-        report.save_examples(tmp_path, [example])
+        save_examples(tmp_path, [example])
     assert not list(tmp_path.iterdir())
 
 
@@ -376,9 +385,9 @@ def test_damage_is_named_with_file_line_and_fix(run, tmp_path, name, text, messa
     if text is None:
         (copy / name).unlink()
     else:
-        (copy / name).write_text(text.replace("{head}", ",".join(report.PREDICTION_FIELDS)))
+        (copy / name).write_text(text.replace("{head}", ",".join(PREDICTION_FIELDS)))
     with pytest.raises(ValueError, match=message):
-        report.write(copy)
+        run_page.write(copy)
     assert not list(copy.glob("report.html*"))
 
 
@@ -394,7 +403,7 @@ def test_bad_examples_are_named(run, tmp_path, arrays, message):
     copy = shutil.copytree(run, tmp_path / "cnn")
     np.savez(copy / "examples.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        report.write(copy)
+        run_page.write(copy)
 
 
 # --- the examples
@@ -408,13 +417,13 @@ def row(name, person, label, probability):
 def test_surest():
     rows = [row("a", "1", 1, 0.9), row("b", "2", 1, 0.99), row("c", "2", 1, 0.98), row("d", "3", 0, 0.1),
             row("e", "4", 0, 0.3), row("f", "5", 0, 0.8), row("g", "6", 1, 0.4)]  # fmt: skip
-    names = {k: [r["id"] for r in v] for k, v in report.surest(rows, 3).items()}
+    names = {k: [r["id"] for r in v] for k, v in surest(rows, 3).items()}
     # abnormal and normal in turns, surest first; c is a second recording of b's person
     assert names == {"right": ["b", "d", "a"], "wrong": ["g", "f"]}
-    assert [r["id"] for r in report.surest(rows, 9)["right"]] == ["b", "d", "a", "e"]
+    assert [r["id"] for r in surest(rows, 9)["right"]] == ["b", "d", "a", "e"]
     as_text = [{k: str(v) for k, v in r.items()} for r in rows]
-    assert [r["id"] for r in report.surest(as_text, 3)["right"]] == ["b", "d", "a"]
-    assert report.surest([], 3) == {"right": [], "wrong": []}
+    assert [r["id"] for r in surest(as_text, 3)["right"]] == ["b", "d", "a"]
+    assert surest([], 3) == {"right": [], "wrong": []}
 
 
 # --- comparisons
@@ -424,15 +433,15 @@ def test_surest():
 def comparison(run, tmp_path_factory):
     base = tmp_path_factory.mktemp("sweep")
     other = make_run(base / "other", seed=1)
-    rows = [compare.row(run, "Filter"), compare.row(other, "Filter + <Noise>")]
-    return rows, compare.write(rows, base / "page.html", "Four & more", compare.CNN_PAPER).read_text()
+    rows = [run_row(run, "Filter"), run_row(other, "Filter + <Noise>")]
+    return rows, write(rows, base / "page.html", "Four & more", CNN_PAPER).read_text()
 
 
 def test_comparison_shows_runs_beside_the_paper(comparison):
     rows, page = comparison
     for row, name in zip(rows, ("Filter", "Filter + &lt;Noise&gt;"), strict=True):
-        rest = [m for m in report.WORDS if m in row["metrics"] and m not in compare.PAPER_METRICS]
-        want = [f"{row['metrics'][m]['value']:.3f}" for m in (*compare.PAPER_METRICS, *rest)]
+        rest = [m for m in WORDS if m in row["metrics"] and m not in PAPER_METRICS]
+        want = [f"{row['metrics'][m]['value']:.3f}" for m in (*PAPER_METRICS, *rest)]
         assert [c[0] for c in table_row(page, "table", name)] == want
     paper = table_row(page, "table", "the paper")
     assert [c[0] for c in paper[:5]] == ["0.9734", "0.9993", "1.0000", "0.9470", "0.9728"]
@@ -450,7 +459,7 @@ def test_comparison_shows_runs_beside_the_paper(comparison):
 def test_comparison_without_paper_or_history(comparison, tmp_path):
     rows, _ = comparison
     rows = [{**rows[0], "history": tmp_path / "none.jsonl"}, {"name": "bare", "metrics": {"auc": {"value": 0.75}}}]
-    page = compare.write(rows, tmp_path / "page.html", "t").read_text()
+    page = write(rows, tmp_path / "page.html", "t").read_text()
     assert "metrics.jsonl is missing: Filter, bare" in page
     assert table_row(page, "table", "bare")[:2] == [["–"], ["0.750"]]
     assert "config.json is missing: bare" in page
@@ -465,7 +474,7 @@ def test_comparison_refuses_bad_rows(tmp_path):
     }  # fmt: skip
     for message, rows in refused.items():
         with pytest.raises(ValueError, match=message):
-            compare.write(rows, tmp_path / "page.html", "t")
+            write(rows, tmp_path / "page.html", "t")
     assert not list(tmp_path.iterdir())
 
 
@@ -499,7 +508,7 @@ def test_comparison_shows_what_differs_and_what_it_took(run, tmp_path):
         lines = [{"step": 10 * e, "split": "train", "loss": 1 / e, "epoch": e, "seconds": s}
                  for e, s in ((1, 60.0), (2, 62.0), (3, 64.0), (4, 1.0), (5, 3.0))]  # fmt: skip
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    page = compare.write([compare.row(a), compare.row(b)], tmp_path / "page.html", "t").read_text()
+    page = write([run_row(a), run_row(b)], tmp_path / "page.html", "t").read_text()
     assert table_row(page, "differences", "optimizer.learning_rate") == [["0.01"], ["0.03"]]
     assert table_row(page, "differences", "only") == [["–"], ["&lt;b&gt;"]]
     assert "train.epochs" not in section(page, "differences")
@@ -520,7 +529,7 @@ def test_comparison_shows_what_differs_and_what_it_took(run, tmp_path):
 
 def test_comparison_warns_where_the_people_differ(run, tmp_path):
     other = make_run(tmp_path / "other", seed=5)
-    page = compare.write([compare.row(run), compare.row(other)], tmp_path / "page.html", "t").read_text()
+    page = write([run_row(run), run_row(other)], tmp_path / "page.html", "t").read_text()
     people = []
     for folder in (run, other):
         with (folder / "predictions.csv").open() as file:
@@ -542,8 +551,8 @@ def test_runs_of_every_kind_stand_side_by_side(run, segmenter, tmp_path):
     (llm / "metrics.json").write_text(json.dumps({"runs": {"llm": judged}}))
     write_population(tmp_path / "seeds")
     folders = (run, segmenter[0].parent, pretrained, llm, tmp_path / "seeds")
-    rows = [compare.row(folder) for folder in folders]
-    page = compare.write(rows, tmp_path / "page.html", "t").read_text()
+    rows = [run_row(folder) for folder in folders]
+    page = write(rows, tmp_path / "page.html", "t").read_text()
     heads = re.findall('<th scope="col">(.*?)</th>', section(page, "table"))[1:]
     names = ("segmenter", "pretrained", "llm", "seeds (mean of 6)", "the commoner class (llm)")
     shown = {name: dict(zip(heads, table_row(page, "table", name), strict=True)) for name in names}
@@ -557,10 +566,10 @@ def test_runs_of_every_kind_stand_side_by_side(run, segmenter, tmp_path):
 
     (llm / "metrics.json").write_text(json.dumps({"runs": {"a": judged, "b": judged}}))
     with pytest.raises(ValueError, match="2 audio LLMs side by side already"):
-        compare.row(llm)
+        run_row(llm)
     (llm / "metrics.json").write_text(json.dumps({"runs": {"a": {}}}))
     with pytest.raises(ValueError, match=r"metrics\.json, runs: not what"):
-        compare.row(llm)
+        run_row(llm)
 
 
 # --- populations
@@ -608,14 +617,14 @@ def test_population_page(tmp_path, capsys):
 
 
 def test_population_of_seeds_and_of_words(tmp_path):
-    page = compare.population(write_population(tmp_path / "seeds", ("seed",))).read_text()
+    page = population_page.write_population(write_population(tmp_path / "seeds", ("seed",))).read_text()
     assert 'id="swept"' not in page
     workdir = write_population(tmp_path / "words", ("model.name",))
     found = json.loads((workdir / "population.json").read_text())
     for member in found["members"][:3]:
         member["fields"]["model.name"] = "lstm"
     (workdir / "population.json").write_text(json.dumps(found))
-    page = compare.population(workdir).read_text()
+    page = population_page.write_population(workdir).read_text()
     assert table_row(page, "swept", "name &lt;cnn&gt;")[0] == ["3"]
     assert "against model.name" not in page
 
@@ -633,7 +642,7 @@ def test_damage_of_a_population_is_named(tmp_path, values, message):
     workdir = write_population(tmp_path / "sweep")
     change(workdir / "population.json", **values)
     with pytest.raises(ValueError, match=message):
-        compare.population(workdir)
+        population_page.write_population(workdir)
     assert not (workdir / "report.html").exists()
 
 

@@ -12,8 +12,16 @@ import time
 import numpy as np
 import pytest
 
-from pcgjax import classical, metrics, reproduce, reproduce_page, runs
+from pcgjax import metrics
 from pcgjax.datasets import synthetic
+from pcgjax.pages import reproduce as reproduce_page
+from pcgjax.pages.classical import CLASSICAL_WORDS
+from pcgjax.published import HINF_PAPER
+from pcgjax.reproduce.plan import BUDGETS, CONFIGURATIONS, HEARING, PAPERS, Job, _by_record, _left_out, _train, plan
+from pcgjax.reproduce.rows import left_out, rows_of
+from pcgjax.reproduce.run import reproduce
+from pcgjax.reproduce.stages import NotRun, Stage, carry_out, saved
+from pcgjax.runs.config import load_config
 
 TINY = {
     "classical": {"train.epochs": 30, "model.hidden": 8, "experiment.runs": 2, "evaluation.resamples": 20,
@@ -32,14 +40,14 @@ for _name, _size in (("resnet50", {"model.width": 4, "model.blocks": (1, 1, 1, 1
                      ("vit", {"model.width": 64, "model.blocks": 2, "optimizer.warmup_steps": 2})):  # fmt: skip
     TINY[_name] = {"features.window_s": 1.0, "features.n_fft": 128, "features.hop": 25, "features.n_mels": 20,
                    "train.epochs": 1, "evaluation.resamples": 20, **_size}  # fmt: skip
-for _name in reproduce.HEARING:
+for _name in HEARING:
     TINY[_name] = {"features.window_s": 0.7, "model.size": "tiny", "optimizer.warmup_steps": 2, "train.epochs": 1,
                    "evaluation.resamples": 20}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(reproduce.BUDGETS, "tiny", TINY)
+    monkeypatch.setitem(BUDGETS, "tiny", TINY)
 
 
 def write_pascal(folder):
@@ -59,8 +67,8 @@ def made(source, tmp_path_factory):
     """OUT of --paper=classical where there is PASCAL alone, and the table."""
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(reproduce.BUDGETS, "tiny", TINY)
-        return out, reproduce.reproduce("classical", source, out, "tiny")
+        patch.setitem(BUDGETS, "tiny", TINY)
+        return out, reproduce("classical", source, out, "tiny")
 
 
 def rows_by(table):
@@ -71,7 +79,7 @@ def rows_by(table):
 
 
 def stage(name, run, after=(), **settings):
-    return reproduce.Stage(name, f"stage {name}", settings, run, after)
+    return Stage(name, f"stage {name}", settings, run, after)
 
 
 def test_a_failure_stops_nothing_but_what_needs_it(tmp_path):
@@ -82,12 +90,12 @@ def test_a_failure_stops_nothing_but_what_needs_it(tmp_path):
         raise ValueError("no such\nfield")
 
     def lacking():
-        raise reproduce.NotRun("no data set x")
+        raise NotRun("no data set x")
 
     stages = [stage("broken", broken), stage("lacking", lacking), stage("next", lambda: ran.append("next")),
               stage("needs", lambda: ran.append("needs"), ("broken",)),
               stage("needs_too", lambda: ran.append("needs_too"), ("next", "lacking"))]  # fmt: skip
-    states = reproduce.carry_out(stages, tmp_path)
+    states = carry_out(stages, tmp_path)
     assert ran == ["broken", "next"]
     assert {name: s["status"] for name, s in states.items()} == {
         "broken": "failed", "lacking": "not run", "next": "done", "needs": "not run", "needs_too": "not run",
@@ -97,7 +105,7 @@ def test_a_failure_stops_nothing_but_what_needs_it(tmp_path):
     assert states["needs_too"]["why"] == "no data set x"
     # What is done is not done again; what failed is tried again, and what needed it then runs.
     stages[0] = stage("broken", lambda: ran.append("mended"))
-    states = reproduce.carry_out(stages, tmp_path)
+    states = carry_out(stages, tmp_path)
     assert ran == ["broken", "next", "mended", "needs"]
     assert states["needs"]["status"] == "done"
     assert [path.name for path in tmp_path.iterdir()] == ["stages"]
@@ -107,16 +115,16 @@ def test_a_stage_that_named_what_it_lacked_is_tried_again(tmp_path):
     answers = [{"pascal": "no data set pascal"}, {}]
     ran = []
     for _ in range(3):
-        reproduce.carry_out([stage("a", lambda: ran.append(1) or answers[min(len(ran), 2) - 1])], tmp_path)
+        carry_out([stage("a", lambda: ran.append(1) or answers[min(len(ran), 2) - 1])], tmp_path)
     assert len(ran) == 2
 
 
 def test_changed_settings_are_an_error_that_names_them(tmp_path):
-    reproduce.carry_out([stage("a", lambda: None, epochs=3), stage("b", lambda: None, epochs=1)], tmp_path)
+    carry_out([stage("a", lambda: None, epochs=3), stage("b", lambda: None, epochs=1)], tmp_path)
     ran = []
     changed = [stage("c", lambda: ran.append("c")), stage("b", lambda: ran.append("b"), epochs=2)]
     with pytest.raises(ValueError, match=r"stages/b\.json: made with epochs=1, now 2; give another --out"):
-        reproduce.carry_out(changed, tmp_path)
+        carry_out(changed, tmp_path)
     assert ran == []  # nothing of it: the error comes first
 
 
@@ -125,25 +133,25 @@ def test_what_ends_the_process_is_no_failure_of_a_stage(tmp_path):
         raise SystemExit(143)  # as a training that was told to stop and has saved
 
     with pytest.raises(SystemExit):
-        reproduce.carry_out([stage("a", stopped)], tmp_path)
+        carry_out([stage("a", stopped)], tmp_path)
     assert json.loads((tmp_path / "stages" / "a.json").read_text())["status"] == "begun"
-    assert reproduce.carry_out([stage("a", lambda: None)], tmp_path)["a"]["status"] == "done"
+    assert carry_out([stage("a", lambda: None)], tmp_path)["a"]["status"] == "done"
 
 
 def test_every_paper_has_a_plan_whose_fields_exist(tmp_path):
     for budget in ("small", "full"):
-        job = reproduce.Job(tmp_path, tmp_path, budget, "")
-        stages = reproduce.plan(job, reproduce.PAPERS)
+        job = Job(tmp_path, tmp_path, budget, "")
+        stages = plan(job, PAPERS)
         seen = set()
         for one in stages:
             assert set(one.after) <= seen, one.name  # each comes after what it needs
             seen.add(one.name)
-            if one.run.func in (reproduce._train, reproduce._by_record, reproduce._left_out):
-                config = runs.load_config(*one.run.args[:2])
+            if one.run.func in (_train, _by_record, _left_out):
+                config = load_config(*one.run.args[:2])
                 assert config.data.prepared.startswith(str(tmp_path / "prepared"))
         assert len(seen) == len(stages)
     with pytest.raises(ValueError, match=r"configs/cnn\.py: has no field train\.epoch$"):
-        runs.load_config("cnn", {"train.epoch": 3})
+        load_config("cnn", {"train.epoch": 3})
 
 
 # ------------------------------------------------------------------------------------------------------ the table
@@ -155,7 +163,7 @@ def test_the_classical_rows_are_those_of_its_experiment(made):
     asked = json.loads((out / "runs" / "classical" / "experiment.json").read_text())
     rows = rows_by(table)
     for of in asked["rows"]:
-        row = rows[f"{classical.WORDS[of['classifier']]}, {of['set']}", "PASCAL B", "auc"]
+        row = rows[f"{CLASSICAL_WORDS[of['classifier']]}, {of['set']}", "PASCAL B", "auc"]
         ours = row["ours_paper_protocol" if of["protocol"] == "record" else "ours_honest"]
         assert ours["value"] == of["scores"]["auc"]["best" if of["protocol"] == "record" else "mean"]
         assert row["status"] == "done"
@@ -183,7 +191,7 @@ def test_a_missing_data_set_is_said_and_no_failure(made):
 def test_the_same_command_makes_nothing_again(made, source):
     out, table = made
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    again = reproduce.reproduce("classical", source, out, "tiny")
+    again = reproduce("classical", source, out, "tiny")
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()} == before
     assert again["rows"] == table["rows"]
 
@@ -192,15 +200,15 @@ def test_the_same_command_makes_nothing_again(made, source):
 def test_another_budget_is_refused(made, source, paper):
     # Nor may another paper of the same OUT be made with it: the page would call both by one name.
     with pytest.raises(ValueError, match="made with budget=tiny, now small; give another --out"):
-        reproduce.reproduce(paper, source, made[0], "small")
+        reproduce(paper, source, made[0], "small")
 
 
 def test_another_source_is_refused(made, source, tmp_path):
     shutil.copytree(source, tmp_path / "other")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(reproduce.BUDGETS, "tiny", TINY)
+        patch.setitem(BUDGETS, "tiny", TINY)
         with pytest.raises(ValueError, match=r"made with source=.*, now .*other; give another --out"):
-            reproduce.reproduce("classical", tmp_path / "other", made[0], "tiny")
+            reproduce("classical", tmp_path / "other", made[0], "tiny")
 
 
 def test_what_was_stopped_is_not_done(made, source, tmp_path):
@@ -210,10 +218,10 @@ def test_what_was_stopped_is_not_done(made, source, tmp_path):
     state = json.loads(path.read_text())
     path.write_text(json.dumps({key: state[key] for key in ("title", "settings")} | {"status": "begun"}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(reproduce.BUDGETS, "tiny", TINY)
-        job = reproduce.Job(source.resolve(), out.resolve(), "tiny", "")
-        stages = reproduce.plan(job, ["classical"])
-        row = reproduce.rows_of(job, "classical", reproduce.saved(stages, out))[0]
+        patch.setitem(BUDGETS, "tiny", TINY)
+        job = Job(source.resolve(), out.resolve(), "tiny", "")
+        stages = plan(job, ["classical"])
+        row = rows_of(job, "classical", saved(stages, out))[0]
     assert row["status"] == "not run"
     assert row["why"].endswith("stopped before its end")
 
@@ -262,7 +270,7 @@ def test_runs_that_leave_a_database_out_are_judged_together(tmp_path):
                 writer.writerow((f"v{i}", f"v{i}", database, "", 1 - y[i], p[i], 0, "validation", ""))  # not judged
         test = {"threshold": cut, "intervals": {"resamples": 50}}
         (workdir / "metrics.json").write_text(json.dumps({"test": test}))
-    found = reproduce.left_out(tmp_path)
+    found = left_out(tmp_path)
     assert found["recordings"] == 80
     for database, cut in cuts.items():
         expected = metrics.binary(truth[database], answers[database], cut)
@@ -293,7 +301,8 @@ def all_sets(tmp_path_factory):
 def test_the_cnn_paper_killed_and_started_again(all_sets, tmp_path, command):
     code = f"""
 import sys
-from pcgjax import files, reproduce
+from pcgjax.reproduce import __main__ as reproduce
+from pcgjax.runtime import files
 reproduce.BUDGETS["tiny"] = {TINY!r}
 sys.exit(0 if reproduce.reproduce("cnn", sys.argv[1], sys.argv[2], "tiny") else 1)
 """
@@ -327,7 +336,7 @@ sys.exit(0 if reproduce.reproduce("cnn", sys.argv[1], sys.argv[2], "tiny") else 
     # One split for all that are compared; the published one tests recordings of people that it trains on.
     runs = tmp_path / "runs"
     assert len({(runs / "cnn_person" / name / "config.json").read_text().count("cinc_people.json") for name in
-                reproduce.CONFIGURATIONS}) == 1  # fmt: skip
+                CONFIGURATIONS}) == 1  # fmt: skip
     found = json.loads((runs / "cnn_published" / "filter" / "metrics.json").read_text())["split"]
     assert found["leaks"]
     assert not found["people_apart"]
@@ -338,10 +347,10 @@ sys.exit(0 if reproduce.reproduce("cnn", sys.argv[1], sys.argv[2], "tiny") else 
 @pytest.mark.slow
 def test_all_papers_on_simulated_recordings(all_sets, tmp_path):
     pytest.importorskip("peft")
-    table = reproduce.reproduce("all", all_sets, tmp_path, "tiny")
+    table = reproduce("all", all_sets, tmp_path, "tiny")
     bad = {name: state["why"] for name, state in table["stages"].items() if state["status"] != "done"}
     assert bad == {}
-    assert {row["experiment"] for row in table["rows"]} == set(reproduce.PAPERS)
+    assert {row["experiment"] for row in table["rows"]} == set(PAPERS)
     assert all(row["status"] == "done" for row in table["rows"])
     # The classical chain is judged on the people that the nets are judged on.
     people = json.loads((tmp_path / "runs" / "cinc_people.json").read_text())
@@ -349,7 +358,7 @@ def test_all_papers_on_simulated_recordings(all_sets, tmp_path):
         judged = {row["id"] for row in csv.DictReader(file) if row["split"] == "test"}
     gone = {one["id"] for one in table["left_out"].get("classical chain, CinC 2016, people apart", [])}
     assert judged == set(people["test"]) - gone
-    for system, _ in reproduce.HINF_PAPER.values():
+    for system, _ in HINF_PAPER.values():
         row = rows_by(table)[system, "CinC 2016", "f1"]
         assert row["paper"] > 0.6
         assert row["ours_paper_protocol"] is not None

@@ -11,7 +11,11 @@ import sys
 import jax
 import pytest
 
-from pcgjax import runs
+from pcgjax.runs import config as config_module
+from pcgjax.runs import record as record_module
+from pcgjax.runs.config import load_config, plain_config
+from pcgjax.runs.log import history, log_line, open_board
+from pcgjax.runs.record import git_state, record
 
 GIT = shutil.which("git")
 
@@ -25,9 +29,9 @@ def starts(workdir):
 
 def test_a_start_is_recorded_whole(make_config, tmp_path):
     config = make_config({"optimizer.learning_rate": 0.5})
-    runs.record(tmp_path, config)
+    record(tmp_path, config)
     (start,) = starts(tmp_path)
-    assert start["config"] == runs.plain_config(config)
+    assert start["config"] == plain_config(config)
     assert start["config"]["optimizer"]["learning_rate"] == 0.5
     assert start["versions"]["jax"] == jax.__version__
     assert start["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -38,8 +42,8 @@ def test_a_start_is_recorded_whole(make_config, tmp_path):
 
 
 def test_a_resumed_run_adds_a_start(make_config, tmp_path):
-    runs.record(tmp_path, make_config())
-    runs.record(tmp_path, make_config({"train.epochs": 9}), 40, {"device": "H200", "devices": 8, "processes": 8})
+    record(tmp_path, make_config())
+    record(tmp_path, make_config({"train.epochs": 9}), 40, {"device": "H200", "devices": 8, "processes": 8})
     first, second = starts(tmp_path)
     assert (first["step"], second["step"]) == (0, 40)
     assert (first["config"]["train"]["epochs"], second["config"]["train"]["epochs"]) == (6, 9)
@@ -50,7 +54,7 @@ def test_a_resumed_run_adds_a_start(make_config, tmp_path):
 def test_a_run_json_that_is_none_is_named(make_config, tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json, starts: not what a run wrote .*; remove the file"):
-        runs.record(tmp_path, make_config())
+        record(tmp_path, make_config())
     assert (tmp_path / "run.json").read_text() == text
 
 
@@ -58,16 +62,16 @@ COMMAND = """
 import pathlib
 from absl import app, flags
 from ml_collections import config_flags
-from pcgjax import runs
+from pcgjax.runs.record import record
 flags.DEFINE_string("workdir", None, "")
 flags.DEFINE_bool("dry_run", False, "")
 CONFIG = config_flags.DEFINE_config_file("config", None, "")
-app.run(lambda _: runs.record(pathlib.Path(flags.FLAGS.workdir), CONFIG.value))
+app.run(lambda _: record(pathlib.Path(flags.FLAGS.workdir), CONFIG.value))
 """
 
 
 def test_the_command_and_its_flags_are_kept_and_no_secrets(run_python, tmp_path):
-    path = str(pathlib.Path(runs.__file__).parents[1] / "configs" / "cnn.py")
+    path = str(pathlib.Path(record_module.__file__).parents[2] / "configs" / "cnn.py")
     given = [f"--config={path}", "--config.train.epochs=3", f"--workdir={tmp_path}"]
     done = run_python(COMMAND, *given, MY_API_TOKEN="hush-5577")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -81,8 +85,8 @@ def test_the_command_and_its_flags_are_kept_and_no_secrets(run_python, tmp_path)
 @pytest.mark.skipif(GIT is None, reason="no git on this machine")
 def test_the_commit_of_the_checkout_that_ran(monkeypatch, tmp_path):
     (tmp_path / "pcgjax").mkdir()
-    shutil.copy(runs.__file__, tmp_path / "pcgjax")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "pcgjax" / "runs.py"))
+    shutil.copy(record_module.__file__, tmp_path / "pcgjax")
+    monkeypatch.setattr(record_module, "__file__", str(tmp_path / "pcgjax" / "record.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
     def git(*words):
@@ -90,19 +94,19 @@ def test_the_commit_of_the_checkout_that_ran(monkeypatch, tmp_path):
         command = ["git", "-C", str(tmp_path), *identity, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    assert runs.git_state() is None
+    assert git_state() is None
     git("init", "-q")
     (tmp_path / "other.py").write_text("")
     git("add", "other.py")
     git("commit", "-q", "-m", "somebody else's")
-    assert runs.git_state() is None  # pcgjax lies in a checkout, but is not of it
+    assert git_state() is None  # pcgjax lies in a checkout, but is not of it
     git("add", "pcgjax")
     git("commit", "-q", "-m", "ours")
     commit = git("rev-parse", "HEAD")
     (tmp_path / "notes.txt").write_text("a file that git does not know")
-    assert runs.git_state() == {"commit": commit, "dirty": False}
+    assert git_state() == {"commit": commit, "dirty": False}
     (tmp_path / "other.py").write_text("x = 1")
-    assert runs.git_state() == {"commit": commit, "dirty": True}
+    assert git_state() == {"commit": commit, "dirty": True}
 
 
 # --- TensorBoard
@@ -135,24 +139,24 @@ def shown(workdir):
 
 
 def test_the_board_has_the_numbers_of_the_log(tmp_path):
-    log, board = tmp_path / "metrics.jsonl", runs.open_board(tmp_path)
+    log, board = tmp_path / "metrics.jsonl", open_board(tmp_path)
     for step in (10, 20):
-        runs.log_line(log, step, "train", {"loss": 1 / step, "epoch": step // 10}, board)
-        runs.log_line(log, step, "validation", {"auc": math.nan if step == 10 else 0.75, "f1": None}, board)
+        log_line(log, step, "train", {"loss": 1 / step, "epoch": step // 10}, board)
+        log_line(log, step, "validation", {"auc": math.nan if step == 10 else 0.75, "f1": None}, board)
     board.close()
     assert shown(tmp_path) == {
         "train/loss": {10: pytest.approx(0.1), 20: pytest.approx(0.05)},
         "train/epoch": {10: 1, 20: 2},
         "validation/auc": {20: 0.75},
     }
-    assert [line["auc"] for line in runs.history(log) if line["split"] == "validation"] == [None, 0.75]
+    assert [line["auc"] for line in history(log) if line["split"] == "validation"] == [None, 0.75]
 
 
 def test_a_resumed_run_shows_no_later_steps_from_before_the_stop(tmp_path):
     for start, values in ((0, {10: 1.0, 20: 2.0, 30: 3.0}), (20, {30: 3.5}), (0, {10: 7.0})):
-        board = runs.open_board(tmp_path, start)
+        board = open_board(tmp_path, start)
         for step, value in values.items():
-            runs.log_line(tmp_path / "metrics.jsonl", step, "train", {"loss": value}, board)
+            log_line(tmp_path / "metrics.jsonl", step, "train", {"loss": value}, board)
         board.close()
         want = {0: values, 20: {10: 1.0, 20: 2.0, 30: 3.5}}[start]
         assert shown(tmp_path) == {"train/loss": want}
@@ -161,11 +165,11 @@ def test_a_resumed_run_shows_no_later_steps_from_before_the_stop(tmp_path):
 def test_what_a_killed_process_logged_is_there(run_python, tmp_path):
     code = """
 import os, pathlib, sys, time
-from pcgjax import runs
+from pcgjax.runs.log import log_line, open_board
 workdir = pathlib.Path(sys.argv[1])
-board = runs.open_board(workdir)
+board = open_board(workdir)
 for step in (1, 2, 3):
-    runs.log_line(workdir / "metrics.jsonl", step, "train", {"loss": step}, board)
+    log_line(workdir / "metrics.jsonl", step, "train", {"loss": step}, board)
 assert "torch" not in sys.modules, "tensorboardX has imported PyTorch"
 time.sleep(2)  # the board's own thread writes within one
 os.kill(os.getpid(), 9)
@@ -178,17 +182,17 @@ def test_without_tensorboardx_a_run_goes_on(run_python, tmp_path):
     code = """
 import pathlib, sys
 sys.modules["tensorboardX"] = None
-from pcgjax import runs
-board = runs.open_board(pathlib.Path(sys.argv[1]))
-runs.log_line(pathlib.Path(sys.argv[1]) / "metrics.jsonl", 1, "train", {"loss": 0.5}, board)
+from pcgjax.runs.log import log_line, open_board
+board = open_board(pathlib.Path(sys.argv[1]))
+log_line(pathlib.Path(sys.argv[1]) / "metrics.jsonl", 1, "train", {"loss": 0.5}, board)
 """
     done = run_python(code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "no TensorBoard: " in done.stderr
-    assert runs.history(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 0.5}]
+    assert history(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 0.5}]
 
 
 def test_no_configs_beside_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "CONFIGS", tmp_path)
+    monkeypatch.setattr(config_module, "CONFIGS", tmp_path)
     with pytest.raises(ValueError, match=r"cnn\.py: not there; run this in a clone"):
-        runs.load_config("cnn", {})
+        load_config("cnn", {})

@@ -17,22 +17,23 @@ import soundfile
 from flax import nnx
 from test_train import assert_same_run, lines_of
 
-from pcgjax import (
-    audio,
-    datasets,
-    evaluate,
-    input_pipeline,
-    predict,
-    prepare,
-    runs,
-    segment,
-    segmentation,
-    splits,
-    tasks,
-    train,
-)
-from pcgjax.checkpoint import CheckpointError
-from pcgjax.datasets import circor, synthetic
+from pcgjax import datasets, evaluate, predict, prepare, tasks
+from pcgjax.data import splits
+from pcgjax.data.corpus import from_prepared
+from pcgjax.data.shards import read_rows
+from pcgjax.datasets import audio, synthetic
+from pcgjax.datasets.annotations import read_annotations
+from pcgjax.pages.terminal import run_summary
+from pcgjax.runs.data import kept_share, load_data
+from pcgjax.runtime import checkpoint
+from pcgjax.runtime.checkpoint import CheckpointError
+from pcgjax.segmentation.decoding import durations, viterbi
+from pcgjax.segmentation.scores import segmentation_summary
+from pcgjax.segmentation.states import frame_states, read_tsv, state_spans, target_frames
+from pcgjax.tasks.base import split_model
+from pcgjax.tasks.segmenter import frame_features
+from pcgjax.training import segmenter
+from pcgjax.training.loop import train
 
 RATE_HZ = 1000
 CYCLE = [(0.1, 1), (0.2, 2), (0.1, 3), (0.4, 4)]  # seconds, state
@@ -50,11 +51,11 @@ def beats(cycles=6):
 def make_model(make_config):
     """make_model({"model.bidirectional": False}): an untrained segment.Model of SMALL_SEGMENTER at 1000 Hz."""
 
-    def make(changes: dict | None = None) -> segment.Model:
+    def make(changes: dict | None = None) -> segmenter.SegmenterModel:
         config = make_config(changes, "segmenter_small")
-        graphdef, params, rest = tasks.split(tasks.make(config, RATE_HZ).init(nnx.Rngs(3)))
-        log_duration = segmentation.durations([beats()], config.features.step_s)
-        return segment.Model(config, graphdef, params, rest, RATE_HZ, log_duration)
+        graphdef, params, rest = split_model(tasks.make(config, RATE_HZ).init(nnx.Rngs(3)))
+        log_duration = durations([beats()], config.features.step_s)
+        return segmenter.SegmenterModel(config, graphdef, params, rest, RATE_HZ, log_duration)
 
     return make
 
@@ -98,11 +99,11 @@ def direct(model, samples, total):
     own = samples[: padded.shape[1] - model.halo]
     padded[0, model.halo : model.halo + len(own)] = own
     real = np.arange(total)[None] < frame_count(len(samples), model.hop)
-    graphdef, params, rest = tasks.split(tasks.make(model.config, RATE_HZ).init(nnx.Rngs(3)))
+    graphdef, params, rest = split_model(tasks.make(model.config, RATE_HZ).init(nnx.Rngs(3)))
 
     @jax.jit
     def logits(params):
-        x, _ = tasks.frame_features(model.config, jnp.asarray(padded), jnp.asarray(real), RATE_HZ)
+        x, _ = frame_features(model.config, jnp.asarray(padded), jnp.asarray(real), RATE_HZ)
         return nnx.merge(graphdef, params, rest)(x)
 
     return np.asarray(jax.nn.log_softmax(logits(params)))[0, : real.sum()]
@@ -156,12 +157,12 @@ def test_windows_do_not_depend_on_the_pieces(sizes, both_ways):
 def test_a_long_recording_takes_no_more_memory(bidirectional, both_ways, causal, monkeypatch):
     held = []
 
-    class Watched(segment._Buffer):
+    class Watched(segmenter._Buffer):
         def take(self, first, frames):
             held.append(len(self._samples))
             return super().take(first, frames)
 
-    monkeypatch.setattr(segment, "_Buffer", Watched)
+    monkeypatch.setattr(segmenter, "_Buffer", Watched)
     pieces = (noise(700) for _ in range(60))
     if bidirectional:
         assert sum(keep.stop - keep.start for _, _, keep, _ in both_ways._windows(pieces)) == 60 * 700 // 20
@@ -252,7 +253,7 @@ def test_what_a_run_writes(trained_segmenter):
     split = json.loads((trained_segmenter / "split.json").read_text())
     assert (split["target"], split["unlabelled"]) == ("", [])
     rows = rows_of(trained_segmenter / "predictions.csv")
-    assert tuple(rows[0])[: len(segment.FIELDS)] == segment.FIELDS
+    assert tuple(rows[0])[: len(segmenter.FIELDS)] == segmenter.FIELDS
     for part in ("validation", "test"):
         assert sorted(row["id"] for row in rows if row["split"] == part) == split[part]
     results = json.loads((trained_segmenter / "metrics.json").read_text())
@@ -275,7 +276,7 @@ def test_what_a_run_writes(trained_segmenter):
 
 
 def test_killed_and_resumed_equals_uninterrupted(make_config, trained_segmenter, tmp_path, monkeypatch):
-    save, steps_an_epoch = train.checkpoint.save, lines_of(trained_segmenter)[0]["step"]
+    save, steps_an_epoch = checkpoint.save, lines_of(trained_segmenter)[0]["step"]
     assert steps_an_epoch % 2
 
     def dies(manager, step, *rest):
@@ -284,12 +285,12 @@ def test_killed_and_resumed_equals_uninterrupted(make_config, trained_segmenter,
             manager.wait_until_finished()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.checkpoint, "save", dies)
+    monkeypatch.setattr(checkpoint, "save", dies)
     with pytest.raises(KeyboardInterrupt):
-        train.train(make_config(name="segmenter_small"), tmp_path)
+        train(make_config(name="segmenter_small"), tmp_path)
     monkeypatch.undo()
     assert not (tmp_path / "metrics.json").exists()
-    train.train(make_config(name="segmenter_small"), tmp_path)
+    train(make_config(name="segmenter_small"), tmp_path)
     assert_same_run(tmp_path, trained_segmenter)
 
 
@@ -305,40 +306,40 @@ def test_killed_and_resumed_equals_uninterrupted(make_config, trained_segmenter,
 def test_another_experiment_in_the_same_workdir(changes, named, make_config, trained_segmenter, tmp_path):
     shutil.copytree(trained_segmenter, tmp_path / "run")
     with pytest.raises(CheckpointError, match=named):
-        train.train(make_config(changes, "segmenter_small"), tmp_path / "run")
+        train(make_config(changes, "segmenter_small"), tmp_path / "run")
     assert lines_of(tmp_path / "run") == lines_of(trained_segmenter)
 
 
 def test_binary_target_is_judged(make_model, prepared):
     model = make_model({"task.frames": "sounds"})
-    corpus = input_pipeline.from_prepared(prepared)
-    scores, rows, examples = segment.judge(model, corpus, np.arange(4), "test")
+    corpus = from_prepared(prepared)
+    scores, rows, examples = segmenter.judge_segmentation(model, corpus, np.arange(4), "test")
     assert examples == []
     assert [row["id"] for row in rows] == [row["id"] for row in corpus.rows[:4]]
     assert scores["always"]["recall"]["value"] == 1
     right = called = true = 0
     for i, found in enumerate(model.frame_scores([corpus.read(i)] for i in range(4))):
         assert found.shape[1] == 1
-        truth = segmentation.frame_states(corpus.rows[i]["annotations"], len(found), 0.02)
-        wanted, decided = segmentation.target_frames(truth, "sounds"), model.decide(found) > 0
+        truth = frame_states(corpus.rows[i]["annotations"], len(found), 0.02)
+        wanted, decided = target_frames(truth, "sounds"), model.decide(found) > 0
         right += (decided & (wanted == 1)).sum()
         called += (decided & (wanted >= 0)).sum()
         true += (wanted == 1).sum()
     assert scores["test"]["recall"]["value"] == pytest.approx(right / true, abs=1e-9)
     assert scores["test"]["f1"]["value"] == pytest.approx(2 * right / (called + true), abs=1e-9)
-    assert "always" in segment.summary(scores)
+    assert "always" in segmentation_summary(scores)
 
 
 def test_judged_by_hand(both_ways, prepared):
-    corpus = input_pipeline.from_prepared(prepared)
+    corpus = from_prepared(prepared)
     indices = np.array([5, 2, 9])
-    scores, rows, examples = segment.judge(both_ways, corpus, indices, "test")
+    scores, rows, examples = segmenter.judge_segmentation(both_ways, corpus, indices, "test")
     right = known = 0
     for i, row in zip(indices, rows, strict=True):
         [found] = both_ways.frame_scores([[corpus.read(i) / np.float32(32767)]])
-        truth = segmentation.frame_states(corpus.rows[i]["annotations"], len(found), 0.02)
+        truth = frame_states(corpus.rows[i]["annotations"], len(found), 0.02)
         hits, own = (
-            (segmentation.viterbi(found, both_ways.log_duration_KxSxD) == truth)[truth > 0].sum(),
+            (viterbi(found, both_ways.log_duration_KxSxD) == truth)[truth > 0].sum(),
             (truth > 0).sum(),
         )
         assert (row["id"], row["person"]) == (corpus.rows[i]["id"], corpus.rows[i]["person"])
@@ -365,12 +366,12 @@ def without_annotations(tmp_path_factory):
 def test_no_recording_is_annotated(make_config, without_annotations, tmp_path):
     config = make_config({"data.prepared": str(without_annotations)}, "segmenter_small")
     with pytest.raises(ValueError, match=r"data\.prepared=.*: no recording has annotated states"):
-        runs.load_data(config, tmp_path)
+        load_data(config, tmp_path)
 
 
 def test_recordings_without_annotations_are_set_aside(make_config, prepared, without_annotations, tmp_path):
     config = make_config({"data.prepared": f"{prepared},{without_annotations}"}, "segmenter_small")
-    corpus, parts, split = runs.load_data(config, tmp_path)
+    corpus, parts, split = load_data(config, tmp_path)
     assert len(corpus.rows) == 32 + 3
     used = {corpus.rows[i]["id"] for indices in parts.values() for i in indices}
     assert used == {row["id"] for row in corpus.rows if row["annotations"]}
@@ -397,21 +398,21 @@ BAD = [
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(changes) for changes, _ in BAD])
 def test_bad_config_names_the_field(changes, message, make_config, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.train(make_config(changes, "segmenter_small"), tmp_path / "run")
+        train(make_config(changes, "segmenter_small"), tmp_path / "run")
 
 
 def test_a_share_of_the_people_trains(prepared):
-    _, rows = prepare.read_rows(prepared)
+    _, rows = read_rows(prepared)
     ids = [row["id"] for row in rows][:40]
     person = {row["id"]: (row["database"], row["person"]) for row in rows}
-    kept = runs.kept_share(rows, ids, 1 / 3, seed=0)
+    kept = kept_share(rows, ids, 1 / 3, seed=0)
     people, chosen = {person[id] for id in ids}, {person[id] for id in kept}
     assert kept == [id for id in ids if person[id] in chosen]  # all of a person's recordings, in order
     for database in {name for name, _ in people}:
         count = sum(name == database for name, _ in people)
         assert sum(name == database for name, _ in chosen) == max(round(count / 3), 1)
-    assert runs.kept_share(rows, ids, 1.0, seed=0) == ids
-    assert runs.kept_share(rows, ids, 1 / 3, seed=0) == kept
+    assert kept_share(rows, ids, 1.0, seed=0) == ids
+    assert kept_share(rows, ids, 1 / 3, seed=0) == kept
 
 
 # ------------------------------------------------------------------------------------------------------- evaluate
@@ -434,7 +435,7 @@ def test_evaluate(corpus_folder, trained_segmenter, tmp_path, capsys):
     answers = {row["id"]: float(row["frame_accuracy"]) for row in rows}
     for id in said.keys() & answers.keys():
         assert answers[id] == pytest.approx(float(said[id]["frame_accuracy"]), abs=0.02)
-    assert "metronome" in evaluate.summary(returned)
+    assert "metronome" in run_summary(returned)
 
 
 def test_evaluate_without_annotations(trained_segmenter, tmp_path):
@@ -453,15 +454,15 @@ def test_predict_one_file(trained_segmenter, waves, tmp_path):
     assert (row["tsv"], row["error"]) == (str(out), "")
     assert [p.name for p in out.parent.iterdir()] == ["b.tsv"]
     rate_hz, frames, _ = audio.header(path)
-    spans = segmentation.read_tsv(out)
-    assert spans == circor.read_annotations(out, frames / rate_hz)
+    spans = read_tsv(out)
+    assert spans == read_annotations(out, frames / rate_hz)
     assert spans[0][0] == 0
     assert spans[-1][1] == pytest.approx(frames / rate_hz, abs=0.02)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     # As the model itself says.
-    model = segment.load(trained_segmenter)
+    model = segmenter.load_segmenter(trained_segmenter)
     [scores] = model.frame_scores([[audio.read(path)[0]]])
-    assert segmentation.frame_states(spans, len(scores), 0.02).tolist() == model.decide(scores).tolist()
+    assert frame_states(spans, len(scores), 0.02).tolist() == model.decide(scores).tolist()
     onsets = [start for start, _, state in spans if state == datasets.S1]
     assert float(row["heart_rate_bpm"]) == pytest.approx(60 / np.median(np.diff(onsets)), abs=0.06)
 
@@ -487,7 +488,7 @@ def test_predict_several_files(trained_segmenter, waves, tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["a0001.tsv", "answers.csv", "stereo.tsv"]
     for row in rows:
         if row["tsv"]:
-            assert len(segmentation.read_tsv(row["tsv"])) > 8
+            assert len(read_tsv(row["tsv"])) > 8
             assert 20 < float(row["heart_rate_bpm"]) < 300
 
 
@@ -505,7 +506,7 @@ def test_ten_minutes(trained_segmenter, waves, tmp_path):
         for _ in range(seconds * rate_hz // len(sound)):
             file.write(sound)
     duration_s = audio.header(tmp_path / "long.wav")[1] / rate_hz
-    model = segment.load(trained_segmenter)
+    model = segmenter.load_segmenter(trained_segmenter)
     list(model.frame_scores([[noise(3000)]]))  # compiles
     tracemalloc.start()
     try:
@@ -515,7 +516,7 @@ def test_ten_minutes(trained_segmenter, waves, tmp_path):
         tracemalloc.stop()
     assert len(scores) == pytest.approx(duration_s / 0.02, abs=1)
     assert most < 4e6  # the samples alone are 19 MB, and 2.4 MB at the model's rate
-    spans = segmentation.spans(model.decide(scores), 0.02, duration_s)
+    spans = state_spans(model.decide(scores), 0.02, duration_s)
     assert spans[-1][1] == pytest.approx(duration_s, abs=0.02)
     # The first minute and the last are as alike as the beats, which repeat.
     rate = [len([s for s in spans if s[2] == datasets.S1 and low <= s[0] < low + 60]) for low in (0, 530)]

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pcgjax import segmentation
-from pcgjax.datasets import circor
+from pcgjax.datasets.annotations import read_annotations
+from pcgjax.segmentation.decoding import _forward, durations, metronome, viterbi
+from pcgjax.segmentation.scores import best_median_worst, score_rates, score_states, summarise
+from pcgjax.segmentation.states import frame_states, read_tsv, state_spans, target_frames, threshold_spans, write_tsv
 
 STEP_S = 0.02
 BEAT = (5, 7, 4, 12)  # frames of S1, systole, S2, diastole
@@ -38,7 +40,7 @@ def worth(states, log_p, log_duration, weight=1.0):
     log_duration = weight * log_duration.reshape(-1, *log_duration.shape[-2:])
     rhythms, longest = len(log_duration), log_duration.shape[2]
     best = np.zeros(rhythms)  # of what is before this state, if it is in that rhythm
-    for start_s, end_s, state in segmentation.spans(states, 1.0):
+    for start_s, end_s, state in state_spans(states, 1.0):
         d = int(end_s - start_s)
         if d > longest:
             return -math.inf
@@ -79,11 +81,11 @@ SLOW_AND_FAST = np.stack([bell((2, 3, 2, 5), 8), bell((3, 4, 3, 7), 8), bell((1,
 def test_viterbi_is_the_best_answer(frames, seed, log_duration, weight):
     rng = np.random.default_rng(seed)
     log_p = np.log(rng.dirichlet(np.ones(4), frames)) * rng.choice([0.3, 1.0, 5.0])
-    states = segmentation.viterbi(log_p, log_duration, weight)
+    states = viterbi(log_p, log_duration, weight)
     assert states.shape == (frames,)
     best = oracle(log_p, log_duration, weight)
     assert worth(states, log_p, log_duration, weight) == pytest.approx(best, abs=1e-3)
-    order = [state for *_, state in segmentation.spans(states, 1.0)]
+    order = [state for *_, state in state_spans(states, 1.0)]
     assert all(b == a % 4 + 1 for a, b in itertools.pairwise(order))
 
 
@@ -93,7 +95,7 @@ def test_viterbi_follows_a_rhythm_that_changes():
     truth = np.array(list(itertools.chain(*states)), np.int8)
     log_p = noisy(truth, 1.2, np.random.default_rng(0))
     both = np.stack([bell(slow, 30), bell(fast, 30)])
-    right = lambda log_duration: (segmentation.viterbi(log_p, log_duration, 1.0) == truth).mean()
+    right = lambda log_duration: (viterbi(log_p, log_duration, 1.0) == truth).mean()
     assert right(both) > 0.95
     assert right(both) > max(right(both[0]), right(both[1])) + 0.02
 
@@ -103,10 +105,10 @@ def test_viterbi_finds_a_rhythm_in_noise():
     truth = rhythm(20)[9:-3]  # cut in the middle of a systole and of a diastole
     log_p = noisy(truth, 1.5, rng)
     alone = (log_p.argmax(1) + 1 == truth).mean()
-    found = segmentation.viterbi(log_p, bell(BEAT, 30), duration_weight=1.0)
+    found = viterbi(log_p, bell(BEAT, 30), duration_weight=1.0)
     assert alone < 0.75
     assert (found == truth).mean() > 0.95
-    assert (segmentation.viterbi(log_p, bell(BEAT, 30), duration_weight=0.0) == truth).mean() < 0.9
+    assert (viterbi(log_p, bell(BEAT, 30), duration_weight=0.0) == truth).mean() < 0.9
 
 
 def test_viterbi_with_durations_that_are_impossible():
@@ -115,9 +117,9 @@ def test_viterbi_with_durations_that_are_impossible():
         log_duration[state, d - 1] = 0.0
     truth = rhythm(6)[3:]
     log_p = noisy(truth, 1.0, np.random.default_rng(1))
-    assert segmentation.viterbi(log_p, log_duration).tolist() == truth.tolist()
+    assert viterbi(log_p, log_duration).tolist() == truth.tolist()
     log_p[40:60] = -np.inf  # a head that is wrong and sure of it
-    assert segmentation.viterbi(log_p, log_duration).tolist() == truth.tolist()
+    assert viterbi(log_p, log_duration).tolist() == truth.tolist()
 
 
 def test_ten_minutes_are_as_exact_as_one():
@@ -125,8 +127,8 @@ def test_ten_minutes_are_as_exact_as_one():
     truth = rhythm(1075)[:30000]
     log_p = 20 * noisy(truth, 1.0, rng)  # adds up to about -10^6
     log_duration = 20 * bell(BEAT, 30)
-    whole = segmentation.viterbi(log_p, log_duration, 1.0)
-    end = segmentation.viterbi(log_p[-3000:], log_duration, 1.0)
+    whole = viterbi(log_p, log_duration, 1.0)
+    end = viterbi(log_p[-3000:], log_duration, 1.0)
     assert (whole[-2900:] == end[-2900:]).all()
     assert (whole == truth).mean() > 0.9
     assert worth(whole, log_p, log_duration) >= worth(truth, log_p, log_duration)
@@ -134,10 +136,10 @@ def test_ten_minutes_are_as_exact_as_one():
 
 def test_viterbi_compiles_once_for_recordings_of_many_lengths():
     log_duration = bell(BEAT, 31)  # a size that no other test uses
-    forward: Any = segmentation._forward
+    forward: Any = _forward
     before = forward._cache_size()
     for frames in (10, 700, 4096):
-        segmentation.viterbi(np.zeros((frames, 4)), log_duration)
+        viterbi(np.zeros((frames, 4)), log_duration)
     assert forward._cache_size() == before + 1
 
 
@@ -151,11 +153,11 @@ def test_viterbi_compiles_once_for_recordings_of_many_lengths():
 )
 def test_viterbi_refuses(log_p, log_duration, message):
     with pytest.raises(ValueError, match=message):
-        segmentation.viterbi(log_p, log_duration)
+        viterbi(log_p, log_duration)
 
 
 def test_viterbi_of_nothing():
-    assert segmentation.viterbi(np.zeros((0, 4)), bell(BEAT, 30)).shape == (0,)
+    assert viterbi(np.zeros((0, 4)), bell(BEAT, 30)).shape == (0,)
 
 
 def test_durations():
@@ -164,7 +166,7 @@ def test_durations():
     # The stretch's first S1 and last diastole are cut; the long S1 after a gap has no neighbour before it.
     annotation[0] = (0.04, 0.1, 1)
     annotation += [(2.8, 3.0, 0), (3.0, 3.4, 1), (3.4, 3.54, 2), (3.54, 3.62, 3)]
-    log_p_KxSxD = segmentation.durations([annotation, []], STEP_S, longest_s=1.0)
+    log_p_KxSxD = durations([annotation, []], STEP_S, longest_s=1.0)
     assert log_p_KxSxD.shape == (10, 4, 50)
     assert log_p_KxSxD.dtype == np.float32
     np.testing.assert_allclose(log_p_KxSxD, log_p_KxSxD[:1].repeat(10, 0), atol=1e-5)  # one recording: one rhythm
@@ -173,7 +175,7 @@ def test_durations():
     assert (log_p.argmax(1) + 1).tolist() == list(BEAT)
     assert np.isfinite(log_p).all()
     assert math.exp(log_p[0, 19]) < 1e-4  # 0.4 s
-    short = segmentation.durations([annotation], STEP_S, longest_s=0.2, rhythms=1)[0]  # the diastoles last longer
+    short = durations([annotation], STEP_S, longest_s=0.2, rhythms=1)[0]  # the diastoles last longer
     assert short.shape == (4, 10)
     assert short[3].argmax() == 9
 
@@ -184,7 +186,7 @@ def test_durations_of_each_rhythm():
         return [(a, b, i % 4 + 1) for i, (a, b) in enumerate(itertools.pairwise(edges.tolist()))]
 
     slow, fast = (6, 10, 5, 29), (5, 7, 4, 9)
-    found = segmentation.durations([beats(*slow), beats(*fast)], STEP_S, rhythms=3)
+    found = durations([beats(*slow), beats(*fast)], STEP_S, rhythms=3)
     assert (found[0].argmax(1) + 1).tolist() == list(fast)
     assert (found[2].argmax(1) + 1).tolist() == list(slow)
     assert found[0, 3, 8] - found[2, 3, 8] > 2
@@ -192,17 +194,17 @@ def test_durations_of_each_rhythm():
 
 def test_durations_need_whole_states():
     with pytest.raises(ValueError, match="no whole S1, S2, diastole between"):
-        segmentation.durations([[(0.0, 0.1, 1), (0.1, 0.3, 2), (0.3, 0.4, 3)]], STEP_S)
+        durations([[(0.0, 0.1, 1), (0.1, 0.3, 2), (0.3, 0.4, 3)]], STEP_S)
 
 
 def test_threshold_spans():
     p = np.zeros(40)
     p[2:10] = p[12:20] = p[25] = p[30:40] = 0.9
-    spans = segmentation.threshold_spans(p, 0.5, shortest_on_s=0.06, shortest_off_s=0.06, step_s=STEP_S)
+    spans = threshold_spans(p, 0.5, shortest_on_s=0.06, shortest_off_s=0.06, step_s=STEP_S)
     np.testing.assert_allclose(spans, [(0.04, 0.4), (0.6, 0.8)])  # a gap closed, a blip dropped
-    same = segmentation.threshold_spans(p, 0.9, 0.02, 0.04, STEP_S)  # neither is shorter than that
+    same = threshold_spans(p, 0.9, 0.02, 0.04, STEP_S)  # neither is shorter than that
     np.testing.assert_allclose(same, [(0.04, 0.2), (0.24, 0.4), (0.5, 0.52), (0.6, 0.8)])
-    assert segmentation.threshold_spans(p, 0.95, 0.02, 0.02, STEP_S) == []
+    assert threshold_spans(p, 0.95, 0.02, 0.02, STEP_S) == []
 
 
 # --- frames
@@ -210,21 +212,21 @@ def test_threshold_spans():
 
 def test_frames_have_the_state_of_their_centre():
     annotations = ((0.03, 0.07, 1), (0.07, 0.129, 2), (0.15, 0.5, 3))
-    states = segmentation.frame_states(annotations, 10, STEP_S)
+    states = frame_states(annotations, 10, STEP_S)
     assert states.dtype == np.int8
     #                 centres .01 .03 .05 .07 .09 .11 .13 .15 .17 .19
     assert states.tolist() == [0, 1, 1, 2, 2, 2, 0, 3, 3, 3]
-    assert segmentation.frame_states((), 3, STEP_S).tolist() == [0, 0, 0]
+    assert frame_states((), 3, STEP_S).tolist() == [0, 0, 0]
 
 
 def test_spans_undo_frames():
     states = np.array([0, 0, 1, 1, 1, 2, 4, 4], np.int8)
-    spans = segmentation.spans(states, STEP_S)
+    spans = state_spans(states, STEP_S)
     np.testing.assert_allclose(spans, [(0, 0.04, 0), (0.04, 0.1, 1), (0.1, 0.12, 2), (0.12, 0.16, 4)])
-    assert segmentation.frame_states(spans, 8, STEP_S).tolist() == states.tolist()
-    assert segmentation.spans(states, STEP_S, duration_s=0.15)[-1] == (0.12, 0.15, 4)
-    assert segmentation.spans(states, STEP_S, duration_s=0.12)[-1][2] == 2
-    assert segmentation.spans([], STEP_S) == []
+    assert frame_states(spans, 8, STEP_S).tolist() == states.tolist()
+    assert state_spans(states, STEP_S, duration_s=0.15)[-1] == (0.12, 0.15, 4)
+    assert state_spans(states, STEP_S, duration_s=0.12)[-1][2] == 2
+    assert state_spans([], STEP_S) == []
 
 
 @pytest.mark.parametrize(
@@ -237,14 +239,14 @@ def test_spans_undo_frames():
     ],
 )
 def test_targets(target, expected):
-    found = segmentation.target_frames(np.arange(5, dtype=np.int8), target)
+    found = target_frames(np.arange(5, dtype=np.int8), target)
     assert found.tolist() == expected
     assert found.dtype == np.int8
 
 
 def test_unknown_target():
     with pytest.raises(ValueError, match="need one of sounds, cycle, annotated, states, got 'beats'"):
-        segmentation.target_frames([0], "beats")
+        target_frames([0], "beats")
 
 
 # --- files
@@ -253,13 +255,13 @@ def test_unknown_target():
 def test_tsv_is_read_back_by_the_loader(tmp_path):
     states = np.r_[[0] * 3, rhythm(3), [0] * 5, rhythm(2)[9:]]
     duration_s = len(states) * STEP_S - 0.007
-    spans = segmentation.spans(states, STEP_S, duration_s)
+    spans = state_spans(states, STEP_S, duration_s)
     path = tmp_path / "a" / "1_AV.tsv"
-    segmentation.write_tsv(spans, path)
+    write_tsv(spans, path)
     assert path.read_text().startswith("0\t0.06\t0\n0.06\t0.16\t1\n")
-    for read in (segmentation.read_tsv(path), circor.read_annotations(path, duration_s)):
+    for read in (read_tsv(path), read_annotations(path, duration_s)):
         np.testing.assert_allclose(read, spans, atol=1e-5)
-    assert segmentation.frame_states(segmentation.read_tsv(path), len(states), STEP_S).tolist() == states.tolist()
+    assert frame_states(read_tsv(path), len(states), STEP_S).tolist() == states.tolist()
 
 
 @pytest.mark.parametrize(
@@ -275,13 +277,13 @@ def test_tsv_errors_name_file_and_line(tmp_path, text, message):
     path = tmp_path / "1_AV.tsv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        segmentation.read_tsv(path)
+        read_tsv(path)
 
 
 def test_any_state_may_follow_a_gap(tmp_path):
     path = tmp_path / "1_AV.tsv"
     path.write_text("0\t0.1\t1\n0.1\t0.3\t0\n0.3\t0.5\t4\n0.7\t0.8\t4\n")
-    assert [state for *_, state in segmentation.read_tsv(path)] == [1, 0, 4, 4]
+    assert [state for *_, state in read_tsv(path)] == [1, 0, 4, 4]
 
 
 # --- scores
@@ -289,7 +291,7 @@ def test_any_state_may_follow_a_gap(tmp_path):
 
 def test_the_truth_gets_everything():
     truth = np.r_[[0] * 10, rhythm(6)[2:], [0] * 10, rhythm(4)]
-    found = segmentation.rates(segmentation.score(truth, truth, STEP_S))
+    found = score_rates(score_states(truth, truth, STEP_S))
     for name, value in found.items():
         assert value == (0 if "error" in name else 1), name
 
@@ -298,7 +300,7 @@ def test_scores_by_hand():
     truth = np.r_[np.zeros(8, np.int8), rhythm(4), np.zeros(12, np.int8)]
     predicted = np.r_[np.roll(np.r_[rhythm(5)[-8:], rhythm(4)], 3), rhythm(1)[:12]]  # 3 frames late
     predicted[:3] = 4
-    s = segmentation.score(truth, predicted, STEP_S)
+    s = score_states(truth, predicted, STEP_S)
     assert s["frames"] == 4 * 28
     # At each of a beat's four changes 3 frames are wrong.
     assert s["frames_right"] == 4 * 16
@@ -308,10 +310,10 @@ def test_scores_by_hand():
     assert s["cycles"] == 2
     assert s["cycle_error_ms_sum"] == 0
     late = np.r_[np.full(1, 4, np.int8), predicted[:-1]]  # 4 frames: 80 ms
-    s = segmentation.score(truth, late, STEP_S)
+    s = score_states(truth, late, STEP_S)
     assert [s[f"S1_onset_60ms_{k}"] for k in ("right", "called", "true")] == [0, 4, 3]  # the cut one is too far in
     assert [s[f"S1_onset_100ms_{k}"] for k in ("right", "called", "true")] == [3, 3, 3]
-    found = segmentation.rates(s)
+    found = score_rates(s)
     assert found["onset_f1_60ms"] == 0
     assert found["onset_f1_100ms"] == 1
 
@@ -319,13 +321,13 @@ def test_scores_by_hand():
 def test_onsets_match_their_own_sound_and_once():
     truth = rhythm(5)
     swapped = np.array([0, 3, 4, 1, 2])[truth]
-    s = segmentation.score(truth, swapped, STEP_S)
+    s = score_states(truth, swapped, STEP_S)
     assert s["S1_onset_100ms_right"] == s["S2_onset_100ms_right"] == 0
     assert s["S1_onset_100ms_called"] > 0
     twice = truth.copy()
     onsets = np.flatnonzero((truth[1:] == 1) & (truth[:-1] == 4)) + 1
     twice[onsets + 1] = 2  # S1 begins, stops, and begins again two frames later
-    s = segmentation.score(truth, twice, STEP_S)
+    s = score_states(truth, twice, STEP_S)
     assert [s[f"S1_onset_60ms_{k}"] for k in ("right", "called", "true")] == [4, 8, 4]
 
 
@@ -335,31 +337,31 @@ def test_onsets_count_only_inside_annotated_stretches():
     truth[20:62] = np.r_[np.full(9, 4), rhythm(2)[:33]]
     predicted = truth.copy()
     predicted[5:8] = predicted[22:24] = predicted[70:73] = 1  # outside, as near to the edge as 60 ms, outside
-    s = segmentation.score(truth, predicted, STEP_S)
+    s = score_states(truth, predicted, STEP_S)
     assert [s[f"S1_onset_60ms_{k}"] for k in ("right", "called", "true")] == [2, 2, 2]
     predicted[24:26] = 4
     predicted[26:27] = 1  # 6 frames from the edge, and 3 from the true one, which the other meets
     predicted[22:24] = 4
-    s = segmentation.score(truth, predicted, STEP_S)
+    s = score_states(truth, predicted, STEP_S)
     assert [s[f"S1_onset_60ms_{k}"] for k in ("right", "called", "true")] == [2, 3, 2]
 
 
 def test_rhythm_errors():
     truth = rhythm(8)
     slower = rhythm(8, (5, 7, 4, 13))[: len(truth)]
-    s = segmentation.score(truth, slower, STEP_S)
+    s = score_states(truth, slower, STEP_S)
     # Onsets drift by one frame a beat: 5 are within 100 ms, with 4 cycles between them each 20 ms too long.
     assert s["cycles"] == 4
     assert s["cycle_error_ms_sum"] == pytest.approx(4 * 20)
-    found = segmentation.rates(s)
+    found = score_rates(s)
     assert found["cycle_error_ms"] == pytest.approx(20)
     assert found["heart_rate_error"] == pytest.approx(60 / 0.56 - 60 / 0.58)
-    assert math.isnan(segmentation.rates(segmentation.score(truth, np.full_like(truth, 4), STEP_S))["cycle_error_ms"])
+    assert math.isnan(score_rates(score_states(truth, np.full_like(truth, 4), STEP_S))["cycle_error_ms"])
 
 
 def test_score_needs_equal_lengths():
     with pytest.raises(ValueError, match=r"as many frames as truth_T, \(28,\), got \(27,\)"):
-        segmentation.score(rhythm(1), rhythm(1)[1:], STEP_S)
+        score_states(rhythm(1), rhythm(1)[1:], STEP_S)
 
 
 def test_summary_pools_recordings_and_draws_people():
@@ -368,9 +370,9 @@ def test_summary_pools_recordings_and_draws_people():
     for i in range(12):
         truth = rhythm(4 + i % 3)
         predicted = np.where(rng.random(len(truth)) < 0.02 * i, 4, truth)
-        scores.append(segmentation.score(truth, predicted, STEP_S))
+        scores.append(score_states(truth, predicted, STEP_S))
         persons.append(f"p{i // 2}")
-    summary = segmentation.summarise(scores, persons, resamples=200)
+    summary = summarise(scores, persons, resamples=200)
     right, frames = (sum(s[k] for s in scores) for k in ("frames_right", "frames"))
     accuracy = summary["frame_accuracy"]
     assert accuracy["value"] == pytest.approx(right / frames)
@@ -378,16 +380,16 @@ def test_summary_pools_recordings_and_draws_people():
     mean = np.mean([s["frames_right"] / s["frames"] for s in scores])
     assert summary["frame_accuracy_by_recording"]["value"] == pytest.approx(mean)
     # As if each recording were of another person: half of what is drawn together is drawn apart, so narrower.
-    apart = segmentation.summarise(scores, [str(i) for i in range(12)], resamples=200)["frame_accuracy"]
+    apart = summarise(scores, [str(i) for i in range(12)], resamples=200)["frame_accuracy"]
     assert apart["value"] == accuracy["value"]
     assert apart["high"] - apart["low"] < accuracy["high"] - accuracy["low"]
-    assert segmentation.summarise(scores, ["one"] * 12)["frame_accuracy"]["low"] is None
-    none = segmentation.summarise([segmentation.score(np.zeros(9), np.ones(9), STEP_S)], ["a"])
+    assert summarise(scores, ["one"] * 12)["frame_accuracy"]["low"] is None
+    none = summarise([score_states(np.zeros(9), np.ones(9), STEP_S)], ["a"])
     assert none["onset_f1_60ms"] == {"value": None, "low": None, "high": None}
     with pytest.raises(ValueError, match="lengths differ: scores 12, persons 1"):
-        segmentation.summarise(scores, ["a"])
+        summarise(scores, ["a"])
     with pytest.raises(ValueError, match="no recordings"):
-        segmentation.summarise([], [])
+        summarise([], [])
 
 
 def test_best_median_worst():
@@ -396,19 +398,19 @@ def test_best_median_worst():
     for wrong in (40, 0, 120, 80, 20):
         predicted = truth.copy()
         predicted[:wrong] = 4
-        scores.append(segmentation.score(truth, predicted, STEP_S))
-    assert segmentation.best_median_worst(scores) == [1, 0, 2]
-    assert segmentation.best_median_worst(scores[:2]) == [1, 0]
-    assert segmentation.best_median_worst([]) == []
+        scores.append(score_states(truth, predicted, STEP_S))
+    assert best_median_worst(scores) == [1, 0, 2]
+    assert best_median_worst(scores[:2]) == [1, 0]
+    assert best_median_worst([]) == []
 
 
 def test_metronome_knows_the_rate_and_nothing_else():
     log_duration = bell((10, 14, 8, 24), 40, width=0.3)  # half as fast as the truth
     truth = rhythm(10)[6:]
-    told = segmentation.metronome(truth, STEP_S, log_duration)
+    told = metronome(truth, STEP_S, log_duration)
     assert told.tolist() == rhythm(10)[: len(truth)].tolist()
-    found = segmentation.rates(segmentation.score(truth, told, STEP_S))
+    found = score_rates(score_states(truth, told, STEP_S))
     assert found["heart_rate_error"] == 0
     assert found["onset_f1_60ms"] == 0
-    untold = segmentation.metronome(truth[:20], STEP_S, log_duration)
+    untold = metronome(truth[:20], STEP_S, log_duration)
     assert untold.tolist() == rhythm(1, (10, 14, 8, 24))[:20].tolist()

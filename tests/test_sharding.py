@@ -17,7 +17,10 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 
-from pcgjax import evaluate, sharding, train, train_step
+from pcgjax import evaluate
+from pcgjax.runtime import sharding
+from pcgjax.training.loop import train
+from pcgjax.training.step import REMAT
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 SMALL = {"train.batch_recordings": 8, "train.epochs": 2, "features.filter": "none", "train.checkpoint_steps": 2}
@@ -59,10 +62,11 @@ def test_where_parameters_live(run_python):
         """
 import jax, json, ml_collections
 from jax.sharding import PartitionSpec
-from pcgjax import sharding, tasks
+from pcgjax.runtime import sharding
+from pcgjax.tasks.base import TrainState
 shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in
           {"kernel": (6, 16), "tall": (16, 6), "odd": (5, 3), "scalar": (), "bias": (4,), "short": (2, 3)}.items()}
-state = tasks.TrainState(shapes["scalar"], shapes, {"mean": shapes["kernel"]}, {"mu": shapes}, shapes["kernel"])
+state = TrainState(shapes["scalar"], shapes, {"mean": shapes["kernel"]}, {"mu": shapes}, shapes["kernel"])
 told = {}
 for fsdp in (1, 4):
     mesh = sharding.make_mesh(ml_collections.ConfigDict({"strategy": "jit", "fsdp": fsdp}))
@@ -112,9 +116,9 @@ RUN = """
 import json, sys
 import jax, ml_collections
 sys.modules["matplotlib"] = None  # no report: its figures take longer than the training
-from pcgjax import train
+from pcgjax.training.loop import train
 assert jax.device_count() == int(sys.argv[3])
-results = train.train(ml_collections.ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
+results = train(ml_collections.ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
 assert results["system"]["devices"] == int(sys.argv[3])
 """
 
@@ -135,7 +139,7 @@ def run_on(run_python):
 @pytest.fixture(scope="module")
 def on_one(make_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
-    train.train(make_config(SMALL), workdir)
+    train(make_config(SMALL), workdir)
     return workdir
 
 
@@ -166,7 +170,7 @@ def test_every_layout_equals_one_device(layout, pipeline, on_one, make_config, r
 def test_noise_goes_by_group_and_not_by_device(make_config, run_on, tmp_path):
     """Eight devices with one group each hear the noise that one device with eight groups hears."""
     noisy = {**SMALL, "features.noise_snr_db": 10.0, "train.epochs": 1}
-    train.train(make_config({**noisy, "train.accumulate": 8}), tmp_path / "one")
+    train(make_config({**noisy, "train.accumulate": 8}), tmp_path / "one")
     run_on(8, make_config({**noisy, "parallel.fsdp": 4}), tmp_path / "eight")
     loss, expected = (history(tmp_path / name)[0]["loss"] for name in ("eight", "one"))
     assert loss == pytest.approx(expected, rel=1e-4)
@@ -192,7 +196,7 @@ def other_on_one(make_config, prepared_16k, tmp_path_factory):
     @functools.cache
     def made(name):
         workdir = tmp_path_factory.mktemp(name)
-        train.train(other_config(make_config, prepared_16k, name), workdir)
+        train(other_config(make_config, prepared_16k, name), workdir)
         return workdir
 
     return made
@@ -226,9 +230,9 @@ def test_a_split_checkpoint_goes_on_elsewhere(devices, on_eight, on_one, make_co
     shutil.copytree(on_eight, elsewhere)
     shutil.copytree(on_one, expected)
     longer = {**SMALL, "train.epochs": 4}
-    train.train(make_config(longer), expected)
+    train(make_config(longer), expected)
     if devices == 1:
-        train.train(make_config(longer), elsewhere)
+        train(make_config(longer), elsewhere)
     else:
         run_on(devices, make_config({**longer, "parallel.fsdp": 2}), elsewhere)
     assert_same_curve(elsewhere, expected)
@@ -265,7 +269,7 @@ def assert_same_state(workdir, expected):
     ids=str,
 )  # fmt: skip
 def test_portions_and_computing_again_change_nothing(changes, on_one, make_config, tmp_path):
-    train.train(make_config({**SMALL, **changes}), tmp_path)
+    train(make_config({**SMALL, **changes}), tmp_path)
     assert_same_curve(tmp_path, on_one)
     assert_same_answers(tmp_path, on_one)
     assert_same_state(tmp_path, on_one)
@@ -274,8 +278,8 @@ def test_portions_and_computing_again_change_nothing(changes, on_one, make_confi
 @pytest.mark.slow
 def test_remat_computes_again(make_config, tmp_path):
     flops = {}
-    for remat in train_step.REMAT:
-        facts = train.train(make_config({**SMALL, "train.remat": remat}), tmp_path / remat, dry_run=True)
+    for remat in REMAT:
+        facts = train(make_config({**SMALL, "train.remat": remat}), tmp_path / remat, dry_run=True)
         flops[remat] = facts["step"]["flops"]
     assert flops["none"] <= flops["dots"] < flops["full"]
 
@@ -291,8 +295,8 @@ def test_bfloat16(name, make_config, on_one, tmp_path):
     exact, rounded = on_one, tmp_path / "bfloat16"
     if name != "cnn":
         exact = tmp_path / "float32"
-        train.train(make(False), exact)
-    train.train(make(True), rounded)
+        train(make(False), exact)
+    train(make(True), rounded)
     lines, others = ([line for line in history(folder) if line["split"] == "train"] for folder in (rounded, exact))
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert lines[0]["loss"] == pytest.approx(others[0]["loss"], rel=0.03)
@@ -350,13 +354,16 @@ def test_devices_that_do_not_fit(flags, message, run_command, tmp_path):
 STATE = """
 import json, runpy, sys
 import jax
-from pcgjax import costs, optimizer, sharding, tasks, thresholds
+from pcgjax import tasks, thresholds
+from pcgjax.runtime import costs, sharding
+from pcgjax.tasks.base import initial_state
+from pcgjax.training import optimizer
 config = runpy.run_path(sys.argv[1])["get_config"]()
 config.optimizer.name, config.parallel.fsdp = "adam", 8
 task = tasks.make(config, 2000)
 update = optimizer.make(config.optimizer, 100)
 mesh = sharding.make_mesh(config.parallel)
-init = lambda: tasks.initial_state(task, update, 0, thresholds.init(interval=0))
+init = lambda: initial_state(task, update, 0, thresholds.init(interval=0))
 layout = sharding.state_sharding(mesh, jax.eval_shape(init))
 state = jax.jit(init, out_shardings=layout)()
 told = {}

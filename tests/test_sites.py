@@ -12,8 +12,18 @@ import pytest
 from flax import nnx
 from sklearn.metrics import balanced_accuracy_score
 
-from pcgjax import classical, evaluate, input_pipeline, metrics, prepare, runs, sites, tasks, train
+from pcgjax import metrics, prepare, sites, tasks
+from pcgjax.classical.run import train_classical
+from pcgjax.data import batches
+from pcgjax.data.corpus import from_prepared, in_memory
+from pcgjax.data.plan import evaluation_plan
 from pcgjax.datasets import synthetic
+from pcgjax.pages.sites import probe_card, summary
+from pcgjax.runs.config import load_config
+from pcgjax.systems import features_of_run
+from pcgjax.tasks.base import split_model
+from pcgjax.training.answers import _last_unit, embed, embedded, load_model, make_predict
+from pcgjax.training.loop import train
 
 RNG = np.random.default_rng(0)
 PEOPLE, EACH = 30, 4  # in each of three databases, recordings each
@@ -74,7 +84,7 @@ def test_one_database_cannot_be_told_from_another():
 def test_statistics_follow_level_and_band():
     time_s = np.arange(4000) / 2000
     waves = [np.int16(level * np.sin(2 * np.pi * f * time_s)) for level, f in ((20000, 50), (2000, 50), (20000, 300))]
-    found = sites.statistics(input_pipeline.in_memory([{}] * 3, waves, 2000), np.arange(3))
+    found = sites.statistics(in_memory([{}] * 3, waves, 2000), np.arange(3))
     assert found[0, 0] - found[1, 0] == pytest.approx(20, abs=0.1)  # dB
     assert found[:, 1:].argmax(1).tolist() == [1, 1, 6]  # 40 to 60 Hz, 280 to 400 Hz
 
@@ -85,29 +95,29 @@ def test_statistics_follow_level_and_band():
 @pytest.mark.parametrize("name", ["cnn", "hinf_lstm", "vit"])
 def test_the_last_unit_of_the_mean_features_is_the_mean_logit(make_config, prepared, name):
     config = make_config({"features.window_s": 1.0}, name)
-    corpus = input_pipeline.from_prepared(prepared)
+    corpus = from_prepared(prepared)
     task = tasks.make(config, corpus.sample_rate_hz)
     model = task.init(nnx.Rngs(3))
     key, labels, some = jax.random.key(0), corpus.labels("abnormal"), np.arange(5)
-    plan = input_pipeline.evaluation_plan(some, corpus.lengths, task.geometry, 8)
-    data = jax.device_put(input_pipeline.block(corpus, labels, np.arange(len(corpus.rows))))
+    plan = evaluation_plan(some, corpus.lengths, task.geometry, 8)
+    data = jax.device_put(batches.block(corpus, labels, np.arange(len(corpus.rows))))
     size = plan.capacities[plan.capacity[0]]
 
     @jax.jit
     def both(ids):
-        batch = input_pipeline.gather(data, ids, size, task.geometry)
-        return tasks.embed(task, model, batch, size, key), task.clips(model, batch, size, key)
+        batch = batches.gather_batch(data, ids, size, task.geometry)
+        return embed(task, model, batch, size, key), task.clips(model, batch, size, key)
 
     ids = plan.ids[0, 0]
     h, (logits, recording, real) = jax.device_get(both(ids))
-    holder, last = tasks._last_unit(model)
+    holder, last = _last_unit(model)
     unit = getattr(holder, last)  # still there: what looked at its input stood in a copy
     ours = (h @ unit.kernel[...] + unit.bias[...])[:, 0]
     for place in range((ids >= 0).sum()):
         own = logits[real & (recording == place)]
         assert len(own) > 1
         np.testing.assert_allclose(ours[place], own.mean(), rtol=1e-4, atol=1e-5)
-    assert h.shape == (len(ids), tasks.embedded(model))
+    assert h.shape == (len(ids), embedded(model))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +134,7 @@ def run(make_config, sited, tmp_path_factory):
     """A short run that leaves most people unheard."""
     workdir = tmp_path_factory.mktemp("run")
     config = make_config({"data.prepared": str(sited), "train.epochs": 1, "split.fractions": (0.3, 0.3, 0.4)})
-    train.train(config, workdir)
+    train(config, workdir)
     return workdir
 
 
@@ -155,19 +165,19 @@ def test_the_report_of_a_run(run, reported):
 
 
 def test_the_untrained_net_is_that_of_the_seed(run):
-    config, task, _, _, _, rate_hz = evaluate.load_model(run)
-    corpus = input_pipeline.from_prepared(config.data.prepared)
+    config, task, _, _, _, rate_hz = load_model(run)
+    corpus = from_prepared(config.data.prepared)
     some = np.arange(6)
-    found = sites.features(config, run, corpus, some)
-    _, params, rest = tasks.split(tasks.make(config, rate_hz).init(nnx.Rngs(jax.random.key(config.seed))))
-    graphdef = tasks.split(task.init(nnx.Rngs(1)))[0]
-    embed = evaluate.make_predict(task, graphdef, corpus, some, 4, jax.random.key(0), embed=True)
+    found = features_of_run(config, run, corpus, some)
+    _, params, rest = split_model(tasks.make(config, rate_hz).init(nnx.Rngs(jax.random.key(config.seed))))
+    graphdef = split_model(task.init(nnx.Rngs(1)))[0]
+    embed = make_predict(task, graphdef, corpus, some, 4, jax.random.key(0), embed=True)
     np.testing.assert_allclose(found["untrained"], embed(params, rest), rtol=1e-4, atol=1e-6)
     assert np.abs(found["trained"] - found["untrained"]).max() > 1e-3
 
 
 def test_the_database_alone_answers_with_its_share_in_training(run, reported):
-    corpus = input_pipeline.from_prepared(json.loads((run / "config.json").read_text())["data"]["prepared"])
+    corpus = from_prepared(json.loads((run / "config.json").read_text())["data"]["prepared"])
     split = json.loads((run / "split.json").read_text())
     row_of = {row["id"]: row for row in corpus.rows}
     label = lambda row: int(row["labels"]["abnormal"])
@@ -195,15 +205,15 @@ def test_people_who_were_heard_are_not_probed(run, tmp_path):
     assert found["probed"]["recordings"] == sum(database[name] == "cinc2016-a" for name in asked) > 0
     assert found["probes"] == {}
     assert "no probe" in found["probed"]["note"]
-    assert "No probe" in sites.probe_card(found)
-    assert "no probe" in sites.summary(found)
+    assert "No probe" in probe_card(found)
+    assert "no probe" in summary(found)
 
 
 @pytest.mark.slow
 def test_the_classical_chain(sited, tmp_path):
     changes = {"data.prepared": str(sited), "experiment.runs": 0, "split.fractions": (0.3, 0.3, 0.4),
                "train.epochs": 50, "evaluation.resamples": 10, "features.nfft": 32}  # fmt: skip
-    classical.run(runs.load_config("classical", changes), tmp_path)
+    train_classical(load_config("classical", changes), tmp_path)
     found = sites.write(tmp_path)
     assert set(found["probes"]) == {"trained", "statistics"}
     assert found["probes"]["trained"]["features"] == 34
@@ -226,29 +236,32 @@ def test_a_run_that_has_not_ended_is_refused(tmp_path):
 def test_encoders_in_pytorch(sited, tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from pcgjax.audio_llm import encoders
+    from pcgjax.audio_llm.checkpoints import newest
+    from pcgjax.audio_llm.encoders.clips import batch_of, clips_of, geometry_of, load_weights
+    from pcgjax.audio_llm.encoders.model import make_encoder
+    from pcgjax.audio_llm.encoders.train import train_encoder
 
     prepare.prepare("cinc2016", sited.parent / "source", tmp_path / "prepared", 16000, workers=1)
     changes = {"data.prepared": str(tmp_path / "prepared"), "split.kind": "person", "split.fractions": (0.3, 0.3, 0.4),
                "features.window_s": 0.7, "model.size": "tiny", "optimizer.learning_rate": 0.003,
                "optimizer.warmup_steps": 2, "train.epochs": 1, "train.batch_recordings": 5,
                "evaluation.resamples": 10}  # fmt: skip
-    config = runs.load_config("distilhubert", changes)
-    encoders.train(config, tmp_path / "run")
-    corpus = input_pipeline.from_prepared(tmp_path / "prepared")
+    config = load_config("distilhubert", changes)
+    train_encoder(config, tmp_path / "run")
+    corpus = from_prepared(tmp_path / "prepared")
     some = np.arange(4)
-    found = sites.features(config, tmp_path / "run", corpus, some)
+    found = features_of_run(config, tmp_path / "run", corpus, some)
     # The head on the mean features is the mean of the clips' logits, before training and after.
     torch.manual_seed(config.seed)
-    model, extractor = encoders.make(config.model)
-    geometry = encoders.geometry_of(config, corpus)
+    model, extractor = make_encoder(config.model)
+    geometry = geometry_of(config, corpus)
     for name, put in (("untrained", False), ("trained", True)):
         if put:
-            encoders.put(model, encoders.newest(tmp_path / "run", "best"))
+            load_weights(model, newest(tmp_path / "run", "best"))
         with torch.no_grad():
             for row, index in enumerate(some):
-                clips = encoders.clips_of(corpus, [index], geometry)
-                samples, mask = encoders.batch_of(corpus, clips, extractor, geometry.window)
+                clips = clips_of(corpus, [index], geometry)
+                samples, mask = batch_of(corpus, clips, extractor, geometry.window)
                 mean = float(model.eval()(samples, mask).mean())
                 head = model.head(torch.from_numpy(found[name][row]).float())
                 assert float(head) == pytest.approx(mean, abs=1e-4)

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from pcgjax import prepare, splits
+from pcgjax import prepare
+from pcgjax.data import splits
+from pcgjax.data.decode import fingerprint
+from pcgjax.data.shards import read_rows
 
 QUICK = hypothesis.settings(max_examples=60, deadline=None, database=None)
 
@@ -284,7 +287,7 @@ def test_check_is_loud_about_ten() -> None:
 def excerpts(first: tuple[int, int], second: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
     whole = (np.random.default_rng(seed).standard_normal(40_000) * 500).astype(np.int16)
     return [
-        row(name, f"person {name}", fingerprint=prepare.fingerprint(whole[start:stop], 2000))
+        row(name, f"person {name}", fingerprint=fingerprint(whole[start:stop], 2000))
         for name, (start, stop) in {"a": first, "e": second}.items()
     ]
 
@@ -305,7 +308,7 @@ def test_excerpts_that_only_touch_and_distinct_noise_are_no_alarm() -> None:
     fine = [(hum + rng.standard_normal(20_000) * 30).astype(np.int16) for _ in range(20)]
     gaps = [np.where(rng.random(20_000).cumsum() % 100 < 50, 0, values) for values in fine]
     rows = [
-        row(str(i), fingerprint=prepare.fingerprint(values.astype(np.int16), 2000))
+        row(str(i), fingerprint=fingerprint(values.astype(np.int16), 2000))
         for i, values in enumerate(coarse + fine + gaps)
     ]
     assert sum(len(r["fingerprint"].split()) for r in rows) > 1000
@@ -371,7 +374,7 @@ def test_command_line(tmp_path: pathlib.Path) -> None:
     assert made.returncode == 0, made.stderr
     assert "no leaks found" in made.stdout
     assert "28 recordings" in made.stdout
-    split = splits.load(out, prepare.read_rows(tmp_path / "prepared")[1])
+    split = splits.load(out, read_rows(tmp_path / "prepared")[1])
     assert len(split["train"]) == 28
 
     split["test"].append(split["train"][0])

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pcgjax.bench_ssamba import Peer, ssamba_suite, ssamba_summary
+from pcgjax.bench.ssamba import Peer, ssamba_suite, ssamba_summary
 from pcgjax.models import ssamba
 from pcgjax.models.ssamba import SSAMBA, Mixer
+from pcgjax.models.ssamba_checkpoint import load_torch_checkpoint, save_torch_checkpoint
 
 torch = pytest.importorskip("torch")
 
@@ -139,7 +140,7 @@ def test_value_and_every_gradient_in_float64(model, peer64, tmp_path):
         objective = lambda params: (nnx.merge(graphdef, params, rest)(jnp.asarray(x)) * weights).sum()
         value, gradient = jit(jax.value_and_grad(objective))(double(params))
         assert abs(value - (logits.detach().numpy() * weights).sum()) < 1e-9
-    ssamba.save_torch_checkpoint(nnx.merge(graphdef, gradient, rest), tmp_path / "gradient.pth")
+    save_torch_checkpoint(nnx.merge(graphdef, gradient, rest), tmp_path / "gradient.pth")
     ours = torch.load(tmp_path / "gradient.pth", weights_only=True)
     largest = max(weight.grad.abs().max() for weight in peer64.weights.values())
     assert set(ours) == {"module." + name for name in peer64.weights}
@@ -150,8 +151,8 @@ def test_value_and_every_gradient_in_float64(model, peer64, tmp_path):
 
 
 def test_pooling_and_remat(model, tmp_path):
-    ssamba.save_torch_checkpoint(model, tmp_path / "model.pth")
-    other = ssamba.load_torch_checkpoint(tmp_path / "model.pth", FRAMES, pooling="cls", remat=True)
+    save_torch_checkpoint(model, tmp_path / "model.pth")
+    other = load_torch_checkpoint(tmp_path / "model.pth", FRAMES, pooling="cls", remat=True)
     tokens = encode(model, bank())
     np.testing.assert_allclose(apply(other, bank()), model.head(model.head_norm(tokens[:, 0])), atol=1e-5)
     np.testing.assert_allclose(apply(model, bank()), model.head(model.head_norm(tokens[:, 1:].mean(1))), atol=1e-5)
@@ -194,7 +195,7 @@ def test_calls_refuse(model, pretrained):
 
 def fine_tuned(model, path, change=lambda state: None):
     """A checkpoint as the public code writes it, with the classifier of Vision Mamba that no output depends on."""
-    ssamba.save_torch_checkpoint(model, path)
+    save_torch_checkpoint(model, path)
     state = torch.load(path, weights_only=True)
     torch.manual_seed(0)
     state |= {"module.v.head.weight": torch.randn(7, 16), "module.v.head.bias": torch.randn(7)}
@@ -209,16 +210,16 @@ def same(a, b):
 
 def test_round_trips_are_exact(model, pretrained, tmp_path):
     written = fine_tuned(model, tmp_path / "fine.pth")
-    ssamba.save_torch_checkpoint(ssamba.load_torch_checkpoint(tmp_path / "fine.pth", FRAMES), tmp_path / "again.pth")
+    save_torch_checkpoint(load_torch_checkpoint(tmp_path / "fine.pth", FRAMES), tmp_path / "again.pth")
     assert same(torch.load(tmp_path / "again.pth", weights_only=True), written)
     assert "module.v.layers.3.mixer.A_b_log" in written
 
-    ssamba.save_torch_checkpoint(pretrained, tmp_path / "pre.pth")
+    save_torch_checkpoint(pretrained, tmp_path / "pre.pth")
     written = torch.load(tmp_path / "pre.pth", weights_only=True)
     assert written["module.p_input_tdim"] == FRAMES
     assert written["module.gpredlayer.2.weight"].shape == (256, 16)
-    back = ssamba.load_torch_checkpoint(tmp_path / "pre.pth", FRAMES)
-    ssamba.save_torch_checkpoint(back, tmp_path / "again.pth")
+    back = load_torch_checkpoint(tmp_path / "pre.pth", FRAMES)
+    save_torch_checkpoint(back, tmp_path / "again.pth")
     assert same(torch.load(tmp_path / "again.pth", weights_only=True), written)
     np.testing.assert_array_equal(encode(back, bank()), encode(pretrained, bank()))
 
@@ -226,14 +227,14 @@ def test_round_trips_are_exact(model, pretrained, tmp_path):
 def test_import_without_prefix_and_with_a_new_head(model, pretrained, tmp_path):
     state = fine_tuned(model, tmp_path / "fine.pth")
     torch.save({name.removeprefix("module."): value for name, value in state.items()}, tmp_path / "bare.pth")
-    bare = ssamba.load_torch_checkpoint(tmp_path / "bare.pth", FRAMES)
+    bare = load_torch_checkpoint(tmp_path / "bare.pth", FRAMES)
     np.testing.assert_array_equal(apply(bare, bank()), apply(model, bank()))
     # What no output depends on is no parameter: an optimizer leaves it as it is.
     assert {leaf.shape for leaf in jax.tree.leaves(nnx.state(bare, ssamba.Unused))} == {(7, 16), (7,)}
-    ssamba.save_torch_checkpoint(pretrained, tmp_path / "pre.pth")
-    assert jax.eval_shape(ssamba.load_torch_checkpoint(tmp_path / "pre.pth", FRAMES, classes=5), bank()).shape == (2, 5)
+    save_torch_checkpoint(pretrained, tmp_path / "pre.pth")
+    assert jax.eval_shape(load_torch_checkpoint(tmp_path / "pre.pth", FRAMES, classes=5), bank()).shape == (2, 5)
     with pytest.raises(ValueError, match=r"fine\.pth: has a head"):
-        ssamba.load_torch_checkpoint(tmp_path / "fine.pth", FRAMES, classes=5)
+        load_torch_checkpoint(tmp_path / "fine.pth", FRAMES, classes=5)
 
 
 def _drop(name):
@@ -267,7 +268,7 @@ def _put(name, *shape):
 def test_import_is_strict(model, tmp_path, change, says):
     fine_tuned(model, tmp_path / "bad.pth", change)
     with pytest.raises(ValueError, match=says) as caught:
-        ssamba.load_torch_checkpoint(tmp_path / "bad.pth", FRAMES)
+        load_torch_checkpoint(tmp_path / "bad.pth", FRAMES)
     assert "bad.pth" in str(caught.value)
 
 
@@ -287,16 +288,16 @@ def test_nothing_in_a_file_is_run(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     for name in ("code", "zipped", "text", "empty"):
         with pytest.raises(ValueError, match=f"{name}.pth: not a PyTorch checkpoint of arrays alone"):
-            ssamba.load_torch_checkpoint(tmp_path / f"{name}.pth", FRAMES)
+            load_torch_checkpoint(tmp_path / f"{name}.pth", FRAMES)
     assert not flag.exists()
     with pytest.raises(FileNotFoundError):
-        ssamba.load_torch_checkpoint(tmp_path / "none.pth", FRAMES)
+        load_torch_checkpoint(tmp_path / "none.pth", FRAMES)
 
 
 @pytest.mark.parametrize(("frames", "stride"), [(FRAMES, 10), (32, 16), (80, 16), (80, (16, 2))])
 def test_position_embedding_for_another_length_or_stride(pretrained, tmp_path, frames, stride):
-    ssamba.save_torch_checkpoint(pretrained, tmp_path / "pre.pth")
-    model = ssamba.load_torch_checkpoint(tmp_path / "pre.pth", frames, stride)
+    save_torch_checkpoint(pretrained, tmp_path / "pre.pth")
+    model = load_torch_checkpoint(tmp_path / "pre.pth", frames, stride)
     image = torch.tensor(np.array(pretrained.position[...]))[:, 1:].transpose(1, 2).reshape(1, 16, *GRID)
     rows, columns = model.grid
     if columns < GRID[1]:
@@ -312,22 +313,22 @@ def test_position_embedding_for_another_length_or_stride(pretrained, tmp_path, f
 
 def test_a_fine_tuned_grid_is_guessed_only_where_it_is_certain(tmp_path):
     certain = drawn(partial(SSAMBA, 8, 2, 96, 10, classes=2, d_state=2))  # 12 x 9
-    ssamba.save_torch_checkpoint(certain, tmp_path / "certain.pth")
-    longer = ssamba.load_torch_checkpoint(tmp_path / "certain.pth", 116, 10)
+    save_torch_checkpoint(certain, tmp_path / "certain.pth")
+    longer = load_torch_checkpoint(tmp_path / "certain.pth", 116, 10)
     assert longer.grid == (12, 11)
     rows = np.asarray(certain.position[...])[0, 1:].reshape(12, 9, 8)
     got = np.asarray(longer.position[...])[0, 1:].reshape(12, 11, 8)
     np.testing.assert_array_equal(got[:, [0, 5, 10]], rows[:, [0, 4, 8]])
     ambiguous = drawn(partial(SSAMBA, 8, 2, 48, 16, classes=2, d_state=2))  # 8 x 3 or 12 x 2
-    ssamba.save_torch_checkpoint(ambiguous, tmp_path / "ambiguous.pth")
+    save_torch_checkpoint(ambiguous, tmp_path / "ambiguous.pth")
     with pytest.raises(ValueError, match=r"ambiguous\.pth: v\.pos_embed has 24 patches.*\(8, 4\)"):
-        ssamba.load_torch_checkpoint(tmp_path / "ambiguous.pth", 64, 16)
+        load_torch_checkpoint(tmp_path / "ambiguous.pth", 64, 16)
 
 
 def test_export_refuses_a_stride_that_pretraining_lacks(tmp_path):
     model = drawn(partial(SSAMBA, 8, 2, 48, 10, pretraining=True, d_state=2))
     with pytest.raises(ValueError, match=r"x\.pth: stride=\(10, 10\)"):
-        ssamba.save_torch_checkpoint(model, tmp_path / "x.pth")
+        save_torch_checkpoint(model, tmp_path / "x.pth")
 
 
 # ------------------------------------------------------------------------------------------------------- pre-training

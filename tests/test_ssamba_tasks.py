@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pcgjax import evaluate, prepare, runs, segment, tasks, train
+from pcgjax import evaluate, prepare, tasks
 from pcgjax.features import spectrogram
-from pcgjax.models import ssamba
 from pcgjax.models.segmenter import PatchSegmenter
+from pcgjax.models.ssamba_checkpoint import load_torch_checkpoint
+from pcgjax.runs.data import load_data
+from pcgjax.tasks.base import TrainState, split_model
+from pcgjax.tasks.segmenter import ssamba_input
+from pcgjax.training import segmenter
+from pcgjax.training.loop import train
+from pcgjax.training.start import with_encoder
 
 RATE_HZ = 16000
 
@@ -29,7 +35,7 @@ def prepared_16k(corpus_folder, tmp_path_factory):
 def pretrained(make_config, prepared_16k, tmp_path_factory):
     """The workdir of a short pre-training."""
     workdir = tmp_path_factory.mktemp("pretrained")
-    train.train(make_config({"data.prepared": prepared_16k}, "ssamba_pretrain"), workdir)
+    train(make_config({"data.prepared": prepared_16k}, "ssamba_pretrain"), workdir)
     return workdir
 
 
@@ -43,7 +49,7 @@ def test_pretraining_learns_and_leaves_a_checkpoint(pretrained):
     losses = [line["loss"] for line in lines(pretrained, "train")]
     assert losses[-1] < losses[0]
     assert lines(pretrained, "validation")[-1]["loss"] < lines(pretrained, "validation")[0]["loss"]
-    model = ssamba.load_torch_checkpoint(pretrained / "ssamba.pth", 50, 16)
+    model = load_torch_checkpoint(pretrained / "ssamba.pth", 50, 16)
     assert model.grid == (8, 3)
     assert hasattr(model, "mask_token")
 
@@ -61,7 +67,7 @@ def test_pretraining_has_no_predictions_but_a_report(pretrained, corpus_folder, 
 
 def test_there_are_no_labels_to_shuffle(make_config, tmp_path):
     with pytest.raises(ValueError, match="shuffle_labels=True: a control for classifiers"):
-        runs.load_data(make_config({"data.shuffle_labels": True}, "ssamba_pretrain"), tmp_path)
+        load_data(make_config({"data.shuffle_labels": True}, "ssamba_pretrain"), tmp_path)
 
 
 @pytest.mark.slow
@@ -71,22 +77,22 @@ def test_a_segmenter_starts_from_it(make_config, prepared_16k, pretrained, tmp_p
     task = tasks.make(config, RATE_HZ)
     model = task.init(nnx.Rngs(0))
     assert model.encoder.grid == (8, 25)  # a token each 20 ms
-    graphdef, params, rest = tasks.split(model)
-    state = tasks.TrainState(jnp.zeros((), jnp.int32), params, rest, None, None)
-    begun = train.with_encoder(state, graphdef, str(pretrained / "ssamba.pth"))
-    theirs = ssamba.load_torch_checkpoint(pretrained / "ssamba.pth", model.encoder.frames, model.encoder.stride)
+    graphdef, params, rest = split_model(model)
+    state = TrainState(jnp.zeros((), jnp.int32), params, rest, None, None)
+    begun = with_encoder(state, graphdef, str(pretrained / "ssamba.pth"))
+    theirs = load_torch_checkpoint(pretrained / "ssamba.pth", model.encoder.frames, model.encoder.stride)
     np.testing.assert_array_equal(begun.params["encoder"]["patch_kernel"], theirs.patch_kernel[...])
     np.testing.assert_array_equal(begun.params["encoder"]["position"], theirs.position[...])
     assert begun.params["encoder"]["position"].shape == (1, 1 + 8 * 25, 16)
     np.testing.assert_array_equal(begun.params["head"]["kernel"], params["head"]["kernel"])
 
-    results = train.train(config, tmp_path)
+    results = train(config, tmp_path)
     assert results["segmentation"]["test"]["frame_accuracy"]["value"] > 0.15
-    assert segment.load(tmp_path).frames == 25
+    assert segmenter.load_segmenter(tmp_path).frames == 25
 
     wider = make_config({**changes, "model.width": 32}, "segmenter")
     with pytest.raises(ValueError, match=r"ssamba.pth: .* has shape .* set model.width"):
-        train.train(wider, tmp_path / "wider")
+        train(wider, tmp_path / "wider")
 
 
 def test_tokens_are_at_the_frames_that_they_are_judged_by():
@@ -124,4 +130,4 @@ def test_bad_config_names_the_field(name, changes, rate_hz, message, make_config
 def test_input_is_the_published_one():
     x = jax.random.normal(jax.random.key(0), (2, 8000)) * 0.1 + 0.3
     expected = (spectrogram.kaldi_fbank(x - x.mean(-1, keepdims=True)) + 4.2677393) / (2 * 4.5689974)
-    np.testing.assert_allclose(tasks.ssamba_input(x), expected, atol=1e-6)
+    np.testing.assert_allclose(ssamba_input(x), expected, atol=1e-6)

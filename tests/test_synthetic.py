@@ -13,20 +13,35 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from pcgjax import audio
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, load, synthetic
-from pcgjax.datasets.synthetic import Murmur, Noise, Stethoscope, simulate
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, audio, load, synthetic
+from pcgjax.datasets.simulate import (
+    GRADES,
+    PITCHES,
+    QUALITIES,
+    SITES,
+    TIMINGS,
+    Murmur,
+    Noise,
+    Stethoscope,
+    audible_sites,
+    draw_noise,
+    draw_person,
+    simulate_person,
+    systole_s,
+)
 
 RATE_HZ = 2000
 PERSON = dataclasses.replace(
-    synthetic.draw_person(np.random.default_rng(1), 0, murmur_fraction=0),
+    draw_person(np.random.default_rng(1), 0, murmur_fraction=0),
     heart_rate_bpm=70.0, sinus_arrhythmia=0.05, rr_jitter=0.0, breaths_per_minute=15.0, murmur_site="TV",
 )  # fmt: skip
 HOLOSYSTOLIC = Murmur("Holosystolic", "Plateau", "III/VI", "Medium", "Blowing", 180.0)
 
 
 def heart(person=PERSON, site="TV", noise=None, stethoscope=None, duration_s=12.0, rate_hz=RATE_HZ, seed=0):
-    samples, annotations = simulate(person, site, np.random.default_rng(seed), duration_s, rate_hz, noise, stethoscope)
+    samples, annotations = simulate_person(
+        person, site, np.random.default_rng(seed), duration_s, rate_hz, noise, stethoscope
+    )
     return samples.astype(float), annotations
 
 
@@ -56,9 +71,9 @@ def rms(samples):
 
 
 def test_same_generator_state_gives_the_same_bits():
-    person = synthetic.draw_person(np.random.default_rng([3, 7]), 1)
-    assert person == synthetic.draw_person(np.random.default_rng([3, 7]), 1)
-    noise = synthetic.draw_noise(np.random.default_rng(5), 20)
+    person = draw_person(np.random.default_rng([3, 7]), 1)
+    assert person == draw_person(np.random.default_rng([3, 7]), 1)
+    noise = draw_noise(np.random.default_rng(5), 20)
     first, second = (heart(person, noise=noise, seed=9) for _ in range(2))
     assert first[0].tobytes() == second[0].tobytes()
     assert first[1] == second[1]
@@ -67,7 +82,7 @@ def test_same_generator_state_gives_the_same_bits():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_annotations_tile_the_recording_and_hold_the_sounds(seed):
-    person = synthetic.draw_person(np.random.default_rng(seed), 0, murmur_fraction=0)
+    person = draw_person(np.random.default_rng(seed), 0, murmur_fraction=0)
     samples, annotations = heart(person, seed=seed, duration_s=8.3)
     assert samples.shape == (16600,)
     assert annotations[0][2] in (S1, S2)
@@ -88,7 +103,7 @@ def test_annotations_tile_the_recording_and_hold_the_sounds(seed):
 
 
 def test_systole_follows_the_heart_rate():
-    assert synthetic.systole_s(70, "Male") == pytest.approx(0.413 - 0.0017 * 70 + 0.025)
+    assert systole_s(70, "Male") == pytest.approx(0.413 - 0.0017 * 70 + 0.025)
     for rate_bpm in (60.0, 100.0):
         person = dataclasses.replace(PERSON, heart_rate_bpm=rate_bpm, sinus_arrhythmia=0.0)
         _, annotations = heart(person, duration_s=30)
@@ -97,7 +112,7 @@ def test_systole_follows_the_heart_rate():
         sounds = [(start, end) for start, end, state in annotations if state in (S1, S2)]
         first = int(annotations[0][2] == S2)
         systoles = [b[0] - a[0] for a, b in zip(sounds[first::2], sounds[first + 1 :: 2], strict=False)]
-        assert np.mean(systoles) == pytest.approx(float(synthetic.systole_s(rate_bpm, person.sex)), abs=0.003)
+        assert np.mean(systoles) == pytest.approx(float(systole_s(rate_bpm, person.sex)), abs=0.003)
 
 
 def test_a2_p2_splitting_widens_with_inspiration():
@@ -141,7 +156,7 @@ def test_extrasystoles_come_early_and_are_followed_by_a_pause():
 
 def test_s1_is_loudest_at_the_apex_and_s2_at_the_base():
     peak: dict[int, dict[str, float]] = collections.defaultdict(dict)
-    for site in synthetic.SITES:
+    for site in SITES:
         samples, annotations = heart(PERSON, site)
         for wanted in (S1, S2):
             peak[wanted][site] = max(
@@ -156,9 +171,9 @@ def test_s1_is_loudest_at_the_apex_and_s2_at_the_base():
 # Murmurs
 
 
-@pytest.mark.parametrize("timing", synthetic.TIMINGS)
+@pytest.mark.parametrize("timing", TIMINGS)
 def test_murmur_lies_in_its_part_of_its_phase(timing):
-    phase, begin, end = synthetic.TIMINGS[timing]
+    phase, begin, end = TIMINGS[timing]
     grading = "III/VI" if phase == SYSTOLE else "III/IV"
     samples, annotations = murmur_alone(Murmur(timing, "Plateau", grading, "Medium", "Blowing", 180.0))
     assert within(samples, annotations, (phase,)) > 0.95
@@ -191,7 +206,7 @@ def test_shape_moves_the_envelopes_centroid(shape, low, high):
 
 def test_grades_scale_the_amplitude():
     for phase, timing in ((SYSTOLE, "Holosystolic"), (DIASTOLE, "Holodiastolic")):
-        grades = synthetic.GRADES[phase]
+        grades = GRADES[phase]
         murmurs = [dataclasses.replace(HOLOSYSTOLIC, timing=timing, grading=grading) for grading in grades]
         levels = [rms(murmur_alone(murmur)[0]) for murmur in murmurs]
         true = list(grades.values())
@@ -199,10 +214,10 @@ def test_grades_scale_the_amplitude():
         assert levels == sorted(levels)
 
 
-@pytest.mark.parametrize("quality", synthetic.QUALITIES)
-@pytest.mark.parametrize("pitch", synthetic.PITCHES)
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("pitch", PITCHES)
 def test_pitch_is_where_the_energy_is(pitch, quality):
-    centre_hz = float(np.mean(synthetic.PITCHES[pitch]))
+    centre_hz = float(np.mean(PITCHES[pitch]))
     samples, _ = murmur_alone(dataclasses.replace(HOLOSYSTOLIC, pitch=pitch, quality=quality, centre_hz=centre_hz))
     f, p = power(samples)
     inside = (f > centre_hz / 2) & (f < centre_hz * 2)
@@ -212,7 +227,7 @@ def test_pitch_is_where_the_energy_is(pitch, quality):
 
 def test_musical_blowing_and_harsh_differ_in_bandwidth():
     flatness, octaves = {}, {}
-    for quality in synthetic.QUALITIES:
+    for quality in QUALITIES:
         f, p = power(murmur_alone(dataclasses.replace(HOLOSYSTOLIC, quality=quality), duration_s=30)[0])
         near = p[(f > 130) & (f < 250)]  # around the pitch of 180 Hz
         flatness[quality] = np.exp(np.mean(np.log(near))) / np.mean(near)
@@ -225,14 +240,14 @@ def test_musical_blowing_and_harsh_differ_in_bandwidth():
 def test_murmur_is_heard_at_some_sites_and_loudest_at_its_own():
     murmur = dataclasses.replace(HOLOSYSTOLIC, grading="I/VI")
     person = dataclasses.replace(PERSON, murmurs=(murmur,), murmur_site="AV")
-    heard = synthetic.audible_sites(person)
-    level = {site: rms(heart(person, site)[0] - heart(PERSON, site)[0]) for site in synthetic.SITES}
+    heard = audible_sites(person)
+    level = {site: rms(heart(person, site)[0] - heart(PERSON, site)[0]) for site in SITES}
     assert {site for site in level if level[site] > 0} == set(heard)
     assert 1 <= len(heard) < 4
     assert max(level, key=level.__getitem__) == "AV"
     loud = dataclasses.replace(person, murmurs=(dataclasses.replace(murmur, grading="III/VI"),))
-    assert len(synthetic.audible_sites(loud)) > len(heard)
-    assert synthetic.audible_sites(PERSON) == []
+    assert len(audible_sites(loud)) > len(heard)
+    assert audible_sites(PERSON) == []
 
 
 # What the recording adds
@@ -353,7 +368,7 @@ def test_cinc2016_round_trip(tmp_path, written):
         assert recording.rate_hz == 2000
         assert recording.labels["abnormal"] == str(int(bool(person.murmurs)))
         assert sites[recording.labels["site"]] == site
-        assert not person.murmurs or site in synthetic.audible_sites(person)
+        assert not person.murmurs or site in audible_sites(person)
         same_annotations(recording.annotations, annotations, 0.5 / 2000 + 1e-9)
         assert audio.read(recording.path)[1] == 2000
         assert recording.person_known == (recording.database[-1] in "abc")
@@ -381,7 +396,7 @@ def test_circor_round_trip(tmp_path, written):
             assert not any(key.startswith(("systolic", "diastolic", "murmur_audible")) for key in labels)
             continue
         assert labels["murmur"] == labels["abnormal"]
-        assert labels["murmur_audible"] == str(int(site in synthetic.audible_sites(person)))
+        assert labels["murmur_audible"] == str(int(site in audible_sites(person)))
         assert labels.get("most_audible_site") == (person.murmur_site if person.murmurs else None)
         by_phase = {murmur.phase: murmur for murmur in person.murmurs}
         for phase, word in ((SYSTOLE, "systolic"), (DIASTOLE, "diastolic")):

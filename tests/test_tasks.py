@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pcgjax import input_pipeline, segmentation, tasks
+from pcgjax import tasks
+from pcgjax.data import batches
+from pcgjax.data.corpus import in_memory
+from pcgjax.data.plan import Geometry, batch_units
 from pcgjax.datasets import UNANNOTATED
 from pcgjax.features import filters
+from pcgjax.segmentation.states import frame_states, target_frames
+from pcgjax.tasks.augment import masked_bands, recoloured, stretched
+from pcgjax.tasks.base import cut_windows
+from pcgjax.tasks.segmenter import events, frame_features, frame_hop
 
 RATE_HZ = 1000
 STEADY = {"model.dropout": 0.0}  # two passes over the same data give the same
@@ -30,13 +37,13 @@ def corpus_of(lengths, seed=0):
     rng = np.random.default_rng(seed)
     samples = [(rng.standard_normal(n) * rng.uniform(1000, 9000)).clip(-32767, 32767).astype(np.int16) for n in lengths]
     rows = [{"id": f"r{i}", "annotations": annotated(n, rng)} for i, n in enumerate(lengths)]
-    return input_pipeline.in_memory(rows, samples, RATE_HZ)
+    return in_memory(rows, samples, RATE_HZ)
 
 
 def batch_of(task, corpus, ids):
     ids = np.array([ids], np.int32)
-    capacity = int(input_pipeline.batch_units(ids[None], corpus.lengths, task.geometry)[0])
-    return input_pipeline.pack(corpus, task.labels(corpus), ids[0], capacity, task.geometry), capacity
+    capacity = int(batch_units(ids[None], corpus.lengths, task.geometry)[0])
+    return batches.pack(corpus, task.labels(corpus), ids[0], capacity, task.geometry), capacity
 
 
 def direct(config, model):
@@ -44,7 +51,7 @@ def direct(config, model):
 
     @jax.jit
     def logits(params, samples, real):
-        features, _ = tasks.frame_features(config, samples[None], real[None], RATE_HZ)
+        features, _ = frame_features(config, samples[None], real[None], RATE_HZ)
         return nnx.merge(graphdef, params)(features)[0]
 
     graphdef, params = nnx.split(model)
@@ -66,15 +73,15 @@ def loss_of(task, model):
 def by_hand(config, logits_of, corpus, index, shift=0):
     """(loss, correct, samples) of one recording, window by window."""
     f, target = config.features, config.task.frames
-    hop, halo = tasks.frame_hop(config, RATE_HZ)
+    hop, halo = frame_hop(config, RATE_HZ)
     window = round(f.window_s * RATE_HZ) // hop * hop
     x = corpus.read(index).astype(np.float32) / 32767
-    truth = segmentation.frame_states(
+    truth = frame_states(
         [(a - shift / RATE_HZ, b - shift / RATE_HZ, s) for a, b, s in corpus.rows[index]["annotations"]],
         len(x) // hop + 1,
         f.step_s,
     )
-    wanted = segmentation.target_frames(truth, target)
+    wanted = target_frames(truth, target)
     loss, correct, samples = 0.0, 0, 0
     for k in range(max(len(x) // window, 1)):
         padded = np.zeros(window + 2 * halo, np.float32)
@@ -106,13 +113,13 @@ def test_events_are_where_states_begin():
         {"annotations": []},
         {"annotations": [(0.0, 0.0002, 1)]},  # less than a sample
     ]
-    corpus = input_pipeline.in_memory(rows, [np.zeros(800, np.int16)] * 3, RATE_HZ)
-    found = tasks.events(corpus)
+    corpus = in_memory(rows, [np.zeros(800, np.int16)] * 3, RATE_HZ)
+    found = events(corpus)
     assert found.dtype == np.int32
     marks = [[(int(e) // 8, int(e) % 8) for e in row if e != np.iinfo(np.int32).max] for row in found]
     assert marks == [[(100, 1), (200, 2), (300, UNANNOTATED), (600, 4), (700, UNANNOTATED)], [], []]
-    nothing = input_pipeline.in_memory(rows[1:2], [np.zeros(800, np.int16)], RATE_HZ)
-    assert tasks.events(nothing).shape == (1, 1)
+    nothing = in_memory(rows[1:2], [np.zeros(800, np.int16)], RATE_HZ)
+    assert events(nothing).shape == (1, 1)
 
 
 @pytest.mark.parametrize(("target", "bidirectional"), [("states", True), ("cycle", False)])
@@ -160,7 +167,7 @@ def test_without_room_nothing_shifts(make_config):
 
 
 def test_cut_windows_hold_their_own_recording_and_zeros():
-    geometry, halo = input_pipeline.Geometry(100, 100, 17, 17), 17
+    geometry, halo = Geometry(100, 100, 17, 17), 17
     lengths, shift = np.array([60, 330, 0, 200], np.int32), np.array([0, 30, 0, 0], np.int32)
     rng = np.random.default_rng(0)
     samples = [rng.uniform(1, 2, n).astype(np.float32) for n in lengths]
@@ -171,7 +178,7 @@ def test_cut_windows_hold_their_own_recording_and_zeros():
         buffer[start : start + len(own)] = own
     rows = buffer.reshape(-1, filters.ALIGN)
     where = filters.packing(jnp.asarray(lengths), len(rows), geometry.lead, geometry.gap)
-    cut = tasks._cut(jnp.asarray(rows), where, geometry, capacity + 1, halo, jnp.asarray(shift))
+    cut = cut_windows(jnp.asarray(rows), where, geometry, capacity + 1, halo, jnp.asarray(shift))
     assert np.asarray(cut.real).tolist() == [True] * capacity + [False]
     assert np.asarray(cut.recording)[:capacity].tolist() == [0, 1, 1, 1, 3, 3]
     for j, (recording, begin) in enumerate([(0, 0), (1, 30), (1, 130), (1, 230), (3, 0), (3, 100)]):
@@ -186,7 +193,7 @@ def test_cut_windows_hold_their_own_recording_and_zeros():
 
 def test_masked_bands_are_neighbours():
     x = jnp.ones((200, 3, 12))
-    masked = np.asarray(tasks.masked_bands(jax.random.key(0), x, 4)) == 0
+    masked = np.asarray(masked_bands(jax.random.key(0), x, 4)) == 0
     sizes, firsts = set(), set()
     for item in masked:
         assert (item == item[0]).all()  # in all frames the same
@@ -197,14 +204,14 @@ def test_masked_bands_are_neighbours():
             firsts.add(int(bands[0]))
     assert sizes == {0, 1, 2, 3, 4}
     assert {0, 11} <= firsts | {int(np.flatnonzero(item[0])[-1]) for item in masked if item.any()}
-    assert tasks.masked_bands(jax.random.key(0), x, 0) is x
+    assert masked_bands(jax.random.key(0), x, 0) is x
 
 
 def test_another_stethoscope_changes_bands_and_not_time():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(300, 20, 32)), jnp.float32)
     real = jnp.arange(20)[None] < jnp.asarray(rng.integers(5, 21, 300))[:, None]
-    y = np.asarray(tasks.recoloured(jax.random.key(0), x, real, 6.0, noise=False))
+    y = np.asarray(recoloured(jax.random.key(0), x, real, 6.0, noise=False))
     assert (y[~np.asarray(real)] == 0).all()
     change = np.where(np.asarray(real)[..., None], y - np.asarray(x), np.nan)
     assert np.nanmax(np.nanstd(change, 1)) < 1e-5  # the same in all frames
@@ -214,12 +221,12 @@ def test_another_stethoscope_changes_bands_and_not_time():
     assert 4 < db[:, 0].std() < 8
     assert np.abs(np.diff(db)).max() < 6  # slowly from band to band
     np.testing.assert_allclose([y[i, np.asarray(real)[i]].mean() for i in range(9)], 0, atol=1e-5)
-    assert tasks.recoloured(jax.random.key(0), x, real, 0.0, noise=False) is x
+    assert recoloured(jax.random.key(0), x, real, 0.0, noise=False) is x
 
 
 def test_noise_hides_what_is_soft_and_not_what_is_loud():
     x = jnp.tile(jnp.where(jnp.arange(40)[:, None] % 4 == 0, 3.0, -3.0), (200, 1, 32))
-    y = np.asarray(tasks.recoloured(jax.random.key(0), x, jnp.ones((200, 40), bool), 0.0, noise=True))
+    y = np.asarray(recoloured(jax.random.key(0), x, jnp.ones((200, 40), bool), 0.0, noise=True))
     loud, soft = y[:, ::4].mean((1, 2)), np.delete(y, np.s_[::4], 1).mean((1, 2))
     distance = loud - soft
     assert distance.min() > 1  # the sounds stay
@@ -230,7 +237,7 @@ def test_noise_hides_what_is_soft_and_not_what_is_loud():
 def test_stretched_frames_are_the_recordings_own():
     x = jnp.arange(1.0, 101)[None, :, None].repeat(64, 0)
     real = jnp.arange(100)[None].repeat(64, 0) < 90
-    y, still_real, source = map(np.asarray, tasks.stretched(jax.random.key(0), x, real, 0.2))
+    y, still_real, source = map(np.asarray, stretched(jax.random.key(0), x, real, 0.2))
     np.testing.assert_array_equal(y[..., 0], np.where(still_real, source + 1, 0))
     assert (source[still_real] < 90).all()
     steps = np.diff(source, axis=1)
@@ -248,7 +255,7 @@ def test_stretched_frames_are_the_recordings_own():
 def test_stretching_moves_the_labels_along(make_config):
     config = make_config({**STEADY, "features.stretch": 0.2, "features.window_s": 1.0}, "segmenter_small")
     task = tasks.make(config, RATE_HZ)
-    half = input_pipeline.in_memory(
+    half = in_memory(
         [{"id": "a", "annotations": [(0.0, 0.5, 1), (0.5, 1.0, 3)]}], [np.full(1000, 1000, np.int16)], RATE_HZ
     )
     batch, capacity = batch_of(task, half, [0])
@@ -276,9 +283,9 @@ def test_training_masks_anew_each_time(make_config):
 
 def test_the_running_level_goes_on_from_piece_to_piece(make_config):
     config = make_config({"model.bidirectional": False}, "segmenter_small")
-    hop, halo = tasks.frame_hop(config, RATE_HZ)
+    hop, halo = frame_hop(config, RATE_HZ)
     x = np.random.default_rng(0).standard_normal((2, 60 * hop + 2 * halo)).astype(np.float32)
-    features = jax.jit(lambda x, real, level: tasks.frame_features(config, x, real, RATE_HZ, level))
+    features = jax.jit(lambda x, real, level: frame_features(config, x, real, RATE_HZ, level))
     whole, (total, weight) = features(x, np.ones((2, 60), bool), None)
     level, parts = None, []
     for first, stop in ((0, 30), (30, 60)):

@@ -13,9 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from pcgjax import input_pipeline, metrics, prepare, report, runs, splits, train
-from pcgjax.checkpoint import CheckpointError
-from pcgjax.experiment import balance_groups
+from pcgjax import metrics
+from pcgjax.data import PrepareError, splits
+from pcgjax.data.corpus import from_prepared
+from pcgjax.data.plan import epoch_order
+from pcgjax.data.shards import read_rows
+from pcgjax.runs.data import load_data, shuffle_labels
+from pcgjax.runs.results import PREDICTION_FIELDS
+from pcgjax.runs.streams import ORDER
+from pcgjax.runtime.checkpoint import CheckpointError
+from pcgjax.systems import run_all
+from pcgjax.training.experiment import balance_groups
+from pcgjax.training.loop import train
+from pcgjax.training.stages import variants
 
 
 def lines_of(workdir, without=("seconds", "waited")):
@@ -71,7 +81,7 @@ def test_what_a_run_writes(trained):
 
     with (trained / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == report.PREDICTION_FIELDS
+    assert tuple(rows[0]) == PREDICTION_FIELDS
     for part in ("validation", "test"):
         assert sorted(row["id"] for row in rows if row["split"] == part) == split[part]
     for row in rows:
@@ -96,7 +106,7 @@ def test_what_a_run_writes(trained):
 
 def test_totals_of_an_epoch_are_those_of_its_steps(trained, make_config, tmp_path):
     # One checkpoint an epoch instead of one every two steps: the same numbers.
-    train.train(make_config({"train.checkpoint_steps": 1000}), tmp_path)
+    train(make_config({"train.checkpoint_steps": 1000}), tmp_path)
     assert_same_run(trained, tmp_path)
 
 
@@ -134,7 +144,7 @@ def test_killed_and_resumed_equals_uninterrupted(pipeline, command, make_config,
     assert steps_an_epoch < stopped_at < 6 * steps_an_epoch
     assert stopped_at % steps_an_epoch
     assert not (workdir / "metrics.json").exists()
-    train.train(make_config({"data.pipeline": pipeline}), workdir)
+    train(make_config({"data.pipeline": pipeline}), workdir)
     assert_same_run(workdir, trained)  # a streamed run is held to the resident one as well
 
 
@@ -146,7 +156,7 @@ def test_sigterm_saves_and_the_run_goes_on(command, make_config, trained, tmp_pa
     assert "stopped by signal 15 at step" in (workdir / "train.log").read_text()
     (stopped_at,) = (int(p.name) for p in (workdir / "checkpoints" / "last").iterdir())
     assert steps_an_epoch < stopped_at < 6 * steps_an_epoch
-    train.train(make_config(), workdir)
+    train(make_config(), workdir)
     assert_same_run(workdir, trained)
 
 
@@ -154,9 +164,9 @@ def test_more_epochs_continue_a_finished_run(make_config, trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     before = lines_of(workdir)
-    train.train(make_config(), workdir)  # nothing left to do but to judge again
+    train(make_config(), workdir)  # nothing left to do but to judge again
     assert_same_run(workdir, trained)
-    train.train(make_config({"train.epochs": 8}), workdir)
+    train(make_config({"train.epochs": 8}), workdir)
     after = lines_of(workdir)
     assert after[:12] == before[:12]
     assert [(line["split"], line.get("epoch")) for line in after[12:]] == [
@@ -180,7 +190,7 @@ def test_another_experiment_in_the_same_workdir(changes, named, make_config, tra
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     with pytest.raises((CheckpointError, splits.SplitError), match=named):
-        train.train(make_config(changes), workdir)
+        train(make_config(changes), workdir)
     assert lines_of(workdir) == lines_of(trained)
 
 
@@ -191,7 +201,7 @@ def test_other_split_in_the_same_workdir(make_config, trained, tmp_path):
     split["train"], split["test"] = split["test"], split["train"]
     (workdir / "split.json").write_text(json.dumps(split))
     with pytest.raises(CheckpointError, match=r"another order of data \(data or split"):
-        train.train(make_config(), workdir)
+        train(make_config(), workdir)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
@@ -202,7 +212,7 @@ def test_damaged_checkpoint(damage, make_config, trained, tmp_path):
         if path.is_file() and "ocdbt" in str(path):
             path.write_bytes(path.read_bytes()[:40]) if damage == "cut" else path.unlink()
     with pytest.raises(CheckpointError, match=r"checkpoints/last/\d+: not a checkpoint of this run"):
-        train.train(make_config(), workdir)
+        train(make_config(), workdir)
 
 
 def test_half_written_checkpoint_is_passed_over(make_config, trained, tmp_path):
@@ -212,7 +222,7 @@ def test_half_written_checkpoint_is_passed_over(make_config, trained, tmp_path):
     step = int(next(folder.iterdir()).name)
     shutil.copytree(folder / str(step), folder / f"{step + 3}.orbax-checkpoint-tmp")
     (folder / f"{step + 3}.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
-    train.train(make_config(), workdir)
+    train(make_config(), workdir)
     assert [p.name for p in folder.iterdir()] == [str(step)]
 
 
@@ -222,15 +232,15 @@ def test_half_written_checkpoint_is_passed_over(make_config, trained, tmp_path):
 def test_loss_that_is_not_finite(make_config, prepared, tmp_path):
     config = make_config({"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "features.filter": "none"})
     with pytest.raises(FloatingPointError) as raised:
-        train.train(config, tmp_path)
+        train(config, tmp_path)
     text = str(raised.value)
     assert "optimizer.learning_rate=1e+30" in text
     step = int(text.split("at step ")[1].split(",")[0])
     # The recordings that it names are those of that step.
-    _, parts, _ = runs.load_data(config, tmp_path)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), runs.ORDER), 0)
-    ids = input_pipeline.epoch_order(parts["train"], None, key, 3)[step].reshape(-1)
-    _, rows = prepare.read_rows(prepared)
+    _, parts, _ = load_data(config, tmp_path)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), ORDER), 0)
+    ids = epoch_order(parts["train"], None, key, 3)[step].reshape(-1)
+    _, rows = read_rows(prepared)
     assert f"recordings {', '.join(rows[i]['id'] for i in ids if i >= 0)};" in text
     assert not list((tmp_path / "checkpoints" / "last").glob("[0-9]*")) or step >= 2
 
@@ -248,7 +258,7 @@ def test_nothing_is_compiled_after_the_first_epoch(pipeline, make_config, tmp_pa
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        train.train(make_config({"data.pipeline": pipeline, "features.filter": "none"}), tmp_path)
+        train(make_config({"data.pipeline": pipeline, "features.filter": "none"}), tmp_path)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     data = json.loads((tmp_path / "metrics.json").read_text())["data"]
@@ -263,8 +273,8 @@ def test_nothing_is_compiled_after_the_first_epoch(pipeline, make_config, tmp_pa
 
 
 def test_shuffled_labels_keep_people_and_counts(prepared):
-    _, rows = prepare.read_rows(prepared)
-    dealt = runs.shuffle_labels(rows, "abnormal", jax.random.key(0))
+    _, rows = read_rows(prepared)
+    dealt = shuffle_labels(rows, "abnormal", jax.random.key(0))
     assert [row["id"] for row in dealt] == [row["id"] for row in rows]
     label = {row["id"]: row["labels"]["abnormal"] for row in dealt}
     assert label != {row["id"]: row["labels"]["abnormal"] for row in rows}
@@ -277,19 +287,19 @@ def test_shuffled_labels_keep_people_and_counts(prepared):
         assert all(len({label[row["id"]] for row in members}) == 1 for members in own)
         before = sorted(members[0]["labels"]["abnormal"] for members in own)
         assert sorted(label[members[0]["id"]] for members in own) == before
-    again = runs.shuffle_labels(rows, "abnormal", jax.random.key(0))
+    again = shuffle_labels(rows, "abnormal", jax.random.key(0))
     assert again == dealt
-    assert runs.shuffle_labels(rows, "abnormal", jax.random.key(1)) != dealt
+    assert shuffle_labels(rows, "abnormal", jax.random.key(1)) != dealt
 
 
 def test_shuffled_labels_leave_unlabelled_rows_alone():
     rows = [{"id": str(i), "person": str(i), "database": "d", "labels": {"abnormal": str(i % 2)}} for i in range(8)]
     rows.append({"id": "8", "person": "8", "database": "d", "labels": {"murmur": "1"}})
-    assert runs.shuffle_labels(rows, "abnormal", jax.random.key(0))[8] == rows[8]
+    assert shuffle_labels(rows, "abnormal", jax.random.key(0))[8] == rows[8]
 
 
 def test_balance_groups(make_config, prepared):
-    corpus = input_pipeline.from_prepared(prepared)
+    corpus = from_prepared(prepared)
     labels = corpus.labels("abnormal")
     indices = np.arange(len(labels))[::-1]
     assert balance_groups("none", corpus, labels, indices) is None
@@ -301,7 +311,7 @@ def test_balance_groups(make_config, prepared):
 
 def test_balanced_training_runs(make_config, tmp_path):
     changes = {"train.balance": "class", "train.epochs": 1, "features.filter": "none"}
-    results = train.train(make_config(changes), tmp_path)
+    results = train(make_config(changes), tmp_path)
     assert results["data"]["train_recordings"] == len(json.loads((tmp_path / "split.json").read_text())["train"])
 
 
@@ -355,7 +365,7 @@ BAD = [
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(changes) for changes, _ in BAD])
 def test_bad_config_names_the_field(changes, message, make_config, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.train(make_config(changes), tmp_path / "run")
+        train(make_config(changes), tmp_path / "run")
 
 
 def test_split_of_another_corpus(make_config, trained, tmp_path):
@@ -363,7 +373,7 @@ def test_split_of_another_corpus(make_config, trained, tmp_path):
     split["test"][0] = "x0001"
     (tmp_path / "split.json").write_text(json.dumps(split))
     with pytest.raises(splits.SplitError, match=r"1 recordings are not in this data set \(x0001"):
-        train.train(make_config({"split.file": str(tmp_path / "split.json")}), tmp_path / "run")
+        train(make_config({"split.file": str(tmp_path / "split.json")}), tmp_path / "run")
 
 
 def test_split_that_leaks(make_config, prepared, trained, tmp_path):
@@ -372,9 +382,9 @@ def test_split_that_leaks(make_config, prepared, trained, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps(split))
     config = make_config({"split.file": str(tmp_path / "split.json")})
     with pytest.raises(splits.LeakError, match=f"recording {split['train'][0]} is in train and in test"):
-        train.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     config.split.allow_leaks = True
-    *_, checked = runs.load_data(config, tmp_path / "run")
+    *_, checked = load_data(config, tmp_path / "run")
     assert checked["people_apart"] is False
     assert checked["leaks"]
 
@@ -383,8 +393,8 @@ def test_damaged_shard(make_config, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "prepared")
     shard = next((tmp_path / "prepared").glob("*.array_record"))
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(prepare.PrepareError, match=rf"{shard.name}: missing, cut or corrupt"):
-        train.train(make_config({"data.prepared": str(tmp_path / "prepared")}), tmp_path / "run")
+    with pytest.raises(PrepareError, match=rf"{shard.name}: missing, cut or corrupt"):
+        train(make_config({"data.prepared": str(tmp_path / "prepared")}), tmp_path / "run")
 
 
 def test_damaged_history(make_config, trained, tmp_path):
@@ -392,12 +402,12 @@ def test_damaged_history(make_config, trained, tmp_path):
     shutil.copytree(trained, workdir)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "spl')
-    train.train(make_config(), workdir)  # a line that was being written when the disk was full
+    train(make_config(), workdir)  # a line that was being written when the disk was full
     assert_same_run(workdir, trained)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     (workdir / "metrics.jsonl").write_text("\n".join(["nonsense", *lines]))
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 1: .*; remove that line"):
-        train.train(make_config(), workdir)
+        train(make_config(), workdir)
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -434,7 +444,7 @@ def test_argument_that_does_not_exist(argument, message, run_command, tmp_path):
 
 @pytest.mark.parametrize("pipeline", ["resident", "stream"])
 def test_dry_run(pipeline, make_config, tmp_path, capsys):
-    facts = train.train(make_config({"features.filter": "none", "data.pipeline": pipeline}), tmp_path, dry_run=True)
+    facts = train(make_config({"features.filter": "none", "data.pipeline": pipeline}), tmp_path, dry_run=True)
     assert facts["parameters"] == 4 * 5 + 4 + 8 * 20 + 8 + 8 * (8 * 122 + 1) + 9
     assert facts["state_bytes"]["parameters"] == {"total": 32068, "device": 32068, "share": 1.0}
     assert facts["step"]["flops"] > 0
@@ -449,7 +459,7 @@ def test_a_sweep_does_not_drop_variants(make_config, tmp_path):
     with config.unlocked():
         config.variants = {"a": {"features": {"filter": "none"}}}
     with pytest.raises(ValueError, match="this config has variants"):
-        train.run_all(config, tmp_path, False)
+        run_all(config, tmp_path, False)
     assert not any(tmp_path.iterdir())
 
 
@@ -458,10 +468,10 @@ def test_variants(make_config, tmp_path, capsys):
     config = make_config({"train.epochs": 1})
     with config.unlocked():
         config.variants = {"a": {"features": {"filter": "none"}}, "b": {"features": {"filter": "causal"}}}
-    train.variants(config, tmp_path, dry_run=True)
+    variants(config, tmp_path, dry_run=True)
     assert capsys.readouterr().out.count("1 devices: data 1 x fsdp 1") == 2
     assert not list(tmp_path.rglob("checkpoints"))
-    rows = train.variants(config, tmp_path)
+    rows = variants(config, tmp_path)
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in rows] == [row["name"] for row in table] == ["A", "B"]
     assert "<svg" in (tmp_path / "report.html").read_text()
@@ -471,9 +481,9 @@ def test_variants(make_config, tmp_path, capsys):
         assert table["ab".index(name)]["metrics"]["auc"] == scored
     # Again: finished runs are judged, not trained; a changed config is refused.
     before = (tmp_path / "a" / "predictions.csv").read_text()
-    train.variants(config, tmp_path)
+    variants(config, tmp_path)
     assert (tmp_path / "a" / "predictions.csv").read_text() == before
     assert len([line for line in lines_of(tmp_path / "a") if line["split"] == "train"]) == 1
     config.train.batch_recordings = 2
     with pytest.raises(CheckpointError, match=r"train.batch_recordings=3, now 2"):
-        train.variants(config, tmp_path)
+        variants(config, tmp_path)

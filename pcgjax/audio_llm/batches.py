@@ -16,12 +16,13 @@ import numpy as np
 import torch
 import tqdm
 
-from pcgjax import segmentation
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
+from pcgjax.data.corpus import Corpus
+from pcgjax.data.plan import epoch_order
 from pcgjax.datasets import DIASTOLE, S1, UNANNOTATED
-from pcgjax.input_pipeline import Corpus, epoch_order
-from pcgjax.runs import EVALUATION, ORDER, STEP
+from pcgjax.runs.streams import EVALUATION, ORDER, STEP
+from pcgjax.segmentation.states import Span, read_tsv
 
 FRONT_ENDS = ("none", "crop", "gate")
 _RAMP_S = 0.01  # over which a gate opens, and cropped heartbeats are joined
@@ -40,7 +41,7 @@ def key_words(seed: int, stream: int, *steps: int) -> list[int]:
 # -------------------------------------------------------------------------------------------------- the front end
 
 
-def heartbeats(spans: Sequence[segmentation.Span]) -> list[tuple[float, float]]:
+def heartbeats(spans: Sequence[Span]) -> list[tuple[float, float]]:
     """(start_s, end_s) from the onset of each S1 to the end of its S2: a segmenter's `states`, or of its `cycle`
     the spans where it holds. What lies between is diastole, or unknown."""
     found: list[tuple[float, float]] = []
@@ -55,7 +56,7 @@ def heartbeats(spans: Sequence[segmentation.Span]) -> list[tuple[float, float]]:
 
 
 def heard(
-    samples_T: np.ndarray, spans: Sequence[segmentation.Span], kind: str, rate_hz: int, attenuation_db: float = 20.0
+    samples_T: np.ndarray, spans: Sequence[Span], kind: str, rate_hz: int, attenuation_db: float = 20.0
 ) -> np.ndarray:
     """What the front end lets through of a recording (SSAMBA paper, Fig. 1): `none` all of it (N.S), `crop` the
     heartbeats one after another, `gate` all, the rest softer by `attenuation_db` (W.S). (T',) float32.
@@ -102,14 +103,14 @@ class Source:
         samples = self.corpus.read(index).astype(np.float32) / 32767
         if self.segments is None:
             return samples
-        spans = segmentation.read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv")
+        spans = read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv")
         return heard(samples, spans, self.kind, self.corpus.sample_rate_hz, self.attenuation_db)
 
     def passes_whole(self, index: int) -> bool:
         """Whether the front end found no heartbeat to go by."""
         if self.segments is None:
             return False
-        return not heartbeats(segmentation.read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv"))
+        return not heartbeats(read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv"))
 
     def digest(self) -> str:
         """Of the segments that the front end goes by."""
@@ -147,7 +148,7 @@ def make_source(corpus: Corpus, front_end: ml_collections.ConfigDict) -> Source:
             f"{folder}: {len(lacking)} of {len(corpus.rows)} recordings have no .tsv there, such as {lacking[0]}.tsv; "
             "segment them all"
         )
-    spans = [span for row in corpus.rows for span in segmentation.read_tsv(folder / f"{row['id']}.tsv")]
+    spans = [span for row in corpus.rows for span in read_tsv(folder / f"{row['id']}.tsv")]
     beats_s = [end_s - start_s for start_s, end_s, state in spans if state == S1]
     if not any(state > S1 for *_, state in spans) and beats_s and np.median(beats_s) < _SHORTEST_BEAT_S:
         raise ValueError(

@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import app, flags
 
-from pcgjax import files
 from pcgjax.audio_llm.questions import OTHERS, TASKS
+from pcgjax.runtime import files
 
 # In the published order, at the end of the vocabulary.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")

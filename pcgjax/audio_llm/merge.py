@@ -11,9 +11,9 @@ import tempfile
 
 from absl import app, flags
 
-from pcgjax import files
 from pcgjax.audio_llm import make_tiny
 from pcgjax.audio_llm import model as llm
+from pcgjax.runtime import files
 
 # Of the base: its weights, replaced here or pickled, and the word of `make_tiny` that the folder may be overwritten.
 _LEFT_OUT = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", make_tiny.MARKER)

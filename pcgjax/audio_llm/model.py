@@ -29,7 +29,6 @@ _HOP = 160  # samples of a mel frame
 _MOST_FRAMES = 3000
 _PREFIX = 0  # of `Batch.owner_SxL`: what all questions on a clip share
 _PAD = -1
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 
 

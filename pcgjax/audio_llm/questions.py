@@ -34,7 +34,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from pcgjax import audio, datasets, files, splits
+from pcgjax import datasets
+from pcgjax.data import splits
+from pcgjax.datasets import audio
+from pcgjax.runtime import files
 
 LETTERS = "ABCDEF"
 SITES = ("audible", "all")

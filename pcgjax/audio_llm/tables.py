@@ -9,9 +9,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pcgjax import page, report
+from pcgjax import metrics
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
+from pcgjax.pages import page
+from pcgjax.pages.curves import training_curves
+from pcgjax.runs.results import read_history
 
 # The paper's figures: without segmentation (N.S), with it (W.S), and those it quotes of others.
 PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
@@ -226,7 +229,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def _spoken(score: Any) -> str:
-    low, high = page.finite(score, "low"), page.finite(score, "high")
+    low, high = metrics.finite(score, "low"), metrics.finite(score, "high")
     return page.number(score) + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
 
@@ -244,7 +247,7 @@ def document(results: Sequence[Mapping[str, Any]], log: pathlib.Path) -> str:
         ("tasks", "Task by task", apart + _task_by_task(results)),
         ("tables", "Beside the paper's figures", shown),
         ("letters", "Letters", _letters(results)),
-        *([("training", "Training", report.training_curves(report.read_history(log)))] if log.exists() else []),
+        *([("training", "Training", training_curves(read_history(log)))] if log.exists() else []),
         ("setup", "Setup", _setup(results)),
     ]
     counted = page.count(len(results), "run") + " · " + page.count(results[0]["test"]["people"], "person", "people")
@@ -275,11 +278,11 @@ def _headline(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     drawn = ""
     for title, scores, key, trivial, name, shuffled in cards:
-        value, low, high = (page.finite(scores.get(key), end) for end in ("value", "low", "high"))
+        value, low, high = (metrics.finite(scores.get(key), end) for end in ("value", "low", "high"))
         if value is None:
             continue
         # Of the excess: both are counted on the same people, which its interval knows and the accuracy's does not.
-        excess, least, most = (page.finite(scores["excess"], end) for end in ("value", "low", "high"))
+        excess, least, most = (metrics.finite(scores["excess"], end) for end in ("value", "low", "high"))
         above = least is not None and least > 0
         verdict = f'<span class="{"good" if above else "warn"}">{"clearly" if above else "not clearly"} above</span>'
         drawn += (
@@ -305,8 +308,8 @@ def _task_by_task(results: Sequence[Mapping[str, Any]]) -> str:
             if scores is None:
                 continue
             control = ((one["control"] or {"tasks": {}})["tasks"].get(task) or {}).get("accuracy")
-            value, low, high = (page.finite(scores["accuracy"], key) for key in ("value", "low", "high"))
-            above = (page.finite(scores["excess"], "low") or 0) > 0
+            value, low, high = (metrics.finite(scores["accuracy"], key) for key in ("value", "low", "high"))
+            above = (metrics.finite(scores["excess"], "low") or 0) > 0
             excess = f'<span class="{"good" if above else "warn"}">{page.score(scores["excess"])}</span>'
             body.append([
                 f"{task.replace('_', ' ')}<small>{page.escape(one['name'])}, {page.escape(one['front_end'])}</small>",

@@ -13,14 +13,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import os
 import pathlib
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,134 +30,24 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pcgjax import checkpoint, files, input_pipeline, runs
-from pcgjax.audio_llm import batches, questions, score
+from pcgjax.audio_llm import batches, questions
 from pcgjax.audio_llm import model as llm
+from pcgjax.audio_llm.checkpoints import best_adapter, full, learning_rate, newest, put, save
+from pcgjax.audio_llm.judge import judge_run
+from pcgjax.audio_llm.tables import summary
+from pcgjax.data.corpus import order_digest
+from pcgjax.runs.config import plain_config, refuse_changes
+from pcgjax.runs.data import load_data
+from pcgjax.runs.log import history, log_line, log_to, open_board
+from pcgjax.runs.record import record
+from pcgjax.runs.streams import STEP
+from pcgjax.runtime import checkpoint, files
 
 _PAD_MULTIPLE = 64  # tokens, where layers are compiled or run on a GPU
 # Where and how fast it is computed: a run may go on with other values.
 FREE = (("parallel", "fsdp"), ("train", "accumulate"), ("train", "log_steps"), ("model", "checkpointing"),
         ("model", "compile"), ("model", "share_prefix"), ("front_end", "segments"))  # fmt: skip
 _PATIENCE = datetime.timedelta(minutes=10)  # with a process that no longer answers
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Of this step, counted from 0: linear warm-up, then half a cosine that ends at 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def newest(workdir: str | pathlib.Path, kind: str) -> pathlib.Path | None:
-    """The newest folder checkpoints/KIND-STEP of a run, kind last or best; each is there whole or not at all."""
-    found = pathlib.Path(workdir).glob(f"checkpoints/{kind}-*")
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def best_adapter(workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder with a run's best adapter by validation accuracy.
-
-    Raises:
-      checkpoint.CheckpointError: there is none.
-    """
-    found = newest(workdir, "best")
-    if found is None:
-        raise checkpoint.CheckpointError(f"{workdir}: no trained adapter there (checkpoints/best-*); train one first")
-    return found / "adapter"
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter whole, on the CPU, where this process holds a part of it."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().cpu().contiguous()
-
-
-def save(workdir: pathlib.Path, kind: str, step: int, model: Any, weights: dict, optimizer: Any, meta: dict) -> None:
-    """Writes checkpoints/KIND-STEP: adapter/, optimizer.safetensors, meta.json; then removes the one before.
-
-    Every process calls it, for parameters that are divided between them; one writes, the others wait for it.
-    """
-    tensors, moments = {name: full(p) for name, p in weights.items()}, moments_of(weights, optimizer)
-    rank, world = batches.process()
-    if rank == 0:
-        write(workdir, kind, step, lambda folder: llm.save_adapter(model, folder / "adapter", tensors), moments, meta)
-    if world > 1:
-        dist.barrier()
-
-
-def moments_of(weights: dict[str, Any], optimizer: Any) -> dict[str, torch.Tensor] | None:
-    """What the optimizer knows of each weight, as "name|moment"; None without one."""
-    if optimizer is None:
-        return None
-    return {
-        f"{name}|{key}": full(torch.as_tensor(value))
-        for name, p in weights.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-
-
-def write(
-    workdir: pathlib.Path, kind: str, step: int, write_weights: Callable[[pathlib.Path], object],
-    moments: dict[str, torch.Tensor] | None, meta: dict,
-) -> None:  # fmt: skip
-    """Writes checkpoints/KIND-STEP: what `write_weights(folder)` writes, moments as optimizer.safetensors (None: none),
-    meta.json; then removes the one before. It is there whole or not at all."""
-    from safetensors.torch import save_file
-
-    target = workdir / "checkpoints" / f"{kind}-{step:08d}"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        write_weights(temporary)
-        if moments is not None:
-            save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "meta.json").write_text(json.dumps(meta | {"step": step}) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for other in target.parent.glob(f"{kind}-*"):
-        if other != target:
-            shutil.rmtree(other)
-
-
-def put(weights: dict[str, Any], folder: pathlib.Path, optimizer: Any = None) -> dict:
-    """Sets adapter weights, and the optimizer's moments, to those of a checkpoint; returns its meta.json."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    def read(path: pathlib.Path) -> dict[str, torch.Tensor]:
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise checkpoint.CheckpointError(f"{path}: cannot be read ({error}); remove {folder.name}") from None
-
-    def like(p: Any, value: torch.Tensor) -> torch.Tensor:
-        if hasattr(p, "full_tensor") and value.shape == p.shape:
-            from torch.distributed.tensor import distribute_tensor
-
-            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-        return value.to(p.device) if value.ndim else value
-
-    saved = read(folder / "adapter" / "adapter_model.safetensors")
-    names = {name.replace(".default.", "."): name for name in weights}
-    if saved.keys() != names.keys():
-        odd = sorted(saved.keys() ^ names.keys())[0]
-        raise checkpoint.CheckpointError(f"{folder}: its adapter is not this configuration's: {odd}")
-    with torch.no_grad():
-        for name, value in saved.items():
-            weights[names[name]].copy_(like(weights[names[name]], value))
-    if optimizer is not None:
-        for key, value in read(folder / "optimizer.safetensors").items():
-            name, kind = key.rsplit("|", 1)
-            optimizer.state[weights[name]][kind] = like(weights[name], value)
-    return json.loads((folder / "meta.json").read_text())
-
-
-# ------------------------------------------------------------------------------------------------------- training
 
 
 def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | pathlib.Path) -> dict:
@@ -203,7 +91,7 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
     # ------------------------------------------------------------------------------------------------------ data
     workdir.mkdir(parents=True, exist_ok=True)
     with first_process():  # it makes the split, the others read it
-        corpus, parts, split = runs.load_data(config, workdir)
+        corpus, parts, split = load_data(config, workdir)
     source = batches.make_source(corpus, config.front_end)
     lengths = batches.lengths_heard(source)
     q = config.questions
@@ -217,9 +105,7 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
                 f"data.prepared={config.data.prepared}: nothing to ask of the {part} part, {len(ids)} recordings; "
                 "choose another config.questions.tasks, split.fractions or seed"
             )
-    order = input_pipeline.order_digest(
-        corpus, train=train_ids.tolist(), lengths=lengths.tolist(), front_end=source.digest()
-    )
+    order = order_digest(corpus, train=train_ids.tolist(), lengths=lengths.tolist(), front_end=source.digest())
     steps_an_epoch = -(-len(train_ids) // t.batch_recordings)
     last_step = steps_an_epoch * t.epochs
 
@@ -247,12 +133,12 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
     )
 
     # -------------------------------------------------------------------------------------------------- the start
-    plain = runs.plain_config(config)
+    plain = plain_config(config)
     state: dict[str, Any] = {"best": None, "sums": [0.0, 0.0, 0.0], "validated": 0}
     at = 0
     if last := newest(workdir, "last"):
         saved = json.loads((last / "meta.json").read_text())
-        runs.refuse_changes(saved["config"], plain, workdir, FREE)
+        refuse_changes(saved["config"], plain, workdir, FREE)
         if saved["base"] != model.base_fingerprint:
             raise checkpoint.CheckpointError(f"{workdir}: trained on other base weights than {model_folder} has")
         if saved["order"] != order:
@@ -268,7 +154,7 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
         for unfinished in workdir.glob("checkpoints/.*.tmp"):  # of a process that was killed
             shutil.rmtree(unfinished)
         until = {"train": at, "validation": state["validated"], "test": -1}
-        kept = [line for line in runs.history(log) if line["step"] <= until[line["split"]]]
+        kept = [line for line in history(log) if line["step"] <= until[line["split"]]]
         files.write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
         logging.info("%s", json.dumps({
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -277,13 +163,13 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
         }))  # fmt: skip
     board = None
     if rank == 0:
-        board = runs.open_board(workdir, at)
+        board = open_board(workdir, at)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        runs.record(workdir, config, at, {"device": name, "devices": world, "processes": world})
+        record(workdir, config, at, {"device": name, "devices": world, "processes": world})
 
     def told(step: int, part: str, values: dict) -> None:
         if rank == 0:
-            runs.log_line(log, step, part, values, board)
+            log_line(log, step, part, values, board)
 
     def keep(kind: str, step: int) -> None:
         meta = {"state": state, "config": plain, "base": model.base_fingerprint, "order": order}
@@ -334,7 +220,7 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
             validate(at, at // steps_an_epoch)
         for tensors, ids in batches.prefetched(lambda n, first=at: made(first + n), last_step - at):
             asked = int(counts[ids].sum())
-            words = batches.key_words(config.seed, runs.STEP, at)
+            words = batches.key_words(config.seed, STEP, at)
             torch.manual_seed(int(np.random.default_rng([*words, rank]).integers(2**62)))  # of dropout
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(at, last_step, o.learning_rate, o.warmup_steps)
@@ -403,7 +289,7 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
     # ------------------------------------------------------------------------------------------ the best, judged
     put(weights, best_adapter(workdir).parent)
     with precision:
-        results = score.judge_run(answerer, processor, source, lengths, parts, config, device, workdir, split)
+        results = judge_run(answerer, processor, source, lengths, parts, config, device, workdir, split)
     scored = next(iter(results["runs"].values()))["test"]
     told(at, "test", {"accuracy": scored["mean"]["accuracy"]["value"]} if scored["mean"]["accuracy"] else {})
     if board is not None:
@@ -451,10 +337,10 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # it draws random numbers here; the GPU's memory is PyTorch's
     rank, _ = batches.process()
     if rank == 0:
-        runs.log_to(pathlib.Path(FLAGS.workdir))
+        log_to(pathlib.Path(FLAGS.workdir))
     results = train(FLAGS.config, FLAGS.model, FLAGS.workdir)
     if rank == 0:
-        print(score.summary(results))
+        print(summary(results))
         print(f"wrote {FLAGS.workdir}: metrics.json, predictions.csv, report.html, checkpoints/")
     # Not after an error: the others may wait for this process, which must end for torchrun to stop them.
     if dist.is_initialized():

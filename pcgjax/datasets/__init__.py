@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 # The states of a cardiac cycle, numbered as in CirCor's .tsv files.
 UNANNOTATED, S1, SYSTOLE, S2, DIASTOLE = range(5)
-
 NAMES = ("cinc2016", "circor", "pascal", "synthetic", "folder")
 
 

@@ -7,15 +7,13 @@ import os
 import pathlib
 import re
 
-from pcgjax import audio
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, state_ans
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, audio, state_ans
 from pcgjax.datasets.tables import read_rows, read_table, relative
 
 LAYOUT = (
     "folders training-a .. training-f (any of them), each with REFERENCE.csv and <record>.wav; validation/ is not "
     "read, its files are copies of training recordings"
 )
-
 CLASSES = {"1": "abnormal", "-1": "normal"}  # some repositories invert these
 STATES = {
     "S1": S1, "systole": SYSTOLE, "S2": S2, "diastole": DIASTOLE,

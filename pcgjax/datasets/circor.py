@@ -3,18 +3,15 @@ doi:10.1109/JBHI.2021.3137048): up to four auscultation sites a patient, 4 kHz."
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 import pathlib
 import re
 
-from pcgjax import audio
-from pcgjax.datasets import DatasetError, Problem, Recording
+from pcgjax.datasets import DatasetError, Problem, Recording, audio
+from pcgjax.datasets.annotations import read_annotations, read_bytes
 from pcgjax.datasets.tables import column_name, read_table, relative
 
 LAYOUT = "training_data/ (or its files themselves) with <patient>.txt, .hea, .wav, .tsv, and training_data.csv beside"
-
 SITES = ("AV", "PV", "TV", "MV", "Phc")
 ALLOWED = {
     "murmur": ("Present", "Unknown", "Absent"),
@@ -34,8 +31,6 @@ LABELS = {
     for phase in ("systolic", "diastolic")
     for feature in ("timing", "shape", "grading", "pitch", "quality")
 }
-STATES = frozenset(range(5))
-SLACK_S = 0.005  # neighbours in the published .tsv files overlap by up to 1 ms, from rounding
 
 
 def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
@@ -126,7 +121,7 @@ def _patient(path: pathlib.Path) -> tuple[list[list[str]], dict[str, str]]:
     Raises:
       ValueError: the file is not as published.
     """
-    lines = [line.strip() for line in _bytes(path).decode("latin-1").splitlines()]
+    lines = [line.strip() for line in read_bytes(path).decode("latin-1").splitlines()]
     lines = [line for line in lines if line]
     first = lines[0].split() if lines else []
     if len(first) != 3 or not first[1].isdigit():
@@ -209,7 +204,7 @@ def _recording(
         problems.append(Problem(relative(header, source), "missing: no such file; the rate is the .wav file's"))
     else:
         # Record, signals, rate; a counter may follow after a slash.
-        declared = _bytes(header).decode("latin-1").split()
+        declared = read_bytes(header).decode("latin-1").split()
         if len(declared) < 3 or re.split("[/(]", declared[2])[0] not in (f"{rate_hz}", f"{rate_hz}.0"):
             reason = f"header: the first line is {' '.join(declared[:4])!r}, {path.name} has a rate of {rate_hz} Hz"
             problems.append(Problem(relative(header, source), reason))
@@ -251,79 +246,3 @@ def _labels(fields: dict[str, str], site: str) -> dict[str, str]:
     if known.get("pregnancy status") in ("True", "False"):
         labels["pregnant"] = "1" if known["pregnancy status"] == "True" else "0"
     return labels | {label: known[key] for key, label in LABELS.items() if key in known}
-
-
-def read_annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, float, int], ...]:
-    """Intervals from a .tsv file with start, end (seconds) and state, 0 where not annotated.
-
-    Raises:
-      FileNotFoundError, or ValueError: what is wrong with the file.
-    """
-    raw = _bytes(path)
-    if (quick := _sound_annotations(raw, duration_s)) is not None:
-        return quick
-    text = raw.decode("latin-1")
-    lines = text.splitlines()
-    intervals: list[tuple[float, float, int]] = []
-    before_s = 0.0
-    for number, line in enumerate(lines, 1):
-        cells = line.split()
-        if not cells:
-            continue
-        try:
-            start_s, end_s, state = map(float, cells)
-        except ValueError:
-            raise ValueError(f"line {number} must be start, end and state as numbers, is {line.strip()!r}") from None
-        if state not in STATES:
-            raise ValueError(f"line {number}: unknown state {cells[2]!r}; known are 0 to 4")
-        # A comparison with nan is false, so one chain refuses all that is wrong.
-        if not before_s - SLACK_S <= start_s <= end_s <= duration_s + SLACK_S:
-            if start_s < before_s - SLACK_S:
-                why = f"it starts at {start_s} s, before the previous end at {before_s} s"
-            elif duration_s + SLACK_S < end_s < math.inf:
-                why = f"it ends at {end_s} s, the recording at {duration_s:.3f} s"
-            else:
-                why = f"the interval ends at {end_s} s, before its start at {start_s} s"
-            raise ValueError(f"line {number}: {why}")
-        if start_s < before_s:
-            start_s = before_s
-        if end_s > duration_s:
-            end_s = duration_s
-        if start_s < end_s:
-            intervals.append((start_s, end_s, int(state)))
-            before_s = end_s
-    return tuple(intervals)
-
-
-def _sound_annotations(raw: bytes, duration_s: float) -> tuple[tuple[float, float, int], ...] | None:
-    """The intervals of a file in which nothing is odd, all lines at once; None for the careful reading line by line."""
-    import orjson
-
-    raw = raw.rstrip(b"\n")
-    lines = raw.count(b"\n") + 1
-    if raw.translate(None, b"0123456789.") + b"\n" != b"\t\t\n" * lines:
-        return None
-    try:
-        numbers = orjson.loads(b"[" + raw.translate(_COMMAS) + b"]")
-    except ValueError:
-        return None
-    starts, ends, states = numbers[0::3], numbers[1::3], numbers[2::3]
-    befores = [0.0, *ends[:-1]]
-    if max(map(operator.sub, befores, starts)) > SLACK_S or max(ends) > duration_s or not STATES.issuperset(states):
-        return None
-    starts = [*map(max, starts, befores)]
-    if not all(map(operator.lt, starts, ends)):
-        return None
-    return tuple(zip(map(float, starts), map(float, ends), map(int, states), strict=True))
-
-
-_COMMAS = bytes.maketrans(b"\t\n", b",,")
-
-
-def _bytes(path: pathlib.Path) -> bytes:
-    """The file's bytes, without the layers of buffers and text that take longer than reading it."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
-    except IsADirectoryError:
-        raise FileNotFoundError(path) from None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 
-from pcgjax import audio
-from pcgjax.datasets import Problem, Recording
-from pcgjax.datasets.circor import read_annotations
+from pcgjax.datasets import Problem, Recording, audio
+from pcgjax.datasets.annotations import read_annotations
 from pcgjax.datasets.tables import relative
 
 LAYOUT = "a tree of .wav and .flac files, a folder for each person or all beside each other"

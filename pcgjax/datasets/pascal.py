@@ -7,12 +7,10 @@ import itertools
 import os
 import pathlib
 
-from pcgjax import audio
-from pcgjax.datasets import S1, S2, Problem, Recording
+from pcgjax.datasets import S1, S2, Problem, Recording, audio
 from pcgjax.datasets.tables import read_table, relative
 
 LAYOUT = "set_a.csv with the folder set_a/, or set_b.csv with set_b/, or both, and set_a_timing.csv"
-
 ABNORMAL = {"normal": "0", "murmur": "1", "extrastole": "1", "extrahls": "1", "artifact": None}
 TIMING_RATE_HZ = 44100  # what the locations in set_a_timing.csv count, whatever the rate of the files on disk
 PREFIXES = ("Atraining", "Btraining", "Aunlabelledtest", "Bunlabelledtest")

@@ -30,7 +30,6 @@ from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE
 from pcgjax.features import filters
 
 Span = tuple[float, float, int]  # start_s, end_s, state as in `pcgjax.datasets`
-
 _SPLIT_S = 0.05
 _CYCLE_S = (0.4, 1.5)  # 40 to 150 beats/min
 _NEARLY = 0.85

@@ -301,6 +301,7 @@ def _xla_backward(update, saved, kernel_h, rate, mask, dout):
 # A GPU runs its grid's programs in any order: there a chunk is the whole sequence. Not run on either so far: only
 # lowered for both, and interpreted.
 
+
 _CHUNK_BYTES = 4 << 20  # of one chunk's blocks; they are buffered twice, in a TPU core's usual limit of 16 MiB
 
 

@@ -363,13 +363,12 @@ def _xla_backward(softplus, residuals, towards):
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
-
-
 # Pallas: one kernel a pass, with the softplus, the skip and the gate in it. A program of the grid (direction, sequence,
 # channels, time) walks through a block of steps and keeps its states (N, channels) on the chip; running values lie in
 # output blocks that all blocks of time share. A GPU runs its grid's programs in any order: there a block is the whole
 # sequence. Every few steps the forward pass saves a state, from which the backward pass computes the others again.
 # Not run on either so far: only lowered for both, and interpreted.
+
 
 _BLOCK = 128  # steps of a block, off a GPU
 _SAVED = 8  # steps between saved states; written out, and their states held in registers

@@ -10,7 +10,7 @@ from flax import nnx
 
 from pcgjax.kernels.hinf_lstm import hinf_lstm, lstm
 from pcgjax.models.cnn1d import larger
-from pcgjax.traced import on
+from pcgjax.runtime.traced import is_on
 
 UPDATES = ("lstm", "convex", "forget")
 POOL = 2
@@ -210,4 +210,4 @@ def _pool_mask(mask_BxT: jax.Array) -> jax.Array:
 
 
 def _drop(x: jax.Array, rate: float | jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0) if on(rate) else x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0) if is_on(rate) else x

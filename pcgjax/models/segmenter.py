@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pcgjax.models.ssamba import SSAMBA, Mixer
-from pcgjax.traced import on
+from pcgjax.runtime.traced import is_on
 
 
 class Segmenter(nnx.Module):
@@ -65,7 +65,7 @@ class Segmenter(nnx.Module):
         x = self.embed(x_BxTxF)
         for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
             y = mixer(norm(x))
-            if key is not None and on(dropout):
+            if key is not None and is_on(dropout):
                 kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, y.shape)
                 y = jnp.where(kept, y / (1 - dropout), 0)
             x = x + y

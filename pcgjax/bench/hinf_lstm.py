@@ -1,0 +1,182 @@
+"""Suite `hinf_lstm`: the recurrent kernel, a whole train step and ten seeds beside PyTorch."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from pcgjax import tasks
+from pcgjax.bench import peers
+from pcgjax.bench.ours import Ours, make_corpus
+from pcgjax.bench.timing import paired, seconds
+from pcgjax.data.corpus import Corpus, from_prepared, in_memory
+from pcgjax.runtime import sharding
+from pcgjax.tasks.base import split_model
+
+HIDDEN = 128
+# (batch, steps, inputs): the model's own, with inputs of 512 and more; and where only the recurrence counts.
+KERNELS = (
+    (32, 157, 512), (64, 20, 2048), (128, 157, 512), (8, 157, 512),
+    (32, 500, 64), (256, 157, 64), (8, 20, 64), (512, 20, 64), (8, 1000, 64), (32, 1000, 64), (512, 157, 64),
+)  # fmt: skip
+PYTHON_LOOP = ((32, 157, 512), (8, 1000, 64))  # the model's own size, and many steps of few inputs
+
+
+def hinf_lstm_config(batch_recordings: int) -> ml_collections.ConfigDict:
+    """The fields of configs/hinf_lstm.py that a step depends on."""
+    return ml_collections.ConfigDict(
+        {
+            "task": {"name": "hinf_lstm"},
+            "features": {
+                "window_s": 5.0, "noise_snr_db": float("inf"), "wavelet_level": 4, "filter": "zero_phase",
+                "filter_order": 5, "high_hz": 500.0, "n_fft": 2048, "hop": 512, "n_mels": 128, "htk": False,
+                "top_db": 80.0,
+            },
+            "model": {
+                "cell": "convex", "blocks": ((32, 32), (64, 64)), "hidden": HIDDEN, "dropout": 0.3,
+                "implementation": "auto",
+            },
+            "loss": {"name": "pwl", "alpha": 0.87, "normalize": "counts", "slope": 0.0},
+            "optimizer": {"name": "adam", "learning_rate": 0.001, "frozen": ()},
+            "train": {"batch_recordings": batch_recordings},
+        }
+    )  # fmt: skip
+
+
+def hinf_lstm(prepared: str, recordings: int) -> dict:
+    """The suite `hinf_lstm`: the recurrent kernel, a whole step at 8 recordings, ten seeds as one program."""
+    corpus = from_prepared(prepared) if prepared else make_corpus(min(recordings, 48), sample_rate_hz=2000)
+    samples = [corpus.read(i) for i in range(min(recordings, 48, len(corpus.rows)))]
+    corpus = in_memory(corpus.rows[: len(samples)], samples, corpus.sample_rate_hz)
+    return {
+        "corpus": {"recordings": len(corpus.rows), "seconds": float(corpus.lengths.sum() / corpus.sample_rate_hz)},
+        "kernel": [_kernel(*size) for size in KERNELS],
+        "python_loop": [_kernel(*size, loop=True) for size in PYTHON_LOOP],
+        "train": _hinf_step(corpus),
+        "seeds": _seeds(),
+    }
+
+
+def _kernel(batch: int, steps: int, inputs: int, loop: bool = False) -> dict:
+    """The recurrent layer, forward and all gradients, against torch.nn.LSTM or a cell in a Python loop."""
+    import torch
+
+    from pcgjax.kernels.hinf_lstm import hinf_lstm as layer
+
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: np.float32(rng.normal(size=shape) / np.sqrt(shape[0]))
+    x, weights = draw(batch, steps, inputs), draw(batch, steps, HIDDEN)
+    parameters = draw(inputs, 3 * HIDDEN), draw(HIDDEN, 3 * HIDDEN), draw(3 * HIDDEN), draw(HIDDEN)
+    compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
+    gradient = compiled(jax.grad(lambda *a: (layer(*a) * weights).sum(), range(5)))
+    arguments = jax.device_put((x, *parameters))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer = peers.hinf_cell_layer(inputs, HIDDEN) if loop else torch.nn.LSTM(inputs, HIDDEN, batch_first=True)
+    peer.to(device)
+    given, towards = torch.tensor(x, device=device, requires_grad=True), torch.tensor(weights, device=device)
+
+    def torch_step():
+        peer.zero_grad()
+        given.grad = None
+        out = peer(given)
+        ((out if loop else out[0]) * towards).sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    # Enough calls in a measurement that each takes some tens of milliseconds.
+    ours = lambda: jax.block_until_ready(gradient(*arguments))
+    ours()
+    calls = max(1, int(0.05 / seconds(ours)))
+
+    def repeated(function):
+        def run():
+            for _ in range(calls):
+                function()
+
+        return run
+
+    name = "Python loop" if loop else "torch.nn.LSTM"
+    timed = paired(repeated(ours), repeated(torch_step), 7, f"B {batch}, T {steps}, D {inputs}: {name}")
+    # Forward and twice backward; multiply-adds of the projection and of the recurrence.
+    flops = 3 * 2 * batch * steps * (inputs + HIDDEN) * 3 * HIDDEN
+    return {
+        "batch": batch, "steps": steps, "inputs": inputs, "hidden": HIDDEN, "peer": name,
+        "ours_ms": 1e3 * timed["ours_s"] / calls, "peer_ms": 1e3 * timed["peer_s"] / calls,
+        "ratio": timed["ratio"], "range": timed["ratio_range"], "ours_gflops": flops * calls / timed["ours_s"] / 1e9,
+    }  # fmt: skip
+
+
+def _hinf_step(corpus: Corpus, batch: int = 8) -> dict:
+    ours = Ours(corpus, hinf_lstm_config(batch))
+    peer = peers.Clipped(corpus, ours.labels, ours.plan.ids, hinf_lstm_config(batch))
+    few = len(ours.plan.ids)
+    ready = list(peer.loader)
+    network = paired(
+        lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 5, "step against the peer's network alone"
+    )
+    whole = paired(lambda: ours.steps(0, few), peer.epoch, 7, "step, from samples")
+    clips = int(ours.windows.sum())
+    return {
+        "meaning": "from int16 samples to the updated parameters; `network_alone` gives the peer clips that are ready",
+        "batch_recordings": batch,
+        "steps": few,
+        "clips": clips,
+        **whole,
+        "network_alone": network,
+        "ours_clips_a_s": clips / whole["ours_s"],
+        "peer_clips_a_s": clips / whole["peer_s"],
+        "compile_s": ours.compile_s,
+        "padding_waste": ours.waste,
+    }
+
+
+def _seeds(seeds: int = 10, clips: int = 256) -> dict:
+    """Ten trainings of the ablation's CNN-LSTM, two epochs each, as one program, against ten runs of one in a row."""
+    from pcgjax.ablation.arms import Clips, over_seeds, pretrain
+
+    config = hinf_lstm_config(8)
+    config.features.n_mels = 64
+    config.model.update({"cell": "lstm", "blocks": ((16,), (32,)), "hidden": 64})
+    config.ablation = ml_collections.ConfigDict({"epochs": (2, 0), "batch_clips": 32})
+    task = tasks.make(config, 2000)
+    rng = np.random.default_rng(0)
+    mel = jnp.asarray(rng.uniform(size=(clips, config.features.n_mels, 20)), jnp.float32)
+    data = Clips(mel, jnp.ones((clips, 20)), jnp.ones((clips // 2, 2), bool))
+    shared = data, jnp.asarray(rng.integers(0, 2, clips // 2), jnp.float32)
+    keys = [jax.random.key(seed) for seed in range(seeds)]
+    states = [split_model(task.init(nnx.Rngs(seed)))[1:] for seed in range(seeds)]
+    own = list(zip(keys, states, [jnp.arange(clips)] * seeds, strict=True))
+    run = pretrain(config, task)
+    compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
+    one, all_seeds = compiled(run), compiled(over_seeds(run))
+    together = jax.tree.map(lambda *x: jnp.stack(x), *own)
+    return paired(
+        lambda: jax.block_until_ready(all_seeds(together, shared)),
+        lambda: [jax.block_until_ready(one(*mine, *shared)) for mine in own],
+        5, "ten seeds",
+    )  # fmt: skip
+
+
+def hinf_summary(result: dict) -> str:
+    def line(k):
+        return (
+            f"B {k['batch']:3d}, T {k['steps']:4d}, D {k['inputs']:4d}   {k['ratio']:5.2f}x {k['peer']}  "
+            f"[{k['range'][0]:.2f}, {k['range'][1]:.2f}]   ours {k['ours_ms']:.1f} ms, {k['ours_gflops']:.0f} GFLOP/s"
+        )
+
+    t, s = result["train"], result["seeds"]
+    return "\n".join([
+        "kernel, forward and all gradients, hidden 128",
+        *map(line, result["kernel"]),
+        *map(line, result["python_loop"]),
+        f"train step, samples to update   {t['ratio']:.2f}x the peer  [{t['ratio_range'][0]:.2f}, "
+        f"{t['ratio_range'][1]:.2f}]   ours {t['ours_clips_a_s']:.0f} clips/s",
+        f"the same, the peer's network alone   {t['network_alone']['ratio']:.2f}x",
+        f"ten seeds as one program        {s['ratio']:.2f}x ten runs in a row  [{s['ratio_range'][0]:.2f}, "
+        f"{s['ratio_range'][1]:.2f}]",
+    ])  # fmt: skip

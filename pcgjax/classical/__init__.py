@@ -1,0 +1,1 @@
+"""The classical chain: Shannon energy, Burg spectra, four scikit-learn classifiers."""

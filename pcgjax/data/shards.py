@@ -1,0 +1,364 @@
+"""ArrayRecord shards and their manifest: written a unit at a time, joined, read."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import platform
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pcgjax import __version__
+from pcgjax.data import PrepareError
+from pcgjax.data.decode import DATASET_FIELDS, Row, dataset_fields, try_decode
+from pcgjax.datasets import Problem, Recording
+from pcgjax.runtime import files
+
+Job = tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any]]  # out, number of the shard, its part, parameters
+FORMAT = 2
+RECORDINGS_A_SHARD = 64  # also the unit of work; fixed, so that the shards do not depend on who wrote them
+_FOR_JOIN = (*DATASET_FIELDS[:-1], "path", "sample_rate_hz", "channels", "num_samples", "sha256")
+# Noise-like int16 samples compress by a quarter only, and writing them compressed takes four times as long.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access, as ArrayRecord advises
+
+
+def unit_key(recordings: Sequence[Recording], parameters: dict[str, Any], said: list[str] | None = None) -> str:
+    """Changes with the parameters and with anything about the recordings: files, labels, annotations."""
+    digest = hashlib.sha256(json.dumps([FORMAT, parameters], sort_keys=True).encode())
+    for recording, text in zip(recordings, said or map(_json, map(dataset_fields, recordings)), strict=True):
+        try:
+            stat = os.stat(recording.path)
+            file = f"{recording.path} {stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            file = f"{recording.path} missing"
+        digest.update(f"{text}\n{file}\n".encode())
+    return digest.hexdigest()
+
+
+def unit_paths(out: pathlib.Path, number: int) -> tuple[pathlib.Path, pathlib.Path]:
+    """(shard, the file with its rows): the second is written last and says that the first is whole."""
+    return out / f"shard-{number:05d}.array_record", out / "parts" / f"shard-{number:05d}.jsonl"
+
+
+def unit_done(out: pathlib.Path, number: int, key: str) -> bool:
+    shard, side = unit_paths(out, number)
+    if not side.exists():
+        return False
+    with side.open(encoding="utf-8") as file:
+        head = json.loads(file.readline())
+    size = shard.stat().st_size if shard.exists() else 0
+    return bool(head["key"] == key and head["bytes"] == size)
+
+
+def write_unit(job: Job) -> tuple[int, str]:
+    """Writes one shard and its rows, unless a run before this one has; returns its number and key."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    out, number, recordings, parameters = job
+    said = [_json(dataset_fields(recording)) for recording in recordings]
+    key = unit_key(recordings, parameters, said)
+    if unit_done(out, number, key):
+        return number, key
+    shard, side = unit_paths(out, number)
+    lines, count = [], 0
+    try:
+        side.unlink(missing_ok=True)
+        with files.replacing(shard) as temporary:
+            writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+            for recording, text in zip(recordings, said, strict=True):
+                row, samples, reason = try_decode(recording, parameters["sample_rate_hz"])
+                if row is None or samples is None:
+                    lines.append(_json({"problem": {"path": str(recording.path), "reason": reason}}) + "\t")
+                    continue
+                writer.write(samples.tobytes())
+                heard = {name: value for name, value in row.items() if name not in DATASET_FIELDS}
+                heard |= {"shard": shard.name, "index": count}
+                # What the join needs stands before the whole row, which it need not parse.
+                short = {name: row[name] for name in _FOR_JOIN}
+                short["content"] = hashlib.sha256(f"{text} {row['sha256']}".encode()).hexdigest()
+                lines.append(f"{_json(short)}\t{text[:-1]},{_json(heard)[1:]}")
+                count += 1
+            writer.close()
+        head = {"key": key, "parameters": parameters, "bytes": shard.stat().st_size, "records": count}
+        files.write_text(side, "\n".join([_json(head), *lines, ""]))
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError when the disk is full
+        raise PrepareError(
+            f"{shard}: could not be written: {error}; mend this and run again, what is done is kept"
+        ) from None
+    return number, key
+
+
+def _json(value: Any) -> str:
+    """One line. Annotations are most of a row, and `json` takes half as long for them as resampling the samples."""
+    import orjson
+
+    return orjson.dumps(value).decode()
+
+
+def remove_prepared(out: pathlib.Path) -> None:
+    """Removes what `prepare` writes, the manifest first; other files in the folder stay."""
+    for path in (out / "manifest.json", out / "records.jsonl", *_shards(out)):
+        path.unlink(missing_ok=True)
+    if (out / "parts").exists():
+        shutil.rmtree(out / "parts")
+
+
+def _shards(out: pathlib.Path) -> list[pathlib.Path]:
+    """All shards in the folder, and what a killed run left of others."""
+    return sorted([*out.glob("shard-*.array_record"), *out.glob(".shard-*.tmp")])
+
+
+def finished_manifest(
+    out: pathlib.Path, source: str, parameters: dict[str, Any], units: list[list[Recording]]
+) -> dict[str, Any] | None:
+    """The manifest of this very preparation where `out` holds it. Raises PrepareError where it holds another."""
+    asked: dict[str, Any] = {"source": source, **parameters}
+    fix = "prepare into another --out, or replace it with --overwrite"
+    if (out / "manifest.json").exists():
+        manifest = _read_manifest(out)
+        there: dict[str, Any] = {"source": manifest["source"], **manifest["parameters"]}
+    else:
+        manifest, there = None, asked
+        for side in sorted((out / "parts").glob("shard-*.jsonl"))[:1]:
+            with side.open(encoding="utf-8") as file:
+                there = {"source": source, **json.loads(file.readline())["parameters"]}
+    differ = [
+        f"{name} is {there.get(name)!r} there, {value!r} asked"
+        for name, value in asked.items()
+        if there.get(name) != value
+    ]
+    if differ:
+        raise PrepareError(f"{out}: holds another preparation ({'; '.join(differ)}): {fix}")
+    if manifest is None:
+        return None
+    keys = [unit_key(unit, parameters) for unit in units]
+    for key, before, unit in itertools.zip_longest(keys, manifest["source_keys"], units):
+        if key != before:
+            where = f"among {unit[0].id} to {unit[-1].id} (of {source})" if unit else f"at the end of {source}"
+            raise PrepareError(
+                f"{out}: the source has changed since: recordings {where} were added, removed, or have other "
+                f"bytes, labels or annotations: {fix}"
+            )
+    for shard in manifest["shards"]:
+        path = out / shard["file"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            raise PrepareError(f"{path}: missing or cut: repair it by running prepare with --overwrite")
+    if (out / "parts").exists():  # the run that wrote the manifest was killed before it could tidy up
+        shutil.rmtree(out / "parts", ignore_errors=True)
+    return manifest
+
+
+def join_shards(
+    out: pathlib.Path, source: str, parameters: dict[str, Any], problems: list[Problem], keys: list[str], strict: bool
+) -> dict[str, Any]:
+    """All shards are there: finds doubles, writes records.jsonl and the manifest, returns the manifest."""
+    import orjson
+
+    problems = list(problems)
+    rows, lines, shards = [], {}, []
+    for number in range(len(keys)):
+        shard, side = unit_paths(out, number)
+        with side.open(encoding="utf-8") as file:
+            head = json.loads(file.readline())
+            for line in file:
+                short, _, whole = line.partition("\t")
+                row = orjson.loads(short)
+                if "problem" in row:
+                    problems.append(Problem(**row["problem"]))
+                else:
+                    rows.append(row)
+                    lines[row["id"]] = whole
+        if head["records"]:
+            shards.append({"file": shard.name, "bytes": head["bytes"], "records": head["records"]})
+    doubles = _doubles(rows)
+    problems += doubles.values()
+    # As the loaders name files: from the source on.
+    problems = [Problem(problem.path.removeprefix(source + os.sep), problem.reason) for problem in problems]
+    if strict and problems:
+        raise PrepareError(problem_list(problems))
+    rows = [row for row in rows if row["id"] not in doubles]
+    if not rows:
+        raise PrepareError(f"{source}: no recording can be used; {problem_list(problems)}")
+    content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
+    for row in rows:
+        content.update(row["content"].encode())
+    manifest = {
+        "format": FORMAT,
+        "dataset": parameters["dataset"],
+        "source": source,
+        "parameters": parameters,
+        "versions": decoder_versions(),
+        "counts": _counts(rows, problems),
+        "problems": [{"path": problem.path, "reason": problem.reason} for problem in problems],
+        "shards": shards,
+        "source_keys": keys,
+        "content_sha256": content.hexdigest(),
+    }
+    try:
+        files.write_text(out / "records.jsonl", "".join(lines[row["id"]] for row in rows))
+        for path in set(_shards(out)) - {out / shard["file"] for shard in shards}:
+            path.unlink(missing_ok=True)  # of an unfinished run on a larger source
+        files.write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise PrepareError(f"{out}: the manifest could not be written: {error}; mend this and run again") from None
+    shutil.rmtree(out / "parts", ignore_errors=True)
+    return manifest
+
+
+def _doubles(rows: list[Row]) -> dict[str, Problem]:
+    """What to leave out where several recordings are the same audio: all but the first by id.
+
+    All of them where labels or people contradict each other, since nobody knows which is right.
+    """
+    same = collections.defaultdict(list)
+    for row in rows:
+        same[row["sha256"]].append(row)
+    found = {}
+    for first, *others in same.values():
+        group = [first, *others]
+        labels = {tuple(row["labels"].get(name) for name in ("abnormal", "murmur", "class")) for row in group}
+        people = {row["person"] for row in group if row["person_known"]}
+        clash = " with another label" * (len(labels) > 1) + " of another person" * (len(people) > 1)
+        for row in group if clash else others:
+            other = first if row is not first else others[0]
+            found[row["id"]] = Problem(row["path"], f"doubled: same audio as {other['id']}{clash}")
+    return found
+
+
+def _counts(rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
+    def of(rows: list[Row]) -> dict[str, Any]:
+        known = {row["person"] for row in rows if row["person_known"]}
+        hours = sum(row["num_samples"] / row["sample_rate_hz"] for row in rows) / 3600
+        return {
+            "recordings": len(rows),
+            "people": len(known),
+            "recordings_of_unknown_people": sum(not row["person_known"] for row in rows),
+            "hours": round(hours, 4),
+            "labels": {
+                name: dict(sorted(collections.Counter(r["labels"].get(name, "not said") for r in rows).items()))
+                for name in ("abnormal", "murmur", "class")
+            },
+        }
+
+    databases = sorted({row["database"] for row in rows})
+    return {
+        **of(rows),
+        "databases": {name: of([row for row in rows if row["database"] == name]) for name in databases},
+        "several_channels": sum(row["channels"] > 1 for row in rows),
+        "left_out": dict(sorted(collections.Counter(p.reason.split(":")[0] for p in problems).items())),
+    }
+
+
+def decoder_versions() -> dict[str, str]:
+    import soxr
+
+    return {"pcgjax": __version__, "numpy": np.__version__, "soxr": soxr.__version__,
+            "python": platform.python_version()}  # fmt: skip
+
+
+def problem_list(problems: list[Problem]) -> str:
+    return f"{len(problems)} files or rows cannot be used:" + "".join(f"\n  {p.path}: {p.reason}" for p in problems)
+
+
+def _read_manifest(prepared: pathlib.Path) -> dict[str, Any]:
+    path = prepared / "manifest.json"
+    if not path.exists():
+        state = "an unfinished preparation" if (prepared / "parts").exists() else "no prepared data set"
+        raise PrepareError(f"{prepared}: {state} (no manifest.json): run python -m pcgjax.prepare --out={prepared}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] == FORMAT:
+            return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise PrepareError(f"{path}: not a manifest ({error!r}): run prepare again with --overwrite") from None
+    raise PrepareError(
+        f"{path}: format {manifest['format']}, this version reads {FORMAT}: run prepare again with --overwrite"
+    )
+
+
+def read_rows(prepared: str | pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
+    """(manifest, rows sorted by id) of a prepared folder; a row is as `decode` says, and `shard` and `index`.
+
+    Raises:
+      PrepareError: not prepared, unfinished, of another format, or records.jsonl does not belong to the manifest.
+    """
+    prepared = pathlib.Path(prepared)
+    manifest = _read_manifest(prepared)
+    path = prepared / "records.jsonl"
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise PrepareError(f"{path}: {error}: run prepare again with --overwrite") from None
+    if len(rows) != manifest["counts"]["recordings"]:
+        raise PrepareError(
+            f"{path}: {len(rows)} rows, manifest.json says {manifest['counts']['recordings']}: "
+            "run prepare again with --overwrite"
+        )
+    return manifest, rows
+
+
+class Records:
+    """Random access to prepared samples: records[i], or records(i), is the int16 (num_samples,) of rows[i].
+
+    A data source as Grain wants it. Threads may share it; pickled, it opens its shards again.
+    Raises PrepareError where a shard is missing, cut or corrupt.
+    """
+
+    def __init__(self, prepared: str | pathlib.Path, rows: Sequence[Row]):
+        self._folder = pathlib.Path(prepared)
+        self._where = [(row["shard"], row["index"], row["num_samples"]) for row in rows]
+        self._readers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        shard, position, num_samples = self._where[index]
+        path = self._folder / shard
+        fix = "run prepare again with --overwrite"
+        try:
+            samples = np.frombuffer(self._reader(path).read([position])[0], "<i2")
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise PrepareError(f"{path}: missing, cut or corrupt ({error}): {fix}") from None
+        if len(samples) != num_samples:
+            found = f"record {position} holds {len(samples)} samples, records.jsonl says {num_samples}"
+            raise PrepareError(f"{path}: {found}: {fix}")
+        return samples
+
+    __call__ = __getitem__
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder, "_where": self._where}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _readers={}, _lock=threading.Lock())
+
+    def _reader(self, path: pathlib.Path) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with self._lock:
+            if path.name not in self._readers:
+                reader = ArrayRecordReader(str(path), _READER_OPTIONS)
+                if not reader.ok():  # reading is what gives the reason
+                    reader.read([0])
+                self._readers[path.name] = reader
+            return self._readers[path.name]
+
+
+def open_records(prepared: str | pathlib.Path, rows: Sequence[Row]) -> Records:
+    """Random access to the samples of `rows` (from `read_rows`); shards are opened when first used."""
+    return Records(prepared, rows)

@@ -1,0 +1,395 @@
+"""python -m pcgjax.splits: which recordings train, validate and test, and the check that nothing leaks between them.
+
+A split is a dict, saved as JSON: lists of recording ids under train, validation, test and unlabelled, what they
+were made from, notes in plain words, and counts. It is made from the rows of a prepared folder.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pcgjax.runtime import files
+
+Row = dict[str, Any]
+Split = dict[str, Any]
+KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301")
+# Each with its classes, the last of which is called positive; "": no label, every recording counts as class 0.
+CLASSES = {
+    "abnormal": ("0", "1"),
+    "murmur": ("0", "1"),
+    "murmur_status": ("Absent", "Unknown", "Present"),
+    "": ("0",),
+}
+TARGETS = tuple(CLASSES)
+PARTS = ("train", "validation", "test")
+# Hashes have 32 bits, so two of a corpus' 10^5 are equal by chance now and then: of the 8 * 10^5 pairs within
+# CinC 2016, CirCor and PASCAL, 6 share one hash and none shares two. Two seconds of common audio share 16 on
+# average.
+COMMON_HASHES = 3
+
+
+class SplitError(ValueError):
+    """A split that cannot be made, read or used; the message names the reason and the fix."""
+
+
+class LeakError(SplitError):
+    """Parts of a split share a person or audio."""
+
+
+def make(
+    rows: Sequence[Row],
+    kind: str,
+    target: str,
+    seed: int,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+    fold: int = 0,
+    folds: int = 5,
+    database: str | None = None,
+    names: str | pathlib.Path | None = None,
+) -> Split:
+    """Divides the recordings whose labels have `target`; the same for the same rows in any order.
+
+    Args:
+      kind: `person` by person; `person_250` by person too, where 250 recordings of each class validate (the
+        H-infinity paper's set for tuning), or a third of the smaller class where that is less; `person_kfold` by
+        person into `folds`, fold `fold` tests and the next validates; `leave_database_out` tests on `database`, the
+        others' people train and validate; `paper301` as published for the 1D CNN, 301 recordings drawn without
+        regard to people: those that the file `names` lists (first column, such as the challenge's
+        validation/REFERENCE.csv), else 150 normal and 151 abnormal ones.
+      target: `abnormal`, `murmur` or `murmur_status`; "" for recordings whose label does not matter: all
+        of them are dealt out.
+      fractions: of train, validation and test, in recordings. Where the kind sets the test part, the first two
+        are taken relative to each other.
+    Returns: {kind, target, seed, parameters, content_sha256, train, validation, test, unlabelled, notes, counts};
+      the parts are sorted lists of ids, counts[part][database or "all"] has recordings, people and positives.
+      Each part gets its share of either class's recordings in each database, as far as people, who are never
+      divided, allow. People whose recordings share audio are kept together.
+    Raises:
+      SplitError: unknown kind, target or database, fold out of range, too few people or recordings of a class.
+    """
+    _check_arguments(kind, target, fractions, fold, folds)
+    rows = sorted(rows, key=lambda row: row["id"])
+    if len({row["id"] for row in rows}) < len(rows):
+        raise SplitError("the rows have an id twice: prepare the data set again")
+    labelled = [row for row in rows if _label(row, target) in CLASSES[target]]
+    if not labelled:
+        raise SplitError(f"no recording has the label {target!r}: choose another --target or data set")
+    databases = sorted({row["database"] for row in labelled})
+    if kind == "leave_database_out" and database not in databases:
+        raise SplitError(f"no database {database!r} with label {target!r}: choose one of {', '.join(databases)}")
+    if kind == "leave_database_out" and len(databases) == 1:
+        raise SplitError(f"{database} is the only database with label {target!r}, none is left to train on")
+
+    rng = np.random.default_rng(seed)
+    if kind == "paper301":
+        parts, notes = _paper301(labelled, target, fractions, names, rng)
+    else:
+        parts, notes = _by_person(labelled, kind, target, fractions, fold, folds, database, rng)
+    for name in databases if kind != "paper301" else ():
+        if any(row["database"] == name and not row["person_known"] for row in labelled):
+            notes.append(f"{name}: people are not known for all recordings, and one person may be in several parts")
+    for part, members in parts.items():
+        if lacking := set(CLASSES[target]) - {_label(row, target) for row in members}:
+            what = f" with {target} {', '.join(sorted(lacking))}" if target else ""
+            raise SplitError(f"{part} has no recording{what}: choose other fractions, seed or kind")
+    return {
+        "kind": kind,
+        "target": target,
+        "seed": seed,
+        "parameters": {
+            "fractions": list(fractions),
+            **({"fold": fold, "folds": folds} if kind == "person_kfold" else {}),
+            **({"database": database} if kind == "leave_database_out" else {}),
+            **({"names": str(names) if names else None} if kind == "paper301" else {}),
+        },
+        "content_sha256": _content(rows),
+        **{part: sorted(row["id"] for row in parts[part]) for part in PARTS},
+        "unlabelled": [row["id"] for row in rows if _label(row, target) not in CLASSES[target]],
+        "notes": notes,
+        "counts": {part: _counts(parts[part], target) for part in PARTS},
+    }
+
+
+def _label(row: Row, target: str) -> str | None:
+    return row["labels"].get(target) if target else "0"
+
+
+def _check_arguments(kind: str, target: str, fractions: Sequence[float], fold: int, folds: int) -> None:
+    if kind not in KINDS:
+        raise SplitError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if target not in TARGETS:
+        raise SplitError(f"unknown target {target!r}: choose one of {', '.join(filter(None, TARGETS))}")
+    if len(CLASSES[target]) != 2 and kind in ("person_250", "paper301"):
+        raise SplitError(f"kind {kind} draws recordings of two classes: it needs a target with two")
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise SplitError(f"fractions {fractions}: three positive numbers with sum 1 are needed")
+    if kind == "person_kfold" and folds < 3:
+        raise SplitError(f"folds {folds}: at least 3 are needed, one to test, one to validate, the rest to train")
+    if kind == "person_kfold" and not 0 <= fold < folds:
+        raise SplitError(f"fold {fold}: must lie between 0 and {folds - 1}")
+
+
+def _by_person(
+    rows: list[Row],
+    kind: str,
+    target: str,
+    fractions: Sequence[float],
+    fold: int,
+    folds: int,
+    database: str | None,
+    rng: np.random.Generator,
+) -> tuple[dict[str, list[Row]], list[str]]:
+    groups, notes = _groups(rows)
+    if kind == "person_kfold":
+        dealt = _deal(groups, target, [1 / folds] * folds, rng)
+        first, second, *others = dealt[fold:] + dealt[:fold]
+        return {"train": [row for part in others for row in part], "validation": second, "test": first}, notes
+    if kind == "leave_database_out":
+        heard = [group for group in groups if any(row["database"] == database for row in group)]
+        unheard = [group for group in groups if all(row["database"] != database for row in group)]
+        aside = sorted(row["id"] for group in heard for row in group if row["database"] != database)
+        if aside:
+            notes.append(f"left out: {len(aside)} recordings of people who are also in {database}: {_some(aside)}")
+        both = fractions[0] + fractions[1]
+        train, validation = _deal(unheard, target, [fractions[0] / both, fractions[1] / both], rng)
+        test = [row for row in rows if row["database"] == database]
+        return {"train": train, "validation": validation, "test": test}, notes
+    if kind == "person_250":
+        rest, test = _deal(groups, target, [fractions[0] + fractions[1], fractions[2]], rng)
+        counts = [sum(row["labels"][target] == value for row in rest) for value in ("0", "1")]
+        each = min(250, min(counts) // 3)
+        if each < 250:
+            notes.append(f"validation: {each} of each class are wanted, as 250 would leave too few to train")
+        share = np.array([each / count for count in counts])
+        kept = {row["id"] for row in rest}
+        left = [group for group in groups if group[0]["id"] in kept]
+        train, validation = _deal(left, target, [1 - share, share], rng)
+        return {"train": train, "validation": validation, "test": test}, notes
+    return dict(zip(PARTS, _deal(groups, target, fractions, rng), strict=True)), notes
+
+
+def _groups(rows: list[Row]) -> tuple[list[list[Row]], list[str]]:
+    """Recordings by person; people whose recordings share audio are taken as one."""
+    leader: dict[str, str] = {}
+
+    def find(person: str) -> str:
+        while leader.setdefault(person, person) != person:
+            person = leader[person]
+        return person
+
+    notes = []
+    by_id = {row["id"]: row for row in rows}
+    for one, other, _ in overlaps(rows):
+        a, b = sorted(find(by_id[name]["person"]) for name in (one, other))
+        if a != b:
+            leader[b] = a
+            notes.append(f"{one} and {other} share audio: their people are kept together")
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[find(row["person"])].append(row)
+    return [groups[name] for name in sorted(groups)], notes
+
+
+def _deal(groups: list[list[Row]], target: str, fractions: Sequence[Any], rng: np.random.Generator) -> list[list[Row]]:
+    """Deals whole groups into parts, database by database: each to the part that lacks most of its classes.
+
+    All classes are counted in recordings, for a person may have recordings of several. A part's fraction is one
+    number, or one for each class.
+    """
+    classes = CLASSES[target]
+    wanted = np.array([np.broadcast_to(fraction, len(classes)) for fraction in fractions])
+    strata = collections.defaultdict(list)
+    for group in groups:
+        counts = np.array([sum(_label(row, target) == label for row in group) for label in classes])
+        strata[group[0]["database"]].append((group, counts))
+    for column, label in enumerate(classes):
+        people = sum(counts[column] > 0 for stratum in strata.values() for _, counts in stratum)
+        if people < len(fractions):
+            raise SplitError(
+                f"{people} people with {target} {label}, too few for {len(fractions)} parts: "
+                "use fewer folds, another kind, or more data"
+            )
+    parts: list[list[Row]] = [[] for _ in fractions]
+    lacking = np.zeros((len(fractions), len(classes)))
+    for _, stratum in sorted(strata.items()):
+        total = np.maximum(sum(counts for _, counts in stratum), 1)
+        # What the databases before could not even out is made up here, but by one person at most,
+        # or a person with very many recordings would turn the next database upside down.
+        person = total / np.maximum(sum(counts > 0 for _, counts in stratum), 1)
+        lacking = np.clip(lacking, -person, person) + wanted * total
+        order = [stratum[i] for i in rng.permutation(len(stratum))]
+        for group, counts in sorted(order, key=lambda pair: len(pair[0]), reverse=True):
+            part = int(np.argmax(lacking @ (counts / total)))
+            parts[part] += group
+            lacking[part] -= counts
+    return parts
+
+
+def _paper301(
+    rows: list[Row],
+    target: str,
+    fractions: Sequence[float],
+    names: str | pathlib.Path | None,
+    rng: np.random.Generator,
+) -> tuple[dict[str, list[Row]], list[str]]:
+    notes = ["split by recording, as published: one person's recordings are in several parts"]
+    by_class = {value: [row for row in rows if row["labels"][target] == value] for value in ("0", "1")}
+    if names is not None:
+        listed = _read_names(names)
+        test = {row["id"] for row in rows} & listed
+        if not test:
+            raise SplitError(f"{names}: none of its {len(listed)} names is a recording with label {target!r}")
+        if len(test) < len(listed):
+            notes.append(f"{len(listed) - len(test)} of the {len(listed)} names in {names} are not in this data set")
+    else:
+        test = set()
+        for value, count in (("0", 150), ("1", 151)):
+            if len(by_class[value]) < count + 2:
+                raise SplitError(
+                    f"{len(by_class[value])} recordings with {target} {value}; this split tests on {count} and needs "
+                    "others to train: use --kind=person, or give --names"
+                )
+            test |= {by_class[value][i]["id"] for i in rng.permutation(len(by_class[value]))[:count]}
+    rest = [[row] for row in rows if row["id"] not in test]
+    both = fractions[0] + fractions[1]
+    train, validation = _deal(rest, target, [fractions[0] / both, fractions[1] / both], rng)
+    return {"train": train, "validation": validation, "test": [row for row in rows if row["id"] in test]}, notes
+
+
+def _read_names(path: str | pathlib.Path) -> set[str]:
+    try:
+        with pathlib.Path(path).open(newline="", encoding="utf-8-sig") as file:
+            names = {line[0].strip().removesuffix(".wav") for line in csv.reader(file) if line}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SplitError(f"{path}: cannot be read as a list of names: {error}") from None
+    return names - {""}
+
+
+def _content(rows: Iterable[Row]) -> str:
+    said = sorted([row["id"], sorted(row["labels"].items())] for row in rows)
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _counts(rows: list[Row], target: str) -> dict[str, dict[str, int]]:
+    def of(rows: list[Row]) -> dict[str, int]:
+        positives = sum(_label(row, target) == CLASSES[target][-1] for row in rows if target)
+        return {"recordings": len(rows), "people": len({row["person"] for row in rows}), "positives": positives}
+
+    databases = sorted({row["database"] for row in rows})
+    return {name: of([row for row in rows if row["database"] == name]) for name in databases} | {"all": of(rows)}
+
+
+def overlaps(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
+    """Pairs of recordings that share a stretch of audio: (id, id, common fingerprint hashes), by id."""
+    owners = collections.defaultdict(list)
+    for row in rows:
+        for value in set(row["fingerprint"].split()):
+            owners[value].append(row["id"])
+    common: collections.Counter[tuple[str, str]] = collections.Counter()
+    for ids in owners.values():
+        if len(ids) > 1:
+            common.update(itertools.combinations(sorted(ids), 2))
+    return sorted((one, other, count) for (one, other), count in common.items() if count >= COMMON_HASHES)
+
+
+def leaks(split: Split, rows: Sequence[Row]) -> list[str]:
+    """What train, validation and test have in common; each message names the recordings. Empty: nothing.
+
+    Looked for: an id in two parts, a person in two parts, the same audio in two parts, overlapping audio
+    (see `prepare.fingerprint` for what it can find) in two parts.
+    """
+    messages = []
+    part_of: dict[str, str] = {}
+    for part in (*PARTS, "unlabelled"):
+        ids: list[str] = split[part]
+        for name, count in sorted(collections.Counter(ids).items()):
+            if name in part_of or count > 1:
+                messages.append(f"recording {name} is in {part_of.get(name, part)} and in {part}")
+            part_of.setdefault(name, part)
+    used = [row for row in rows if part_of.get(row["id"]) in PARTS]
+    same_audio: set[tuple[str, ...]] = set()
+    for field, what in (("person", "person"), ("sha256", "audio")):
+        shared: dict[str, list[str]] = collections.defaultdict(list)
+        for row in used:
+            shared[row[field]].append(row["id"])
+        for value, ids in sorted(shared.items()):
+            by_part = {part: sorted(name for name in ids if part_of[name] == part) for part in PARTS}
+            found = [f"{part} ({_some(members)})" for part, members in by_part.items() if members]
+            if what == "audio":
+                same_audio.update(itertools.combinations(sorted(ids), 2))
+            if len(found) > 1:
+                whose = f"person {value}" if what == "person" else "the same audio"
+                messages.append(f"{whose} is in {' and in '.join(found)}")
+    for one, other, count in overlaps(used):
+        if part_of[one] != part_of[other] and (one, other) not in same_audio:
+            messages.append(f"{one} in {part_of[one]} and {other} in {part_of[other]} share audio ({count} windows)")
+    return messages
+
+
+def check(split: Split, rows: Sequence[Row], allow: bool = False) -> list[str]:
+    """The split's leaks, if `allow`; otherwise any leak raises.
+
+    Raises:
+      LeakError: listing the first ten.
+    """
+    found = leaks(split, rows)
+    if found and not allow:
+        more = f"\n  and {len(found) - 10} more" if len(found) > 10 else ""
+        listed = "".join(f"\n  {message}" for message in found[:10])
+        raise LeakError(f"THE SPLIT LEAKS, scores on it would be too good: {len(found)} findings{listed}{more}")
+    return found
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+
+
+def save(split: Split, path: str | pathlib.Path) -> None:
+    """Writes the split as JSON; the file is there as a whole or not at all."""
+    files.write_text(pathlib.Path(path), json.dumps(split, indent=1, ensure_ascii=False) + "\n")
+
+
+def load(path: str | pathlib.Path, rows: Sequence[Row]) -> Split:
+    """Reads a saved split for these rows.
+
+    Raises:
+      SplitError: no such file, not a split, or made for other recordings or labels.
+    """
+    try:
+        split = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SplitError(f"{path}: cannot be read as a split: {error}") from None
+    expected = ("kind", "target", "content_sha256", *PARTS, "unlabelled")
+    missing = [name for name in expected if not isinstance(split, dict) or name not in split]
+    if missing:
+        raise SplitError(f"{path}: not a split, it lacks {', '.join(missing)}: make it with python -m pcgjax.splits")
+    known = {row["id"] for row in rows}
+    unknown = sorted(id for part in (*PARTS, "unlabelled") for id in split[part] if id not in known)
+    fix = "use the prepared folder that it was made from, or make it again with python -m pcgjax.splits"
+    if unknown:
+        raise SplitError(f"{path}: {len(unknown)} recordings are not in this data set ({_some(unknown)}): {fix}")
+    if split["content_sha256"] != _content(rows):
+        raise SplitError(f"{path}: made for a data set with other recordings or labels: {fix}")
+    return split
+
+
+def summary(split: Split) -> str:
+    """Counts and notes, for people."""
+    lines = []
+    for part in PARTS:
+        for name, of in split["counts"][part].items():
+            lines.append(
+                f"{part:10s} {name:12s} {of['recordings']:5d} recordings {of['people']:5d} people "
+                f"{of['positives']:5d} {split['target']}"
+            )
+    lines.append(f"unlabelled {len(split['unlabelled'])}")
+    return "\n".join(lines + [f"note: {note}" for note in split["notes"]])

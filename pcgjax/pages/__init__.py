@@ -1,0 +1,1 @@
+"""What is drawn: HTML pages and their figures."""

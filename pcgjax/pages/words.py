@@ -1,0 +1,47 @@
+"""One table of words: how metrics and decisions are called on every page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pcgjax import metrics
+
+WORDS = {
+    "mean_database_auc": "Mean AUC over databases", "auc": "AUC", "auprc": "Average precision",
+    "mean_accuracy": "MAcc", "accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1",
+    "sensitivity": "Sensitivity", "specificity": "Specificity", "brier": "Brier score",
+    "all_abnormal": "always abnormal", "all_normal": "always normal", "majority": "the commoner class",
+    "database_prior": "the database alone", "metronome": "a metronome",
+    "onset_f1_60ms": "Onset F1 (60 ms)", "onset_f1_100ms": "Onset F1 (100 ms)", "frame_accuracy": "Frame accuracy",
+    "S1_onset_f1_60ms": "S1 onset F1 (60 ms)", "S2_onset_f1_60ms": "S2 onset F1 (60 ms)",
+}  # fmt: skip
+# What else is told of a segmenter, in a table only: comparisons of runs show WORDS.
+SEGMENTATION_WORDS = {
+    "onset_recall_60ms": "Onset recall (60 ms)", "onset_precision_60ms": "Onset precision (60 ms)",
+    "onset_f1_60ms_by_recording": "Onset F1 (60 ms), mean over recordings",
+    "frame_accuracy_by_recording": "Frame accuracy, mean over recordings",
+    **{f"f1_{name}": f"F1 of {name} over frames" for name in ("S1", "systole", "S2", "diastole")},
+    "f1_mean": "Mean of the four", "cycle_error_ms": "Error of a cycle's length (ms)",
+    "heart_rate_error": "Error of the heart rate (beats/min)",
+}  # fmt: skip
+HEADLINE = ("mean_database_auc", "auc", "mean_accuracy", "f1", "accuracy", "auprc", "sensitivity", "specificity")
+DECISIONS = ("normal", "abnormal")
+
+
+def best_trivial(test: Mapping[str, Any], metric: str) -> tuple[str, float] | None:
+    """The trivial answer that does best by a score; none for a score of which a trivial answer gets everything."""
+    if metric == "mean_database_auc":
+        return "the database alone", 0.5
+    if metric in ("sensitivity", "specificity", "recall", "precision"):
+        return None
+    known = {name: metrics.finite(scores.get(metric)) for name, scores in (test.get("trivial") or {}).items()}
+    scores = {name: value for name, value in known.items() if value is not None}
+    if not scores:
+        return None
+    best = max(scores, key=lambda name: scores[name])
+    return WORDS.get(best, best), scores[best]
+
+
+def word_of(metric: str) -> str:
+    return WORDS.get(metric, metric.replace("_", " "))

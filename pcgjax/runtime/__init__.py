@@ -1,0 +1,1 @@
+"""What knows nothing of hearts: files, devices, processes, checkpoints, compiled programs."""

@@ -1,0 +1,1 @@
+"""From frames to states: decoding and scores."""

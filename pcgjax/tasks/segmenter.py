@@ -1,0 +1,210 @@
+"""The heart-sound segmenter: frames, their states, their loss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+
+from pcgjax.data.corpus import Corpus
+from pcgjax.data.plan import Geometry
+from pcgjax.datasets import UNANNOTATED
+from pcgjax.features import filters, spectrogram
+from pcgjax.models.segmenter import PatchSegmenter, Segmenter
+from pcgjax.models.ssamba import PATCH
+from pcgjax.runtime.traced import is_known, is_on
+from pcgjax.segmentation.states import TARGETS, target_frames
+from pcgjax.tasks.augment import masked_bands, recoloured, stretched
+from pcgjax.tasks.base import Counts, Task, Total, arithmetic_dtype, cut_windows, with_noise
+
+
+def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
+    """The heart-sound segmenter: windows, shifted anew each time, log-mel frames, a score a frame; the loss is over
+    annotated frames (SSAMBA paper, Eq. 1, for a binary target; cross-entropy for the four states).
+
+    Raises:
+      ValueError: a field that does not fit the prepared data's rate or another field; the message names it.
+    """
+    f, target = config.features, config.task.frames
+    if target not in TARGETS:
+        raise ValueError(f"task.frames={target!r}: choose one of {', '.join(TARGETS)}")
+    if is_known(f.stretch) and (not 0 <= f.stretch < 1 or (f.stretch and config.model.name == "ssamba")):
+        raise ValueError(f"features.stretch={f.stretch}: at least 0 and below 1, and 0 with model.name=ssamba")
+    quiet = is_known(f.response_db) and not (f.response_db or f.noise)
+    if (is_known(f.response_db) and not f.response_db >= 0) or (config.model.name == "ssamba" and not quiet):
+        raise ValueError(
+            f"features.response_db={f.response_db}, features.noise={f.noise}: at least 0, and with model.name=ssamba 0 "
+            "and False: they are of frames whose level was taken off"
+        )
+    hop, halo = frame_hop(config, sample_rate_hz)
+    window = round(f.window_s * sample_rate_hz) // hop * hop
+    if window < hop:
+        raise ValueError(f"features.window_s={f.window_s} is shorter than features.step_s={f.step_s}")
+    geometry = Geometry(window, window, halo, halo)
+    # SSAMBA chooses by itself what it computes in bfloat16.
+    dtype = jnp.float32 if config.model.name == "ssamba" else arithmetic_dtype(config.model)
+    wanted_of = target_frames(np.arange(5), target).astype(np.int32)  # of each state
+
+    def logits_of(model: Segmenter, batch: dict, capacity: int, key: jax.Array, train: bool):
+        noise_key, shift_key, augment_key, drop_key, stretch_key, colour_key = jax.random.split(key, 6)
+        where = filters.packing(batch["lengths"], batch["samples"].shape[0], halo, halo)
+        x = with_noise(batch, where, f.noise_snr_db, noise_key)
+        shift = None
+        if train:  # what a recording has beyond its windows is where they may move to
+            room = jnp.maximum(where.lengths - geometry.windows(where.lengths) * window, 0)
+            shift = (jax.random.uniform(shift_key, room.shape) * (room + 1)).astype(jnp.int32)
+        cut = cut_windows(x, where, geometry, capacity, halo, shift)
+        at = jnp.arange(window // hop) * hop + hop // 2  # the middle of a frame
+        real = (at < cut.own[:, None]) & cut.real[:, None]
+        features, _ = frame_features(config, cut.samples, real, sample_rate_hz)
+        if train:
+            features = recoloured(colour_key, features, real, f.response_db, f.noise)
+            features = masked_bands(augment_key, features, f.masked_bands)
+            if is_on(f.stretch):
+                features, real, source = stretched(stretch_key, features, real, f.stretch)
+                at = at[source]
+        dropout = config.model.get("dropout", 0.0)  # SSAMBA has none
+        logits = model(features.astype(dtype), drop_key if train else None, dropout).astype(jnp.float32)
+        # An event is 8 * its sample + its state: the last one that is not after the frame's middle.
+        events = batch["labels"][cut.recording]
+        middle = 8 * (cut.begin[:, None] + at) + 7
+        last = jax.vmap(lambda e, t: jnp.searchsorted(e, t, side="right"))(events, middle) - 1
+        states = jnp.where(last >= 0, jnp.take_along_axis(events, jnp.maximum(last, 0), 1) & 7, UNANNOTATED)
+        return logits, jnp.where(real, jnp.asarray(wanted_of)[states], -1), cut.recording
+
+    def counts_of(logits: jax.Array, wanted: jax.Array) -> Counts:
+        """(J, T) a frame; frames whose target is -1 do not count."""
+        counted = wanted >= 0
+        if target == "states":
+            log_p = jax.nn.log_softmax(logits)
+            loss = -jnp.take_along_axis(log_p, jnp.maximum(wanted, 0)[..., None], -1)[..., 0]
+            correct = logits.argmax(-1) == wanted
+        else:
+            loss = optax.sigmoid_binary_cross_entropy(logits[..., 0], jnp.maximum(wanted, 0).astype(logits.dtype))
+            correct = (logits[..., 0] > 0) == (wanted > 0)
+        return Counts(jnp.where(counted, loss, 0), (correct & counted).astype(jnp.int32), counted.astype(jnp.int32))
+
+    def forward(model: Segmenter, batch: dict, capacity: int, key: jax.Array) -> Counts:
+        logits, wanted, recording = logits_of(model, batch, capacity, key, False)
+        of = lambda x: jax.ops.segment_sum(x.sum(1), recording, len(batch["lengths"]))
+        return jax.tree.map(of, counts_of(logits, wanted))
+
+    def loss(model: Segmenter, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
+        logits, wanted, _ = logits_of(model, batch, capacity, key, True)
+        counts = jax.tree.map(jnp.sum, counts_of(logits, wanted))
+        return counts.loss, counts
+
+    def init(rngs: nnx.Rngs) -> Segmenter | PatchSegmenter:
+        m = config.model
+        outputs = 4 if target == "states" else 1
+        if m.name == "ssamba":
+            frames, stride = (window + 2 * halo - FBANK_S[0]) // FBANK_S[1] + 1, hop // FBANK_S[1]
+            return PatchSegmenter(
+                m.width, m.depth, frames, stride, outputs, m.remat, m.bfloat16, m.implementation, rngs=rngs
+            )
+        return Segmenter(
+            f.n_mels, outputs, m.width, m.depth, m.d_state, m.expand, m.dropout, m.bidirectional, m.implementation,
+            rngs=rngs,
+        )  # fmt: skip
+
+    return Task(geometry, init, forward, loss, events, classifies=False, shapes=3, dtype=dtype)
+
+
+def events(corpus: Corpus) -> np.ndarray:
+    """(N, E) int32, where states begin: 8 * sample + state, in order of time, as many as the most of any recording.
+
+    The end of a span after which none follows begins UNANNOTATED. Rows are filled up with the largest int32.
+    """
+    rate_hz, lists = corpus.sample_rate_hz, []
+    for row in corpus.rows:
+        found: dict[int, int] = {}
+        for start_s, end_s, state in row["annotations"]:
+            start, end = round(start_s * rate_hz), round(end_s * rate_hz)
+            if start < end:
+                found[start], found[end] = state, UNANNOTATED
+        lists.append(sorted(8 * sample + state for sample, state in found.items()))
+    out = np.full((len(lists), max(map(len, lists), default=0) or 1), np.iinfo(np.int32).max, np.int32)
+    for i, listed in enumerate(lists):
+        out[i, : len(listed)] = listed
+    return out
+
+
+SSAMBA_RATE_HZ = 16000
+FBANK_S = (400, 160)  # samples of a filter bank's frame, and from one to the next
+
+
+def frame_hop(config: ml_collections.ConfigDict, sample_rate_hz: int) -> tuple[int, int]:
+    """(samples a frame, samples by which what it is computed from is longer on either side).
+
+    Raises:
+      ValueError: the step is no whole number of samples, or the analysis window or the mel bands do not fit.
+    """
+    f, name = config.features, config.model.name
+    hop = round(f.step_s * sample_rate_hz)
+    if hop < 1 or abs(hop - f.step_s * sample_rate_hz) > 1e-6:
+        raise ValueError(f"features.step_s={f.step_s}: must be a whole number of samples at {sample_rate_hz} Hz")
+    if name == "ssamba":
+        if sample_rate_hz != SSAMBA_RATE_HZ:
+            raise ValueError(f"model.name=ssamba hears {SSAMBA_RATE_HZ} Hz, the data are prepared at {sample_rate_hz}")
+        if hop % FBANK_S[1] or hop > PATCH * FBANK_S[1]:
+            raise ValueError(f"features.step_s={f.step_s}: of SSAMBA a multiple of 0.01, at most {PATCH / 100}")
+        return hop, ((PATCH - 1) * FBANK_S[1] + FBANK_S[0] - hop) // 2
+    if name != "frames":
+        raise ValueError(f"model.name={name!r}: choose frames or ssamba")
+    if f.n_fft < hop or (f.n_fft - hop) % 2:
+        raise ValueError(f"features.n_fft={f.n_fft}: must be features.step_s, {hop} samples, and an even number more")
+    try:
+        spectrogram.mel_filterbank(sample_rate_hz, f.n_fft, f.n_mels, f.low_hz, f.high_hz)
+    except ValueError as error:
+        raise ValueError(f"features.n_fft, features.n_mels, features.low_hz, features.high_hz: {error}") from None
+    return hop, (f.n_fft - hop) // 2
+
+
+_LEVEL_FRAMES = 100  # time constant of the running level
+_SILENCE = 1e-20  # mel power
+
+
+def frame_features(
+    config: ml_collections.ConfigDict,
+    samples_BxS: jax.Array,
+    real_BxT: jax.Array,
+    sample_rate_hz: int,
+    level: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Log-mel (B, T, n_mels) of T frames from their samples and `halo` more on either side, whatever the gain.
+
+    Of SSAMBA its filter bank (B, T', 128), which depends on the gain as published.
+
+    The level that is taken off is the mean of the window's real frames; causal, the running mean of the frames so far,
+    (B,) sum and weight of which are `level`, and are returned for the next piece of the recording.
+    """
+    f = config.features
+    before = (jnp.zeros(len(samples_BxS)), jnp.zeros(len(samples_BxS))) if level is None else level
+    if config.model.name == "ssamba":
+        return ssamba_input(samples_BxS), before
+    hop, _ = frame_hop(config, sample_rate_hz)
+    mel = spectrogram.mel_of_frames(samples_BxS, sample_rate_hz, f.n_fft, hop, f.n_mels, f.low_hz, f.high_hz)
+    # Digital silence has no level to take off; all else is far above this floor.
+    x = jnp.log(mel + _SILENCE)
+    loud, real = x.mean(-1), (real_BxT & (mel.max(-1) > _SILENCE)).astype(x.dtype)
+    if config.model.bidirectional:
+        mean = ((loud * real).sum(1) / jnp.maximum(real.sum(1), 1))[:, None]
+    else:
+
+        def running(carry, now):
+            total, weight = (c * (1 - 1 / _LEVEL_FRAMES) + n for c, n in zip(carry, now, strict=True))
+            return (total, weight), total / jnp.maximum(weight, 1e-6)
+
+        before, mean = jax.lax.scan(running, before, ((loud * real).T, real.T))
+        mean = mean.T
+    # 8 nats below the level is silence; 2 nats are about a standard deviation.
+    return jnp.where(real_BxT[..., None], jnp.maximum(x - mean[..., None], -8) / 2, 0), before
+
+
+def ssamba_input(samples_BxS: jax.Array) -> jax.Array:
+    """Samples at 16 kHz -> what SSAMBA hears, (B, frames, 128): their mean taken off, filter bank, normalised."""
+    fbank = spectrogram.kaldi_fbank(samples_BxS - samples_BxS.mean(-1, keepdims=True))
+    return (fbank + 4.2677393) / (2 * 4.5689974)

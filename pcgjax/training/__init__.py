@@ -1,0 +1,1 @@
+"""The JAX trainer. Start with `loop.py`."""

@@ -1,0 +1,162 @@
+"""A model's answers to recordings: compiled once, resident or streamed, on one device or a mesh."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from pcgjax import tasks
+from pcgjax.data import batches
+from pcgjax.data.corpus import Corpus
+from pcgjax.data.plan import evaluation_plan
+from pcgjax.models.hinf_lstm import CNNLSTM
+from pcgjax.models.image import ImageClassifier
+from pcgjax.runtime import checkpoint, sharding
+from pcgjax.tasks.base import Counts, Task, merge_model, split_model
+
+
+def width_of(task: Task) -> int:
+    """How many numbers `task.forward` gives of a recording."""
+    return 2 if task.classifies else len(Counts._fields)
+
+
+def answers_of(
+    task: Task,
+    model: Any,
+    capacities: tuple[int, ...],
+    data: dict,
+    ids: jax.Array,
+    choice: jax.Array,
+    key: jax.Array,
+    embed: bool = False,
+) -> jax.Array:
+    """`task.forward`'s answers (R, `width_of`) of one group's recordings, as `input_pipeline.at_capacity` has them;
+    with `embed`, what `tasks.embed` gives."""
+
+    def answers(batch: dict, capacity: int) -> jax.Array:
+        if embed:
+            return embed(task, model, batch, capacity, key)
+        return jnp.stack(task.forward(model, batch, capacity, key), axis=-1).astype(jnp.float32)
+
+    return batches.at_capacity(answers, data, ids, choice, capacities, task.geometry)
+
+
+def make_predict(
+    task: Task,
+    graphdef: Any,
+    corpus: Corpus,
+    indices: np.ndarray,
+    batch: int,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
+    resident: dict | None = None,
+    embed: bool = False,
+) -> Callable[[Any, Any], np.ndarray]:
+    """A function (params, rest) -> `task.forward`'s answers, (n, 2 or 3) float32, of the recordings `indices`.
+
+    embed: what the last unit is given, (n, D) as `tasks.embed` has it, instead of the answers.
+    mesh: whose devices share each batch, all with the whole parameters; every process is given all answers.
+    resident: the whole corpus on every device, from `input_pipeline.block`; None to stream it.
+    """
+    width = embedded(nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))) if embed else width_of(task)
+    # A classifier does not look at them here.
+    labels = np.zeros(len(corpus.rows), np.float32) if task.classifies else task.labels(corpus)
+    devices = mesh.size if mesh else 1
+    plan = evaluation_plan(indices, corpus.lengths, task.geometry, batch, devices, task.shapes)
+    whole = sharding.replicated(mesh) if mesh else None
+
+    def forward(params, rest, data, ids, choice, i):
+        keys = jax.random.split(jax.random.fold_in(key, i), devices)
+        own = keys[jax.lax.axis_index(sharding.AXES) if devices > 1 else 0]
+        model = merge_model(task, graphdef, params, rest)
+        return answers_of(task, model, plan.capacities, data, ids[0], choice, own, embed)[None]
+
+    @functools.partial(jax.jit, compiler_options=sharding.compiler_options(), out_shardings=whole)
+    def run(params, rest, data, ids, capacity, steps, done):
+        everywhere, spread = PartitionSpec(), PartitionSpec(sharding.AXES)
+        own = (everywhere, everywhere, everywhere if resident else spread, spread, everywhere, everywhere)
+        each = sharding.over_devices(forward, mesh, own, spread) if mesh else forward
+        if mesh:
+            params = jax.lax.with_sharding_constraint(params, whole)
+        out = jnp.zeros((*ids.shape, width))
+        step = lambda i, out: out.at[i].set(each(params, rest, data, ids[i], capacity[i], done + i))
+        return jax.lax.fori_loop(0, steps, step, out)
+
+    def predict(params, rest):
+        pieces: Iterable
+        if resident is not None:
+            pieces = [(resident, plan.ids, plan.capacity, len(plan.ids))]
+        else:
+            pieces = batches.streamed(corpus, labels, plan, 0, len(plan.ids), mesh)
+        out, done = np.zeros((len(corpus.rows), width), np.float32), 0
+        for data, ids, capacity, steps in pieces:
+            answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))[:steps]
+            asked = plan.ids[done : done + steps]
+            out[asked[asked >= 0]] = answers[asked >= 0]
+            done += steps
+        return out[indices]
+
+    return predict
+
+
+def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, Task, Any, Any, Any, int]:
+    """The best checkpoint of a workdir: (config, task, graphdef, params, rest, sample_rate_hz).
+
+    The config's `evaluation.threshold` is the one that was in use when the checkpoint was made (SAPT moves it).
+
+    Raises:
+      checkpoint.CheckpointError: no trained model there.
+    """
+    workdir = pathlib.Path(workdir)
+    folder = workdir / "checkpoints" / "best"
+    _, _, meta = checkpoint.require(folder)
+    config = ml_collections.ConfigDict(meta["config"])
+    config.evaluation.threshold = meta["best"]["threshold"]
+    task = tasks.make(config, meta["sample_rate_hz"])
+    # Shapes alone: to draw parameters first would take longer than all the rest.
+    graphdef, params, rest = split_model(nnx.eval_shape(lambda: task.init(nnx.Rngs(config.seed))))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (params, rest))
+    _, model, _ = checkpoint.require(folder, {"params": like[0], "rest": like[1]})
+    return config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"]
+
+
+def embed(task: Task, model: Any, batch: dict, capacity: int, key: jax.Array) -> jax.Array:
+    """(R, D) what a classifier's last unit is given, the mean over each recording's clips; zeros where it has none."""
+    model = nnx.clone(model)  # the caller's keeps its last unit
+    holder, name = _last_unit(model)
+    seen = []
+
+    def look(h_JxD: jax.Array) -> jax.Array:  # stands in the last unit's place
+        seen.append(h_JxD.astype(jnp.float32))
+        return jnp.zeros((len(h_JxD), 1), h_JxD.dtype)
+
+    assert task.clips is not None
+    setattr(holder, name, look)
+    _, recording, mask = task.clips(model, batch, capacity, key)
+    [h_JxD] = seen
+    R = len(batch["lengths"])
+    summed = jax.ops.segment_sum(jnp.where(mask[:, None], h_JxD, 0), recording, R)
+    count = jax.ops.segment_sum(mask.astype(jnp.float32), recording, R)
+    return summed / jnp.maximum(count, 1)[:, None]
+
+
+def embedded(model: Any) -> int:
+    """The D of `embed`."""
+    holder, name = _last_unit(model)
+    return getattr(holder, name).in_features
+
+
+def _last_unit(model: Any) -> tuple[Any, str]:
+    if isinstance(model, CNNLSTM):
+        return model.recurrent, "output"
+    return model, "head" if isinstance(model, ImageClassifier) else "output"

@@ -1,0 +1,72 @@
+"""What a step costs before anything runs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pcgjax.data import batches
+from pcgjax.features.filters import ALIGN
+from pcgjax.runtime import costs, sharding
+from pcgjax.runtime.hlo import step_cost
+from pcgjax.tasks.base import Counts
+from pcgjax.training.experiment import Experiment
+from pcgjax.training.step import zero_totals
+
+
+def look_ahead(experiment: Experiment, run: Any, abstract: Any, shardings: Any, seed: int, pmap: bool) -> dict:
+    """What a step of the compiled program costs, as `costs.summary` has it; nothing is put on the devices or run.
+
+    Raises:
+      ValueError: pmap over several processes, which JAX does not compile ahead of time.
+    """
+    if pmap and jax.process_count() > 1:
+        raise ValueError("--dry_run: pmap over several processes cannot be looked at; --devices=N in one process can")
+    mesh, task = experiment.mesh, experiment.task
+    plan = experiment.plan(seed, 0)
+    everywhere = sharding.replicated(mesh)
+    placed = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+    state = jax.tree.map(placed, abstract, shardings)
+    totals = jax.tree.map(lambda x: placed(x, everywhere), jax.eval_shape(zero_totals))
+    stacked = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype), tree)
+    if experiment.pipeline == "resident":
+        data = jax.tree.map(
+            lambda x: placed(x, None if pmap else everywhere),
+            batches.block_shapes(experiment.corpus, experiment.labels, np.arange(len(experiment.corpus.rows))),
+        )
+        ids = plan.ids
+    else:
+        first = next(batches.stream(experiment.corpus, experiment.labels, plan, 0, 1, mesh.size))
+        layout = None if pmap else NamedSharding(mesh, PartitionSpec(sharding.AXES))
+        of_all = lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape[1:]), x.dtype, sharding=layout)
+        data, ids = jax.tree.map(of_all, first[0]), np.zeros((len(first[1]), *plan.ids.shape[1:]), np.int32)
+        plan = plan._replace(capacity=first[2])
+    if pmap:
+        ids = ids.reshape(len(ids), mesh.size, -1, ids.shape[-1])
+    began = time.monotonic()
+    program = run.lower(*map(stacked, (state, totals)) if pmap else (state, totals), data, ids, plan.capacity, 0, 1)
+    compiled = program.compile()
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "averages": state.rest}
+    states = {name: costs.state_bytes(part) for name, part in parts.items()}
+    parameters, rest = states["parameters"][0], states["averages"][0]
+    rows = task.geometry.buffer_rows(max(experiment.capacities), plan.ids.shape[-1])
+    batch_bytes = 2 * ALIGN * rows * experiment.groups // mesh.size
+    shape = (mesh.shape["data"], mesh.shape["fsdp"])
+    # Of each moment and parameter a device reads and writes its own; averages are summed forward and backward.
+    return costs.summary(
+        step_cost(compiled.as_text()),
+        costs.memory(compiled),
+        states,
+        costs.minimum(parameters, 2 * rest + _COUNTS_BYTES, shape),
+        2 * sum(device for _, device in states.values()) + batch_bytes,
+        shape,
+        "bfloat16" if task.dtype == jnp.bfloat16 else "float32",
+    ) | {"compile_s": time.monotonic() - began}
+
+
+_COUNTS_BYTES = 4 * len(Counts._fields)
