@@ -37,13 +37,13 @@ def answers_of(
     ids: jax.Array,
     choice: jax.Array,
     key: jax.Array,
-    embed: bool = False,
+    embedding: bool = False,
 ) -> jax.Array:
     """`task.forward`'s answers (R, `width_of`) of one group's recordings, as `input_pipeline.at_capacity` has them;
-    with `embed`, what `tasks.embed` gives."""
+    with `embedding`, what `embed` gives."""
 
     def answers(batch: dict, capacity: int) -> jax.Array:
-        if embed:
+        if embedding:
             return embed(task, model, batch, capacity, key)
         return jnp.stack(task.forward(model, batch, capacity, key), axis=-1).astype(jnp.float32)
 
