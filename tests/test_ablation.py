@@ -110,7 +110,9 @@ def test_the_clips_are_what_the_task_shows_its_model(corpus, ready):
 def test_all_seeds_at_once_are_one_after_the_other(ready, arms, monkeypatch):
     """vmap, which runs where there is no CPU, against a seed at a time; how far splits are filled up is the same."""
     config, task, data, labels, parts = ready
-    monkeypatch.setattr(arms_module, "over_seeds", lambda f: lambda own, shared: jax.vmap(lambda x: f(*x, *shared))(own))
+    monkeypatch.setattr(
+        arms_module, "over_seeds", lambda f: lambda own, shared: jax.vmap(lambda x: f(*x, *shared))(own)
+    )
     monkeypatch.setattr(arms_module, "UPDATES", ("forget",))
     monkeypatch.setattr(arms_module, "ARMS", tuple(arm for arm in ARMS if arm[0] == "forget"))
     longer = lambda ids, count: np.pad(ids, ((0, 0), (0, count)), constant_values=-1)

@@ -74,7 +74,8 @@ def _tables(asked: Mapping[str, Any]) -> list[str]:
             for word, n, p in zip(("normal", asked["target"]), c["recordings"], c["people"], strict=True)
         )
         parts.append(
-            f"<h3>{of_set.capitalize()} set: {counted}</h3>{page.table(['', *(CLASSICAL_WORDS[m] for m in SCORES)], body)}"
+            f"<h3>{of_set.capitalize()} set: {counted}</h3>"
+            f"{page.table(['', *(CLASSICAL_WORDS[m] for m in SCORES)], body)}"
         )
     return parts
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from pcgjax.runtime.files import CheckpointError
+
+__all__ = ["CheckpointError", "manager", "require", "restore", "save"]
+
 TIMEOUT_S = 3600  # for the others at a barrier; one that is lost is found sooner, by `distributed`
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not belong to this run; the message names the folder and the fix."""
 
 
 def manager(folder: str | pathlib.Path) -> ocp.CheckpointManager:

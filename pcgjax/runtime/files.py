@@ -14,6 +14,10 @@ from typing import Any
 from absl import app, logging
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not belong to this run; the message names the folder and the fix."""
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`: renamed to it at the end, removed if the body raises."""
