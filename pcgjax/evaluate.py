@@ -1,9 +1,9 @@
-"""A trained model on recordings it has not heard.
+"""A trained model on recordings with labels or annotations.
 
     python -m pcgjax.evaluate --workdir=runs/cnn --dataset=pascal --source=DIR --out=scores.json
 
-writes the scores of `metrics.judge` (per class and per database, intervals over people, what trivial answers score),
-beside them OUT with .csv: a probability and decision for each recording.
+writes the scores of `metrics.judge` (per class and per database, with intervals over people, beside what trivial
+answers score), beside them OUT with .csv: a probability and decision for each recording.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import TYPE_CHECKING
 
-import numpy as np
 from absl import app, flags, logging
 
 from pcgjax import datasets
-from pcgjax.data.corpus import decode_recordings
-from pcgjax.pages.terminal import run_summary
-from pcgjax.runs.judge import NO_CYCLE, judge_recordings, prediction_rows, write_table
 from pcgjax.runtime import files
-from pcgjax.systems import load_answerer
-from pcgjax.training import segmenter
+
+if TYPE_CHECKING:
+    from pcgjax.data.corpus import Corpus
+    from pcgjax.systems import Loaded
+    from pcgjax.tasks.segmenter_model import SegmenterModel
 
 
 def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = "") -> dict:
@@ -30,66 +30,26 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
 
     Raises:
       datasets.DatasetError: the folder cannot be read, or no recording has the label `target`.
+      ValueError (also CheckpointError): no trained model there, or one that has no answers to judge.
     """
+    from pcgjax import systems
+    from pcgjax.runs.judge import write_table
+
     began = time.monotonic()
-    config, classifies, sample_rate_hz, answer = load_answerer(workdir)
+    model = systems.load(workdir)
     recordings, problems = datasets.load(dataset, source)
-    if config.task.name == "segmenter":
+    if model.segmenter is not None:
         if target:
             raise ValueError(f"--target={target}: a segmenter is judged by annotations; leave --target out")
-        return _evaluate_segmenter(workdir, dataset, source, out, recordings, problems, began)
-    if not classifies:
-        raise ValueError(f"{workdir}: a model of task {config.task.name!r} has no answers to judge")
-    target = target or config.task.target
-    labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
-    if not labelled:
-        raise datasets.DatasetError(f"{source}: no recording has the label {target!r}; choose another --target")
-    corpus, undecoded = decode_recordings(labelled, sample_rate_hz)
-    problems = problems + undecoded
-    if not corpus.rows:
-        raise datasets.DatasetError(f"{source}: none of the {len(labelled)} labelled recordings could be decoded")
-    indices, labels = np.arange(len(corpus.rows)), corpus.labels(target)
-    log_p = answer(corpus)
-    found = np.isfinite(log_p[:, 0])
-    problems += [datasets.Problem(corpus.rows[i]["path"], NO_CYCLE) for i in np.flatnonzero(~found)]
-    if not found.any():
-        raise datasets.DatasetError(f"{source}: {NO_CYCLE} in any of the {len(found)} recordings")
-    indices, labels, log_p = indices[found], labels[found], log_p[found]
-    scores = judge_recordings(corpus, indices, labels, log_p, config)
+        scores, rows, undecoded = judge_states(model.segmenter, recordings, dataset, source)
+    elif model.answer is not None:
+        scores, rows, undecoded = judge_answers(model, recordings, dataset, source, target or model.config.task.target)
+    else:
+        raise ValueError(f"{workdir}: a model of task {model.config.task.name!r} has no answers to judge")
     scores |= {
         "dataset": dataset,
         "source": str(source),
         "workdir": str(workdir),
-        "target": target,
-        "trained_on_target": config.task.target,
-        "without_label": len(recordings) - len(labelled),
-        "problems": [dataclasses.asdict(problem) for problem in problems],
-        "wall_s": time.monotonic() - began,
-    }
-    files.write_text(pathlib.Path(out), json.dumps(scores, indent=1))
-    rows = list(prediction_rows(corpus, indices, labels, log_p, config.evaluation.threshold, dataset))
-    write_table(rows, pathlib.Path(out).with_suffix(".csv"))
-    return scores
-
-
-def _evaluate_segmenter(workdir, dataset, source, out, recordings, problems, began) -> dict:
-    model = segmenter.load_segmenter(workdir)
-    annotated = [r for r in recordings if any(start < end for start, end, _ in r.annotations)]
-    if not annotated:
-        raise datasets.DatasetError(
-            f"{source}: none of the {len(recordings)} recordings has annotated states to judge a segmenter by"
-        )
-    corpus, undecoded = decode_recordings(annotated, model.sample_rate_hz)
-    if not corpus.rows:
-        raise datasets.DatasetError(f"{source}: none of the {len(annotated)} annotated recordings could be decoded")
-    judged, rows, _ = segmenter.judge_segmentation(model, corpus, np.arange(len(corpus.rows)), dataset)
-    scores = {
-        "segmentation": judged,
-        "dataset": dataset,
-        "source": str(source),
-        "workdir": str(workdir),
-        "target": model.config.task.frames,
-        "without_annotation": len(recordings) - len(annotated),
         "problems": [dataclasses.asdict(problem) for problem in problems + undecoded],
         "wall_s": time.monotonic() - began,
     }
@@ -98,9 +58,82 @@ def _evaluate_segmenter(workdir, dataset, source, out, recordings, problems, beg
     return scores
 
 
+def judge_answers(
+    model: Loaded, recordings: list[datasets.Recording], dataset: str, source: str, target: str
+) -> tuple[dict, list[dict], list[datasets.Problem]]:
+    """(scores, rows of the .csv, recordings left out) of a classifier on the recordings that have the label `target`.
+
+    Raises:
+      datasets.DatasetError: no recording has the label, can be decoded, or has a heart cycle to judge by.
+    """
+    import numpy as np
+
+    from pcgjax.runs.judge import NO_CYCLE, judge_recordings, prediction_rows
+
+    assert model.answer is not None
+    labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
+    if not labelled:
+        raise datasets.DatasetError(f"{source}: no recording has the label {target!r}; choose another --target")
+    corpus, problems = decode(labelled, model.sample_rate_hz, source, "labelled")
+    log_p = model.answer(corpus)
+    answered = np.isfinite(log_p[:, 0])
+    problems = problems + [datasets.Problem(corpus.rows[i]["path"], NO_CYCLE) for i in np.flatnonzero(~answered)]
+    if not answered.any():
+        raise datasets.DatasetError(f"{source}: {NO_CYCLE} in any of the {len(answered)} recordings")
+    indices, labels, log_p = np.flatnonzero(answered), corpus.labels(target)[answered], log_p[answered]
+    scores = judge_recordings(corpus, indices, labels, log_p, model.config) | {
+        "target": target,
+        "trained_on_target": model.config.task.target,
+        "without_label": len(recordings) - len(labelled),
+    }
+    rows = prediction_rows(corpus, indices, labels, log_p, model.config.evaluation.threshold, dataset)
+    return scores, list(rows), problems
+
+
+def judge_states(
+    model: SegmenterModel, recordings: list[datasets.Recording], dataset: str, source: str
+) -> tuple[dict, list[dict], list[datasets.Problem]]:
+    """(scores, rows of the .csv, recordings left out) of a segmenter on the recordings that are annotated.
+
+    Raises:
+      datasets.DatasetError: no recording is annotated, or can be decoded.
+    """
+    import numpy as np
+
+    from pcgjax.tasks.segmenter_model import judge_segmentation
+
+    annotated = [r for r in recordings if any(start < end for start, end, _ in r.annotations)]
+    if not annotated:
+        raise datasets.DatasetError(
+            f"{source}: none of the {len(recordings)} recordings has annotated states to judge a segmenter by"
+        )
+    corpus, problems = decode(annotated, model.sample_rate_hz, source, "annotated")
+    segmentation, rows, _ = judge_segmentation(model, corpus, np.arange(len(corpus.rows)), dataset)
+    scores = {
+        "segmentation": segmentation,
+        "target": model.config.task.frames,
+        "without_annotation": len(recordings) - len(annotated),
+    }
+    return scores, rows, problems
+
+
+def decode(
+    recordings: list[datasets.Recording], sample_rate_hz: int, source: str, kind: str
+) -> tuple[Corpus, list[datasets.Problem]]:
+    """The recordings in memory, and those left out; raises DatasetError where none can be decoded."""
+    from pcgjax.data.corpus import decode_recordings
+
+    corpus, problems = decode_recordings(recordings, sample_rate_hz)
+    if not corpus.rows:
+        raise datasets.DatasetError(f"{source}: none of the {len(recordings)} {kind} recordings could be decoded")
+    return corpus, problems
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}")
+    from pcgjax.pages.terminal import run_summary
+
     scores = evaluate(FLAGS.workdir, FLAGS.dataset, FLAGS.source, FLAGS.out, FLAGS.target)
     for problem in scores["problems"]:
         logging.warning("left out: %s: %s", problem["path"], problem["reason"])

@@ -12,19 +12,16 @@ heart rates.
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING
 
-import numpy as np
-import tqdm
 from absl import app, flags, logging
 
 from pcgjax import datasets
-from pcgjax.data.corpus import decode_recordings
-from pcgjax.datasets import S1, audio
-from pcgjax.runs.judge import NO_CYCLE, write_table
+from pcgjax.datasets import S1
 from pcgjax.runtime import files
-from pcgjax.segmentation.states import state_spans, write_tsv
-from pcgjax.systems import load_answerer
-from pcgjax.training import segmenter
+
+if TYPE_CHECKING:
+    from pcgjax.tasks.segmenter_model import SegmenterModel
 
 
 def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
@@ -32,11 +29,18 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
 
     A file that cannot be used has an error and no probability.
     """
-    config, classifies, sample_rate_hz, answer = load_answerer(workdir)
-    if config.task.name == "segmenter":
-        return predict_states(workdir, paths, out)
-    if not classifies:
-        raise ValueError(f"{workdir}: a model of task {config.task.name!r} decides nothing about a recording")
+    import numpy as np
+
+    from pcgjax import systems
+    from pcgjax.data.corpus import decode_recordings
+    from pcgjax.datasets import audio
+    from pcgjax.runs.judge import NO_CYCLE, write_table
+
+    model = systems.load(workdir)
+    if model.segmenter is not None:
+        return predict_states(model.segmenter, paths, out)
+    if model.answer is None:
+        raise ValueError(f"{workdir}: a model of task {model.config.task.name!r} decides nothing about a recording")
     rows: list[dict] = [{"path": path, "probability": "", "decision": "", "error": ""} for path in paths]
     recordings = []
     for i, path in enumerate(paths):
@@ -46,23 +50,23 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
             rows[i]["error"] = str(error)
             continue
         recordings.append(datasets.Recording(str(i), str(i), False, "", rate_hz, {}, (), pathlib.Path(path)))
-    corpus, problems = decode_recordings(recordings, sample_rate_hz)
+    corpus, problems = decode_recordings(recordings, model.sample_rate_hz)
     reasons = {problem.path: problem.reason for problem in problems}
     for row in rows:
         row["error"] = row["error"] or reasons.get(str(pathlib.Path(row["path"])), "")
     if corpus.rows:
-        for row, log_p in zip(corpus.rows, answer(corpus), strict=True):
+        for row, log_p in zip(corpus.rows, model.answer(corpus), strict=True):
             if np.isnan(log_p[0]):
                 rows[int(row["id"])]["error"] = NO_CYCLE
                 continue
             probability = float(np.exp(log_p[0]))
-            decision = int(probability >= config.evaluation.threshold)
+            decision = int(probability >= model.config.evaluation.threshold)
             rows[int(row["id"])] |= {"probability": f"{probability:.9g}", "decision": decision}
     write_table(rows, pathlib.Path(out))
     return rows
 
 
-def predict_states(workdir: str, paths: list[str], out: str) -> list[dict]:
+def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[dict]:
     """Writes a segmenter's .tsv for each file, read a piece at a time, and returns rows of path, tsv, heart_rate_bpm
     and error, which `out` holds unless it is itself the .tsv of the only file.
 
@@ -70,7 +74,13 @@ def predict_states(workdir: str, paths: list[str], out: str) -> list[dict]:
       ValueError: two files would have the same .tsv, or one is there already beside its recording, whose annotation
         it may be.
     """
-    model = segmenter.load_segmenter(workdir)
+    import numpy as np
+    import tqdm
+
+    from pcgjax.datasets import audio
+    from pcgjax.runs.judge import write_table
+    from pcgjax.segmentation.states import state_spans, write_tsv
+
     target = pathlib.Path(out)
     tsvs = [target if target.suffix == ".tsv" else target.parent / f"{pathlib.Path(path).stem}.tsv" for path in paths]
     if len(set(tsvs)) < len(tsvs):

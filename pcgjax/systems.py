@@ -1,9 +1,14 @@
-"""All systems by the name of their task: how each is trained, loaded and embedded. Nothing else knows them all."""
+"""All systems by the name of their task: how each is trained, loaded and asked for its features.
+
+The one place that knows all of them: other code takes what `of` gives. What computes with PyTorch or scikit-learn is
+imported where it is used.
+"""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -14,42 +19,64 @@ from pcgjax.data.corpus import Corpus
 from pcgjax.pages.terminal import run_summary
 from pcgjax.runs.results import read_json
 from pcgjax.tasks.base import split_model
-from pcgjax.training.answers import load_model, make_predict
+from pcgjax.tasks.segmenter_model import SegmenterModel
+from pcgjax.training.answers import load_model, load_segmenter, make_predict
 from pcgjax.training.loop import train
+from pcgjax.training.population import train_population
 from pcgjax.training.stages import stages, variants
+from pcgjax.training.sweep import swept_values
 
 
-def load_answerer(
-    workdir: str | pathlib.Path,
-) -> tuple[ml_collections.ConfigDict, bool, int, Callable[[Corpus], np.ndarray]]:
-    """The best model of a workdir, whatever it computes with: (config, whether it classifies recordings,
-    sample_rate_hz, a function from a corpus to its (N, 2) log p, log (1 - p), NaN where it found nothing to judge by).
+class Loaded(NamedTuple):
+    """The best model of a workdir, whatever it computes with."""
 
-    Raises: as `load_model`.
+    config: ml_collections.ConfigDict
+    sample_rate_hz: int
+    # Of a classifier: a corpus -> its (N, 2) log p, log (1 - p), NaN where it found nothing to judge by.
+    answer: Callable[[Corpus], np.ndarray] | None = None
+    segmenter: SegmenterModel | None = None
+
+
+class System(NamedTuple):
+    """What can be done with the systems of a task."""
+
+    train: Callable[[ml_collections.ConfigDict, pathlib.Path, bool], None]  # (config, workdir, dry_run); prints results
+    load: Callable[[pathlib.Path], Loaded]
+    # (config, workdir, corpus, indices) -> as of `features`; None: it does not classify recordings.
+    features: Callable[..., dict[str, np.ndarray]] | None = None
+    jax_platforms: str = ""  # those that JAX may use, where another library computes
+
+
+def of(name: str) -> System:
+    """The system of a task.
+
+    Raises:
+      ValueError: there is none of that name.
     """
-    saved = pathlib.Path(workdir) / "config.json"
-    name = read_json(saved).get("task", {}).get("name") if saved.exists() else ""
-    if name == "classical":
-        from pcgjax.classical.run import load_classical
-
-        return load_classical(workdir)
-    if name == "audio_encoder":
-        from pcgjax.audio_llm.encoders.clips import load_encoder
-
-        config, sample_rate_hz, answer = load_encoder(workdir)
-        return config, True, sample_rate_hz, answer
-    config, task, graphdef, params, rest, sample_rate_hz = load_model(workdir)
-    batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
-
-    def answer_all(corpus: Corpus) -> np.ndarray:
-        return make_predict(task, graphdef, corpus, np.arange(len(corpus.rows)), batch, key)(params, rest)
-
-    return config, task.classifies, sample_rate_hz, answer_all
+    if name == "audio_llm":
+        command = "torchrun -m pcgjax.audio_llm.train --config=... --model=DIR"
+        raise ValueError(f"task.name={name!r}: its trainer is another command, {command}")
+    if name not in SYSTEMS:
+        raise ValueError(f"task.name={name!r}: choose one of {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
 
 
-def features_of_run(
+def load(workdir: str | pathlib.Path) -> Loaded:
+    """The best model of a workdir.
+
+    Raises:
+      ValueError: a config.json of no known system.
+      CheckpointError: no trained model there.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    name = read_json(path).get("task", {}).get("name", "cnn") if path.exists() else "cnn"
+    return of(name).load(workdir)
+
+
+def features(
     config: ml_collections.ConfigDict, workdir: str | pathlib.Path, corpus: Corpus, indices: np.ndarray
-):
+) -> dict[str, np.ndarray]:
     """{"trained", "untrained": (n, D) float}, what the last unit is given of these recordings by a run's best model,
     and by the net that training began with: of the same seed, and of the same pre-trained weights where there are any.
 
@@ -58,55 +85,125 @@ def features_of_run(
     Raises:
       ValueError: no trained classifier there (also CheckpointError).
     """
-    name = config.task.name
-    if name == "classical":
-        from pcgjax.classical.features import classical_features
-
-        made = classical_features(corpus.subset(indices), config)
-        found = np.full((len(indices), made.values.shape[1]), np.nan)
-        found[made.indices] = made.values
-        return {"trained": found}
-    if name == "audio_encoder":
-        from pcgjax.audio_llm.encoders.clips import encoded_features
-
-        return encoded_features(config, workdir, corpus, indices)
-    config, task, graphdef, params, rest, _ = load_model(workdir)
-    if task.clips is None:
+    system = of(config.task.name)
+    if system.features is None:
+        name = config.task.name
         raise ValueError(f"{workdir}: a model of task {name!r} does not classify recordings; it has no site report")
-    batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
-    task = task._replace(shapes=2)  # of a single pass, more would take longer to compile than they save
-    embed = make_predict(task, graphdef, corpus, indices, batch, key, embed=True)
-    _, *begun = split_model(task.init(nnx.Rngs(jax.random.key(config.seed))))
-    return {"trained": embed(params, rest), "untrained": embed(*begun)}
+    return system.features(config, pathlib.Path(workdir), corpus, indices)
 
 
-def run_all(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
-    """What a config asks for: one run, stages of one, or several side by side."""
-    from pcgjax.classical.run import train_classical
-    from pcgjax.pages.classical import classical_summary
-    from pcgjax.training import population
-    from pcgjax.training.members import swept_values
+# ------------------------------------------------------------------------------------------------- the JAX trainer
 
-    if config.task.name == "classical":
-        if results := train_classical(config, workdir, dry_run):
-            print(classical_summary(results))
-        return
+
+def _train_jax(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
+    """One run, stages of one, variants side by side, or a population."""
+    with_variants = len(config.get("variants", ())) > 0
     if swept_values(config):
-        if len(config.get("variants", ())):
+        if with_variants:
             raise ValueError("config.sweep: this config has variants; sweep one that has none, such as configs/cnn.py")
-        population.train_population(config, workdir, dry_run)
-        return
-    if len(config.get("variants", ())):
+        train_population(config, workdir, dry_run)
+    elif with_variants:
         variants(config, workdir, dry_run)
         if not dry_run:
             print(f"wrote {workdir}/report.html and table.json")
-        return
-    run: Callable = stages if len(config.get("stages", ())) else train
-    if config.task.name == "audio_encoder":
-        from pcgjax.audio_llm.encoders.train import train_encoder
+    else:
+        run = stages if len(config.get("stages", ())) else train
+        _print_results(run(config, workdir, dry_run), workdir, dry_run)
 
-        run = train_encoder
-    results = run(config, workdir, dry_run)
+
+def _print_results(results: dict, workdir: pathlib.Path, dry_run: bool) -> None:
     if results and not dry_run:
         print(run_summary(results))
         print(f"wrote {workdir}: metrics.json, predictions.csv, report.html, checkpoints/")
+
+
+def _load_classifier(workdir: pathlib.Path) -> Loaded:
+    config, task, graphdef, params, rest, sample_rate_hz = load_model(workdir)
+    batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
+
+    def answer(corpus: Corpus) -> np.ndarray:
+        return make_predict(task, graphdef, corpus, np.arange(len(corpus.rows)), batch, key)(params, rest)
+
+    return Loaded(config, sample_rate_hz, answer)
+
+
+def _load_segmenter(workdir: pathlib.Path) -> Loaded:
+    model = load_segmenter(workdir)
+    return Loaded(model.config, model.sample_rate_hz, segmenter=model)
+
+
+def _load_encoder_alone(workdir: pathlib.Path) -> Loaded:
+    config, *_, sample_rate_hz = load_model(workdir)
+    return Loaded(config, sample_rate_hz)
+
+
+def _classifier_features(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, corpus: Corpus, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    config, task, graphdef, params, rest, _ = load_model(workdir)
+    batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
+    task = task._replace(shapes=2)  # of a single pass, more would take longer to compile than they save
+    embed = make_predict(task, graphdef, corpus, indices, batch, key, embedding=True)
+    _, *untrained = split_model(task.init(nnx.Rngs(jax.random.key(config.seed))))
+    return {"trained": embed(params, rest), "untrained": embed(*untrained)}
+
+
+# ------------------------------------------------------------------------------------------------ the other systems
+
+
+def _train_classical(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
+    from pcgjax.classical.run import train_classical
+    from pcgjax.pages.classical import classical_summary
+
+    if results := train_classical(config, workdir, dry_run):
+        print(classical_summary(results))
+
+
+def _load_classical(workdir: pathlib.Path) -> Loaded:
+    from pcgjax.classical.run import load_classical
+
+    config, _, sample_rate_hz, answer = load_classical(workdir)
+    return Loaded(config, sample_rate_hz, answer)
+
+
+def _classical_features(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, corpus: Corpus, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    from pcgjax.classical.features import classical_features
+
+    spectra = classical_features(corpus.subset(indices), config)
+    values = np.full((len(indices), spectra.values.shape[1]), np.nan)
+    values[spectra.indices] = spectra.values
+    return {"trained": values}
+
+
+def _train_audio_encoder(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
+    from pcgjax.audio_llm.encoders.train import train_encoder
+
+    _print_results(train_encoder(config, workdir, dry_run), workdir, dry_run)
+
+
+def _load_audio_encoder(workdir: pathlib.Path) -> Loaded:
+    from pcgjax.audio_llm.encoders.clips import load_encoder
+
+    return Loaded(*load_encoder(workdir))
+
+
+def _audio_encoder_features(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, corpus: Corpus, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    from pcgjax.audio_llm.encoders.clips import encoded_features
+
+    return encoded_features(config, workdir, corpus, indices)
+
+
+_CLASSIFIER = System(_train_jax, _load_classifier, _classifier_features)
+SYSTEMS = {
+    "cnn": _CLASSIFIER,
+    "hinf_lstm": _CLASSIFIER,
+    "image": _CLASSIFIER,
+    "segmenter": System(_train_jax, _load_segmenter),
+    "ssamba_pretrain": System(_train_jax, _load_encoder_alone),
+    "classical": System(_train_classical, _load_classical, _classical_features),
+    "audio_encoder": System(_train_audio_encoder, _load_audio_encoder, _audio_encoder_features, jax_platforms="cpu"),
+}

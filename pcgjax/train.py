@@ -15,9 +15,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from pcgjax import systems
 from pcgjax.runs.log import log_to
 from pcgjax.runtime import distributed, files
-from pcgjax.systems import run_all
 
 
 def main(argv: list[str]) -> None:
@@ -30,14 +30,15 @@ def main(argv: list[str]) -> None:
             raise ValueError("--devices: for --dry_run alone; a run takes the devices that are there")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
-    if FLAGS.config.task.name == "audio_encoder":  # PyTorch computes, JAX only draws the order
-        jax.config.update("jax_platforms", "cpu")
+    system = systems.of(FLAGS.config.task.name)
+    if system.jax_platforms:
+        jax.config.update("jax_platforms", system.jax_platforms)
     with distributed.together():
         if jax.process_index():
             logging.set_verbosity(logging.WARNING)  # what all would say, process 0 says
         else:
             log_to(workdir)
-        run_all(FLAGS.config, workdir, FLAGS.dry_run)
+        system.train(FLAGS.config, workdir, FLAGS.dry_run)
 
 
 FLAGS = flags.FLAGS

@@ -22,7 +22,9 @@ from pcgjax.runtime.checkpoint import CheckpointError
 from pcgjax.training import population
 from pcgjax.training.answers import load_model
 from pcgjax.training.loop import train
-from pcgjax.training.members import TRACED, Program, programs, swept_values, train_program
+from pcgjax.training.member_loop import train_program
+from pcgjax.training.members import Program
+from pcgjax.training.sweep import TRACED, programs, swept_values
 
 # Every recording has as many windows as the others, so that there is one shape to compile.
 QUICK = {"train.epochs": 2, "train.batch_recordings": 8, "train.checkpoint_steps": 2, "features.window_s": 1.0,

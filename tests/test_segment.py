@@ -24,15 +24,17 @@ from pcgjax.data.shards import read_rows
 from pcgjax.datasets import audio, synthetic
 from pcgjax.datasets.annotations import read_annotations
 from pcgjax.pages.terminal import run_summary
-from pcgjax.runs.data import kept_share, load_data
+from pcgjax.runs.data import kept_share
 from pcgjax.runtime import checkpoint
 from pcgjax.runtime.checkpoint import CheckpointError
 from pcgjax.segmentation.decoding import durations, viterbi
 from pcgjax.segmentation.scores import segmentation_summary
 from pcgjax.segmentation.states import frame_states, read_tsv, state_spans, target_frames
+from pcgjax.tasks import segmenter_model
 from pcgjax.tasks.base import split_model
-from pcgjax.tasks.segmenter import frame_features
-from pcgjax.training import segmenter
+from pcgjax.tasks.frames import frame_features
+from pcgjax.training.answers import load_segmenter
+from pcgjax.training.experiment import set_up
 from pcgjax.training.loop import train
 
 RATE_HZ = 1000
@@ -51,11 +53,11 @@ def beats(cycles=6):
 def make_model(make_config):
     """make_model({"model.bidirectional": False}): an untrained segment.Model of SMALL_SEGMENTER at 1000 Hz."""
 
-    def make(changes: dict | None = None) -> segmenter.SegmenterModel:
+    def make(changes: dict | None = None) -> segmenter_model.SegmenterModel:
         config = make_config(changes, "segmenter_small")
         graphdef, params, rest = split_model(tasks.make(config, RATE_HZ).init(nnx.Rngs(3)))
         log_duration = durations([beats()], config.features.step_s)
-        return segmenter.SegmenterModel(config, graphdef, params, rest, RATE_HZ, log_duration)
+        return segmenter_model.SegmenterModel(config, graphdef, params, rest, RATE_HZ, log_duration)
 
     return make
 
@@ -157,12 +159,12 @@ def test_windows_do_not_depend_on_the_pieces(sizes, both_ways):
 def test_a_long_recording_takes_no_more_memory(bidirectional, both_ways, causal, monkeypatch):
     held = []
 
-    class Watched(segmenter._Buffer):
+    class Watched(segmenter_model._Buffer):
         def take(self, first, frames):
             held.append(len(self._samples))
             return super().take(first, frames)
 
-    monkeypatch.setattr(segmenter, "_Buffer", Watched)
+    monkeypatch.setattr(segmenter_model, "_Buffer", Watched)
     pieces = (noise(700) for _ in range(60))
     if bidirectional:
         assert sum(keep.stop - keep.start for _, _, keep, _ in both_ways._windows(pieces)) == 60 * 700 // 20
@@ -253,7 +255,7 @@ def test_what_a_run_writes(trained_segmenter):
     split = json.loads((trained_segmenter / "split.json").read_text())
     assert (split["target"], split["unlabelled"]) == ("", [])
     rows = rows_of(trained_segmenter / "predictions.csv")
-    assert tuple(rows[0])[: len(segmenter.FIELDS)] == segmenter.FIELDS
+    assert tuple(rows[0])[: len(segmenter_model.FIELDS)] == segmenter_model.FIELDS
     for part in ("validation", "test"):
         assert sorted(row["id"] for row in rows if row["split"] == part) == split[part]
     results = json.loads((trained_segmenter / "metrics.json").read_text())
@@ -313,7 +315,7 @@ def test_another_experiment_in_the_same_workdir(changes, named, make_config, tra
 def test_binary_target_is_judged(make_model, prepared):
     model = make_model({"task.frames": "sounds"})
     corpus = from_prepared(prepared)
-    scores, rows, examples = segmenter.judge_segmentation(model, corpus, np.arange(4), "test")
+    scores, rows, examples = segmenter_model.judge_segmentation(model, corpus, np.arange(4), "test")
     assert examples == []
     assert [row["id"] for row in rows] == [row["id"] for row in corpus.rows[:4]]
     assert scores["always"]["recall"]["value"] == 1
@@ -333,7 +335,7 @@ def test_binary_target_is_judged(make_model, prepared):
 def test_judged_by_hand(both_ways, prepared):
     corpus = from_prepared(prepared)
     indices = np.array([5, 2, 9])
-    scores, rows, examples = segmenter.judge_segmentation(both_ways, corpus, indices, "test")
+    scores, rows, examples = segmenter_model.judge_segmentation(both_ways, corpus, indices, "test")
     right = known = 0
     for i, row in zip(indices, rows, strict=True):
         [found] = both_ways.frame_scores([[corpus.read(i) / np.float32(32767)]])
@@ -366,12 +368,13 @@ def without_annotations(tmp_path_factory):
 def test_no_recording_is_annotated(make_config, without_annotations, tmp_path):
     config = make_config({"data.prepared": str(without_annotations)}, "segmenter_small")
     with pytest.raises(ValueError, match=r"data\.prepared=.*: no recording has annotated states"):
-        load_data(config, tmp_path)
+        set_up(config, tmp_path)
 
 
 def test_recordings_without_annotations_are_set_aside(make_config, prepared, without_annotations, tmp_path):
     config = make_config({"data.prepared": f"{prepared},{without_annotations}"}, "segmenter_small")
-    corpus, parts, split = load_data(config, tmp_path)
+    experiment = set_up(config, tmp_path)
+    corpus, parts, split = experiment.corpus, experiment.parts, experiment.split
     assert len(corpus.rows) == 32 + 3
     used = {corpus.rows[i]["id"] for indices in parts.values() for i in indices}
     assert used == {row["id"] for row in corpus.rows if row["annotations"]}
@@ -460,7 +463,7 @@ def test_predict_one_file(trained_segmenter, waves, tmp_path):
     assert spans[-1][1] == pytest.approx(frames / rate_hz, abs=0.02)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     # As the model itself says.
-    model = segmenter.load_segmenter(trained_segmenter)
+    model = load_segmenter(trained_segmenter)
     [scores] = model.frame_scores([[audio.read(path)[0]]])
     assert frame_states(spans, len(scores), 0.02).tolist() == model.decide(scores).tolist()
     onsets = [start for start, _, state in spans if state == datasets.S1]
@@ -506,7 +509,7 @@ def test_ten_minutes(trained_segmenter, waves, tmp_path):
         for _ in range(seconds * rate_hz // len(sound)):
             file.write(sound)
     duration_s = audio.header(tmp_path / "long.wav")[1] / rate_hz
-    model = segmenter.load_segmenter(trained_segmenter)
+    model = load_segmenter(trained_segmenter)
     list(model.frame_scores([[noise(3000)]]))  # compiles
     tracemalloc.start()
     try:

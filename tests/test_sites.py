@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import operator
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 from sklearn.metrics import balanced_accuracy_score
 
-from pcgjax import metrics, prepare, sites, tasks
+from pcgjax import metrics, prepare, sites, systems, tasks
 from pcgjax.classical.run import train_classical
 from pcgjax.data import batches
 from pcgjax.data.corpus import from_prepared, in_memory
@@ -20,9 +21,9 @@ from pcgjax.data.plan import evaluation_plan
 from pcgjax.datasets import synthetic
 from pcgjax.pages.sites import probe_card, summary
 from pcgjax.runs.config import load_config
-from pcgjax.systems import features_of_run
+from pcgjax.runs.sites import measure, probe, statistics
 from pcgjax.tasks.base import split_model
-from pcgjax.training.answers import _last_unit, embed, embedded, load_model, make_predict
+from pcgjax.training.answers import embed, load_model, make_predict
 from pcgjax.training.loop import train
 
 RNG = np.random.default_rng(0)
@@ -31,8 +32,8 @@ DATABASES = np.repeat(["a", "b", "c"], PEOPLE * EACH)
 PERSONS = np.repeat([f"p{i}" for i in range(PEOPLE)] * 3, EACH)
 
 
-def probe(x):
-    return sites.probe(x, DATABASES.tolist(), PERSONS.tolist(), resamples=200)
+def probed(x):
+    return probe(x, DATABASES.tolist(), PERSONS.tolist(), resamples=200)
 
 
 # ---------------------------------------------------------------------------------------------------------- the probe
@@ -66,7 +67,7 @@ def test_the_probe_scores_as_scikit_learn_does():
     x = RNG.normal(size=(len(DATABASES), 3))
     x[:, 0] += DATABASES == "c"
     keep = np.r_[:360:2, 240:300]  # databases of unequal size
-    found = sites.probe(x[keep], DATABASES[keep].tolist(), PERSONS[keep].tolist(), resamples=100)
+    found = probe(x[keep], DATABASES[keep].tolist(), PERSONS[keep].tolist(), resamples=100)
     counts = np.array(found["confusion"])
     truth, said = (np.repeat(index.ravel(), counts.ravel()) for index in np.indices(counts.shape))
     assert found["balanced_accuracy"]["value"] == pytest.approx(balanced_accuracy_score(truth, said))
@@ -78,13 +79,13 @@ def test_the_probe_scores_as_scikit_learn_does():
 
 def test_one_database_cannot_be_told_from_another():
     with pytest.raises(ValueError, match="two databases"):
-        sites.probe(np.zeros((4, 2)), ["a"] * 4, list("pqrs"))
+        probe(np.zeros((4, 2)), ["a"] * 4, list("pqrs"))
 
 
 def test_statistics_follow_level_and_band():
     time_s = np.arange(4000) / 2000
     waves = [np.int16(level * np.sin(2 * np.pi * f * time_s)) for level, f in ((20000, 50), (2000, 50), (20000, 300))]
-    found = sites.statistics(in_memory([{}] * 3, waves, 2000), np.arange(3))
+    found = statistics(in_memory([{}] * 3, waves, 2000), np.arange(3))
     assert found[0, 0] - found[1, 0] == pytest.approx(20, abs=0.1)  # dB
     assert found[:, 1:].argmax(1).tolist() == [1, 1, 6]  # 40 to 60 Hz, 280 to 400 Hz
 
@@ -106,18 +107,20 @@ def test_the_last_unit_of_the_mean_features_is_the_mean_logit(make_config, prepa
     @jax.jit
     def both(ids):
         batch = batches.gather_batch(data, ids, size, task.geometry)
-        return embed(task, model, batch, size, key), task.clips(model, batch, size, key)
+        values, recording, real = task.inputs(batch, size, key)
+        logits = model.half_overlapping(*values) if task.geometry.shared else model(*values)
+        return embed(task, model, batch, size, key), (logits, recording, real)
 
     ids = plan.ids[0, 0]
     h, (logits, recording, real) = jax.device_get(both(ids))
-    holder, last = _last_unit(model)
-    unit = getattr(holder, last)  # still there: what looked at its input stood in a copy
+    unit = {"cnn": "output", "hinf_lstm": "recurrent.output", "vit": "head"}[name]
+    unit = operator.attrgetter(unit)(model)
     ours = (h @ unit.kernel[...] + unit.bias[...])[:, 0]
     for place in range((ids >= 0).sum()):
         own = logits[real & (recording == place)]
         assert len(own) > 1
         np.testing.assert_allclose(ours[place], own.mean(), rtol=1e-4, atol=1e-5)
-    assert h.shape == (len(ids), embedded(model))
+    assert h.shape == (len(ids), model.feature_count)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +171,7 @@ def test_the_untrained_net_is_that_of_the_seed(run):
     config, task, _, _, _, rate_hz = load_model(run)
     corpus = from_prepared(config.data.prepared)
     some = np.arange(6)
-    found = features_of_run(config, run, corpus, some)
+    found = systems.features(config, run, corpus, some)
     _, params, rest = split_model(tasks.make(config, rate_hz).init(nnx.Rngs(jax.random.key(config.seed))))
     graphdef = split_model(task.init(nnx.Rngs(1)))[0]
     embed = make_predict(task, graphdef, corpus, some, 4, jax.random.key(0), embed=True)
@@ -201,7 +204,7 @@ def test_people_who_were_heard_are_not_probed(run, tmp_path):
     asked = [*split["validation"], *split["test"]]
     split["train"] += [name for name in asked if database[name] != "cinc2016-a"]
     (workdir / "split.json").write_text(json.dumps(split))
-    found = sites.measure(workdir)
+    found = measure(workdir, systems.features)
     assert found["probed"]["recordings"] == sum(database[name] == "cinc2016-a" for name in asked) > 0
     assert found["probes"] == {}
     assert "no probe" in found["probed"]["note"]
@@ -229,7 +232,7 @@ def test_a_run_that_is_no_classifier_is_refused(run_command, tmp_path):
 
 def test_a_run_that_has_not_ended_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a finished run has one"):
-        sites.measure(tmp_path)
+        measure(tmp_path, systems.features)
 
 
 @pytest.mark.slow
@@ -250,7 +253,7 @@ def test_encoders_in_pytorch(sited, tmp_path):
     train_encoder(config, tmp_path / "run")
     corpus = from_prepared(tmp_path / "prepared")
     some = np.arange(4)
-    found = features_of_run(config, tmp_path / "run", corpus, some)
+    found = systems.features(config, tmp_path / "run", corpus, some)
     # The head on the mean features is the mean of the clips' logits, before training and after.
     torch.manual_seed(config.seed)
     model, extractor = make_encoder(config.model)

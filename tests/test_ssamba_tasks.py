@@ -14,10 +14,10 @@ from pcgjax import evaluate, prepare, tasks
 from pcgjax.features import spectrogram
 from pcgjax.models.segmenter import PatchSegmenter
 from pcgjax.models.ssamba_checkpoint import load_torch_checkpoint
-from pcgjax.runs.data import load_data
 from pcgjax.tasks.base import TrainState, split_model
-from pcgjax.tasks.segmenter import ssamba_input
-from pcgjax.training import segmenter
+from pcgjax.tasks.frames import ssamba_input
+from pcgjax.training.answers import load_segmenter
+from pcgjax.training.experiment import set_up
 from pcgjax.training.loop import train
 from pcgjax.training.start import with_encoder
 
@@ -65,9 +65,9 @@ def test_pretraining_has_no_predictions_but_a_report(pretrained, corpus_folder, 
         evaluate.evaluate(str(pretrained), "cinc2016", str(corpus_folder / "source"), str(tmp_path / "out.json"))
 
 
-def test_there_are_no_labels_to_shuffle(make_config, tmp_path):
+def test_there_are_no_labels_to_shuffle(make_config, prepared_16k, tmp_path):
     with pytest.raises(ValueError, match="shuffle_labels=True: a control for classifiers"):
-        load_data(make_config({"data.shuffle_labels": True}, "ssamba_pretrain"), tmp_path)
+        set_up(make_config({"data.prepared": prepared_16k, "data.shuffle_labels": True}, "ssamba_pretrain"), tmp_path)
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_a_segmenter_starts_from_it(make_config, prepared_16k, pretrained, tmp_p
 
     results = train(config, tmp_path)
     assert results["segmentation"]["test"]["frame_accuracy"]["value"] > 0.15
-    assert segmenter.load_segmenter(tmp_path).frames == 25
+    assert load_segmenter(tmp_path).frames == 25
 
     wider = make_config({**changes, "model.width": 32}, "segmenter")
     with pytest.raises(ValueError, match=r"ssamba.pth: .* has shape .* set model.width"):

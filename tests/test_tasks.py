@@ -20,7 +20,8 @@ from pcgjax.features import filters
 from pcgjax.segmentation.states import frame_states, target_frames
 from pcgjax.tasks.augment import masked_bands, recoloured, stretched
 from pcgjax.tasks.base import cut_windows
-from pcgjax.tasks.segmenter import events, frame_features, frame_hop
+from pcgjax.tasks.frames import frame_features, frame_hop
+from pcgjax.tasks.segmenter import events
 
 RATE_HZ = 1000
 STEADY = {"model.dropout": 0.0}  # two passes over the same data give the same

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from pcgjax import metrics
+from pcgjax import metrics, systems
 from pcgjax.data import PrepareError, splits
 from pcgjax.data.corpus import from_prepared
 from pcgjax.data.plan import epoch_order
@@ -22,7 +22,6 @@ from pcgjax.runs.data import load_data, shuffle_labels
 from pcgjax.runs.results import PREDICTION_FIELDS
 from pcgjax.runs.streams import ORDER
 from pcgjax.runtime.checkpoint import CheckpointError
-from pcgjax.systems import run_all
 from pcgjax.training.experiment import balance_groups
 from pcgjax.training.loop import train
 from pcgjax.training.stages import variants
@@ -459,7 +458,7 @@ def test_a_sweep_does_not_drop_variants(make_config, tmp_path):
     with config.unlocked():
         config.variants = {"a": {"features": {"filter": "none"}}}
     with pytest.raises(ValueError, match="this config has variants"):
-        run_all(config, tmp_path, False)
+        systems.of(config.task.name).train(config, tmp_path, False)
     assert not any(tmp_path.iterdir())
 
 

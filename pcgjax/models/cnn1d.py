@@ -46,12 +46,16 @@ class CNN1D(nnx.Module):
 
     def __call__(self, x_BxT: jax.Array) -> jax.Array:
         """Windows (B, T) -> logits (B,)."""
+        return self._logits(self.features(x_BxT))
+
+    def features(self, x_BxT: jax.Array) -> jax.Array:
+        """Windows (B, T) -> what the last unit is given, (B, hidden)."""
         h = x_BxT[..., None]
         for kernel, bias in ((self.kernel1, self.bias1), (self.kernel2, self.bias2)):
             batch, length, _ = h.shape
             pooled = larger(*_conv_pairs(h, kernel[...])).reshape(batch, length // 2, -1)
             h = jax.nn.relu(pooled[:, : _pooled(length, self.kernel_size)] + bias[...])
-        return self._head(h)
+        return self._hidden(h)
 
     def half_overlapping(self, x_JxT: jax.Array) -> jax.Array:
         """Logits of windows that overlap by half, each sample convolved once instead of twice.
@@ -63,6 +67,10 @@ class CNN1D(nnx.Module):
           x_JxT: (J, T) rows; T a multiple of 4.
         Returns: (2 J - 1,): of the J rows themselves, then of the J - 1 windows from the middle of one into the next.
         """
+        return self._logits(self.half_overlapping_features(x_JxT))
+
+    def half_overlapping_features(self, x_JxT: jax.Array) -> jax.Array:
+        """`features` of the windows of `half_overlapping`, (2 J - 1, hidden)."""
         rows, window = x_JxT.shape
         if window % 4:
             raise ValueError(f"half-overlapping windows need a multiple of 4 samples, not {window}")
@@ -75,13 +83,21 @@ class CNN1D(nnx.Module):
         first, second = (odd, even[1:]) if quarter % 2 else (even, odd)
         late = larger(first[begin : begin + count], second[begin : begin + count])
         pooled = [y.reshape(-1, quarter, y.shape[-1])[:, : self.pooled] for y in (larger(even, odd), late)]
-        return self._head(jax.nn.relu(jnp.concatenate(pooled) + self.bias2[...]))
+        return self._hidden(jax.nn.relu(jnp.concatenate(pooled) + self.bias2[...]))
 
-    def _head(self, h_BxTxC: jax.Array) -> jax.Array:
+    @property
+    def feature_count(self) -> int:
+        """The length of `features`."""
+        return self.output.in_features
+
+    def _hidden(self, h_BxTxC: jax.Array) -> jax.Array:
         # Transposed, since a batch is few windows: XLA's CPU product is quicker with the long side first.
         flat_BxD = h_BxTxC.reshape(len(h_BxTxC), -1)
         hidden = (self.kernel3[...].T @ flat_BxD.T).T + self.bias3[...]
-        return self.output(jax.nn.relu(hidden))[:, 0]
+        return jax.nn.relu(hidden)
+
+    def _logits(self, h_BxD: jax.Array) -> jax.Array:
+        return self.output(h_BxD)[:, 0]
 
 
 def reference(model: CNN1D, x_BxT: jax.Array) -> jax.Array:
@@ -90,7 +106,7 @@ def reference(model: CNN1D, x_BxT: jax.Array) -> jax.Array:
     for kernel, bias in ((model.kernel1, model.bias1), (model.kernel2, model.bias2)):
         h = jax.lax.conv_general_dilated(h, kernel[...], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
         h = nnx.max_pool(jax.nn.relu(h + bias[...]), (POOL,), (POOL,))
-    return model._head(h)
+    return model._logits(model._hidden(h))
 
 
 def _pooled(length: int, kernel_size: int) -> int:

@@ -68,6 +68,16 @@ class CNNLSTM(nnx.Module):
         h_BxTxD, mask_BxT = self.cnn(x_BxFxT, mask_BxT, keys[0], total, dropout)
         return self.recurrent(h_BxTxD, mask_BxT, keys[1], dropout, self.implementation)
 
+    def features(self, x_BxFxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """What the last unit is given of clips (B, F, T) outside training: the recurrent layer's last state (B, D)."""
+        h_BxTxD, mask_BxT = self.cnn(x_BxFxT, mask_BxT, None, None, self.dropout)
+        return self.recurrent.last_state(h_BxTxD, mask_BxT, self.implementation)
+
+    @property
+    def feature_count(self) -> int:
+        """The length of `features`."""
+        return self.recurrent.output.in_features
+
 
 class CNN(nnx.Module):
     """Log-mel (B, F, T) -> (B, T / 2^n, F / 2^n * C) and its mask."""
@@ -125,14 +135,18 @@ class Recurrent(nnx.Module):
         self.output = nnx.Linear(hidden, 1, rngs=rngs)
 
     def __call__(self, h_BxTxD, mask_BxT, key, dropout, implementation):
+        last = self.last_state(h_BxTxD, mask_BxT, implementation)
+        return self.output(last if key is None else _drop(last, dropout, key))[:, 0]
+
+    def last_state(self, h_BxTxD: jax.Array, mask_BxT: jax.Array, implementation: str) -> jax.Array:
+        """(B, T, D) -> the hidden state (B, H) after each clip's last real step."""
         weights = self.kernel_x[...], self.kernel_h[...], self.bias[...]
         if self.update == "lstm":
             h = lstm(h_BxTxD, *weights, implementation=implementation, mask=mask_BxT)
         else:
             theta = self.theta[...]
             h = hinf_lstm(h_BxTxD, *weights, theta, self.update, implementation, mask=mask_BxT)
-        last = h[:, -1]
-        return self.output(last if key is None else _drop(last, dropout, key))[:, 0]
+        return h[:, -1]
 
 
 class BatchNorm(nnx.Module):

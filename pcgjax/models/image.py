@@ -80,10 +80,22 @@ class ImageClassifier(nnx.Module):
             its averages.
           total: sums over all devices' shares of the batch.
         """
-        h_BxD = self.trunk(jnp.where(mask_BxT[:, None] > 0, x_BxFxT, 0), mask_BxT, key is not None, total)
+        h_BxD = self._trunk(x_BxFxT, mask_BxT, key is not None, total)
         if key is not None and is_on(dropout):
             h_BxD = jnp.where(jax.random.bernoulli(key, 1 - dropout, h_BxD.shape), h_BxD / (1 - dropout), 0)
         return self.head(h_BxD)[:, 0]
+
+    def features(self, x_BxFxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """What the last unit is given of clips (B, F, T) outside training, (B, D)."""
+        return self._trunk(x_BxFxT, mask_BxT, False, None)
+
+    @property
+    def feature_count(self) -> int:
+        """The length of `features`."""
+        return self.head.in_features
+
+    def _trunk(self, x_BxFxT: jax.Array, mask_BxT: jax.Array, train: bool, total: Total | None) -> jax.Array:
+        return self.trunk(jnp.where(mask_BxT[:, None] > 0, x_BxFxT, 0), mask_BxT, train, total)
 
 
 class Conv(nnx.Module):

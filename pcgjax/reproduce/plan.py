@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pcgjax import datasets, prepare, sites
+from pcgjax import datasets, prepare, sites, systems
 from pcgjax.data import splits
 from pcgjax.data.shards import read_rows
 from pcgjax.published import HINF_PAPER
 from pcgjax.reproduce.stages import NotRun, Stage
 from pcgjax.runs.config import load_config
 from pcgjax.runtime import files
-from pcgjax.systems import run_all
 
 PAPERS = ("classical", "cnn", "hinf_lstm", "audio_llm")
 # What --budget=small changes in configs/, so that two CPU cores can do --paper=all (BUILD_NOTES.md has the time);
@@ -69,7 +68,8 @@ def _prepare(job: Job, dataset: str, rate_hz: int) -> None:
 
 def _train(name: str, changes: Mapping[str, Any], workdir: pathlib.Path, probed: bool = False) -> None:
     """Trains configs/NAME.py, all that it asks for; `probed`: with the site report of each run."""
-    run_all(load_config(name, changes), workdir, False)
+    config = load_config(name, changes)
+    systems.of(config.task.name).train(config, workdir, False)
     if probed:
         for path in sorted(workdir.rglob("metrics.json")):
             sites.write(path.parent)

@@ -13,14 +13,15 @@ import ml_collections
 from pcgjax.runtime.files import CheckpointError
 
 
-def flat_fields(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat_fields(value: Any, above: str = "") -> dict[str, Any]:
     """Nested fields as {"model.hidden": 64, ...}."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= (
-            flat_fields(inner, f"{above}{key}.") if isinstance(inner, Mapping) and inner else {f"{above}{key}": inner}
-        )
-    return found
+        if isinstance(inner, Mapping | ml_collections.ConfigDict) and inner:
+            fields |= flat_fields(inner, f"{above}{key}.")
+        else:
+            fields[f"{above}{key}"] = inner
+    return fields
 
 
 Fields = dict[str, Any]  # "optimizer.learning_rate" -> value

@@ -1,12 +1,10 @@
-"""A run's folder and data: the corpus and its split, the config that must not change, what ran, the lines of its log.
-
-Shared by the trainers, `pcgjax.train` and `pcgjax.audio_llm.train`.
-"""
+"""A run's recordings and their split: made or reused, and checked for leaks. All trainers come here."""
 
 from __future__ import annotations
 
 import collections
 import pathlib
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -14,43 +12,48 @@ import numpy as np
 from absl import logging
 
 from pcgjax.data import splits
-from pcgjax.data.corpus import from_prepared, in_rows
+from pcgjax.data.corpus import Corpus, from_prepared, in_rows
 from pcgjax.runs.streams import SHUFFLE
 
 
-def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
-    """(corpus, {part: indices}, split), the split made or reused, and checked for leaks.
+def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[Corpus, dict[str, np.ndarray], dict]:
+    """(corpus, {part: indices}, split) of a system that learns from all recordings; raises as `split_corpus`."""
+    corpus = read_corpus(config)
+    return corpus, *split_corpus(config, workdir, corpus)
 
-    A segmenter splits the recordings that have annotations, and leaves the others out.
+
+def read_corpus(config: ml_collections.ConfigDict) -> Corpus:
+    """The recordings of `data.prepared`, their labels shuffled where `data.shuffle_labels` asks for the control.
+
+    Raises:
+      ValueError (also PrepareError): no folder, or one that cannot be read, naming it.
     """
     if not config.data.prepared:
         raise ValueError("data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote")
     corpus = from_prepared(config.data.prepared)
-    target = config.task.target
     if config.data.shuffle_labels:
-        if config.task.name in ("segmenter", "ssamba_pretrain"):
-            raise ValueError("data.shuffle_labels=True: a control for classifiers; this task learns from no labels")
         key = jax.random.fold_in(jax.random.key(config.seed), SHUFFLE)
-        corpus = in_rows(corpus, shuffle_labels(corpus.rows, target, key))
-    rows = corpus.rows
-    if config.task.name == "segmenter":
-        rows = [row for row in rows if any(start < end for start, end, _ in row["annotations"])]
-        if 0 < len(rows) < len(corpus.rows):
-            logging.info(
-                "%d of %d recordings have no annotation: left out", len(corpus.rows) - len(rows), len(corpus.rows)
-            )
-        if not rows:
-            raise ValueError(
-                f"data.prepared={config.data.prepared}: no recording has annotated states; a segmenter learns from "
-                "CirCor's .tsv, CinC 2016's StateAns.mat or synthetic recordings"
-            )
+        corpus = in_rows(corpus, shuffle_labels(corpus.rows, config.task.target, key))
+    return corpus
+
+
+def split_corpus(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, corpus: Corpus, usable: Callable | None = None
+) -> tuple[dict[str, np.ndarray], dict]:
+    """({part: indices (n,) int32}, split): the split of `split.file`, reused, or made and written there.
+
+    usable: (rows, data.prepared) -> the rows that can be learned from, as `Task.usable`; None: all.
+    Raises:
+      ValueError (also SplitError, LeakError): a split that cannot be made, is of other recordings, or leaks.
+    """
+    rows = usable(corpus.rows, config.data.prepared) if usable else corpus.rows
     path = pathlib.Path(config.split.file or workdir / "split.json")
     if path.exists():
         split = splits.load(path, rows)
     else:
         s = config.split
         split = splits.make(
-            rows, s.kind, target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
+            rows, s.kind, config.task.target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
             s.names or None,
         )  # fmt: skip
         splits.save(split, path)
@@ -63,7 +66,7 @@ def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path):
     parts = {part: np.array([place[id] for id in split[part]], np.int32) for part in splits.PARTS}
     share = kept_share(corpus.rows, split["train"], config.data.get("train_share", 1.0), config.seed)
     parts["train"] = np.array([place[id] for id in share], np.int32)
-    return corpus, parts, split
+    return parts, split
 
 
 def kept_share(rows: list[dict], ids: list[str], share: float, seed: int) -> list[str]:
@@ -89,10 +92,10 @@ def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:
             people.setdefault((row["database"], row["person"]), []).append(row)
     dealt = {row["id"]: row for row in rows}
     for number, database in enumerate(sorted({name for name, _ in people})):
-        own = sorted(person for person in people if person[0] == database)
-        labels = [max(row["labels"][target] for row in people[person]) for person in own]
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), len(own)))
-        for person, source in zip(own, order, strict=True):
+        members = sorted(person for person in people if person[0] == database)
+        labels = [max(row["labels"][target] for row in people[person]) for person in members]
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), len(members)))
+        for person, source in zip(members, order, strict=True):
             for row in people[person]:
                 dealt[row["id"]] = row | {"labels": row["labels"] | {target: labels[source]}}
     return [dealt[row["id"]] for row in rows]

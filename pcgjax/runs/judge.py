@@ -10,7 +10,6 @@ import numpy as np
 from pcgjax import metrics
 from pcgjax.data.corpus import Corpus
 from pcgjax.runtime import files
-from pcgjax.tasks.base import Task
 
 NO_CYCLE = "no heart cycle found"
 PREDICTION_COLUMNS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -21,9 +20,9 @@ def cross_entropy(log_p: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.where(labels > 0, log_p[:, 0], log_p[:, 1]).mean())
 
 
-def validation_scores(task: Task, answers: np.ndarray, labels: np.ndarray, threshold: float) -> dict:
+def validation_scores(classifies: bool, answers: np.ndarray, labels: np.ndarray, threshold: float) -> dict:
     """What an epoch's validation line holds, from `make_predict`'s answers and the task's labels."""
-    if not task.classifies:
+    if not classifies:
         loss, correct, samples = answers.astype(np.float64).sum(0)
         return {"loss": loss / max(samples, 1), "accuracy": correct / max(samples, 1)}
     scores = metrics.binary(labels, np.exp(answers[:, 0]).clip(0, 1), threshold)

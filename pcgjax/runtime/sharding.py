@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -57,6 +57,28 @@ def put(mesh: Mesh, tree: Any, spec: PartitionSpec | None = None) -> Any:
     """Host arrays as arrays over the mesh: whole on every device, or, with a `spec`, this process' part of them."""
     layout = NamedSharding(mesh, spec or PartitionSpec())
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, np.asarray(x)), tree)
+
+
+class Layout(NamedTuple):
+    """Where a run's state is: one array laid out over the mesh under jit, a copy on each device under pmap."""
+
+    mesh: Mesh
+    pmap: bool
+
+    def spread(self, tree: Any) -> Any:
+        """Arrays over the mesh as the compiled steps take them: under pmap a copy for each of this process' devices."""
+        if not self.pmap:
+            return tree
+        copies = len(mine(self.mesh))
+        return jax.tree.map(lambda x: np.stack([np.asarray(x)] * copies), tree)
+
+    def gather(self, tree: Any) -> Any:
+        """Undoes `spread`: one copy, over the mesh."""
+        return put(self.mesh, jax.tree.map(_first_copy, tree)) if self.pmap else tree
+
+
+def _first_copy(x: Any) -> np.ndarray:
+    return x[0] if isinstance(x, np.ndarray) else np.asarray(x.addressable_data(0)).reshape(x.shape[1:])
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +38,50 @@ def no_counts() -> Counts:
 Total = Callable[[jax.Array], jax.Array]  # sums an array over all device groups' shares of a batch
 
 
+class Inputs(NamedTuple):
+    """What a classifier's model is given of a batch: J windows or clips."""
+
+    values: tuple[jax.Array, ...]  # the model's arguments, (J, ...) each
+    recording: jax.Array  # (J,) whose it is
+    real: jax.Array  # (J,) whether it counts
+
+
+class Trained(NamedTuple):
+    """A run's best model and the recordings that it is judged on."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    corpus: Corpus
+    parts: dict[str, np.ndarray]  # validation, test: indices into the corpus
+    graphdef: Any
+    params: Any
+    rest: Any
+    meta: dict  # of its checkpoint
+
+
+class Judgement(NamedTuple):
+    """What a task says of a trained model besides its loss; all of it JSON-ready but the examples' samples."""
+
+    results: dict[str, dict]  # joined to metrics.json, part by part
+    rows: list[dict]  # of predictions.csv
+    examples: list[dict]  # for the report, as `runs.results.save_examples` takes them
+
+
+def every_row(rows: list[dict], prepared: str) -> list[dict]:
+    """A task that learns from all recordings."""
+    return rows
+
+
+def nothing_to_remember(corpus: Corpus, indices: np.ndarray) -> dict:
+    """A task whose model is all that it has learned."""
+    return {}
+
+
+def nothing_to_add(trained: Trained) -> Judgement:
+    """A task that is judged by its answers, or by its loss alone."""
+    return Judgement({}, [], [])
+
+
 class Task(NamedTuple):
     """One experiment. A batch here is one device group's: samples (M, ALIGN) int16, lengths, labels, ids (R, ...)."""
 
@@ -51,8 +97,20 @@ class Task(NamedTuple):
     classifies: bool = True  # recordings
     shapes: int = 8  # of batches, each compiled: more waste less, and take longer to compile
     dtype: Any = jnp.float32  # of the model's arithmetic; parameters, and all sums over time, stay float32
-    # What `forward` takes -> logits (J,) of the clips, whose each is (J,), whether it counts (J,); of classifiers.
-    clips: Callable[[Any, dict, int, jax.Array], tuple[jax.Array, jax.Array, jax.Array]] | None = None
+    # Of classifiers: (batch, capacity, key) -> what the model is given; (model, those values) -> what its last unit is
+    # given, (J, D).
+    inputs: Callable[[dict, int, jax.Array], Inputs] | None = None
+    features: Callable[..., jax.Array] | None = None
+    # (rows, data.prepared) -> the rows that it can learn from; raises ValueError where there are none.
+    usable: Callable[[list[dict], str], list[dict]] = every_row
+    # (corpus, training indices) -> JSON-ready, what must be known of the training recordings to use the model.
+    remember: Callable[[Corpus, np.ndarray], dict] = nothing_to_remember
+    conclude: Callable[[Trained], Judgement] = nothing_to_add
+
+
+def target_labels(target: str) -> Callable[[Corpus], np.ndarray]:
+    """`Task.labels` of a classifier: 0, 1 or NaN (N,) for each recording."""
+    return functools.partial(Corpus.labels, target=target)
 
 
 def design_filter(f: ml_collections.ConfigDict, cutoff_hz: Any, sample_rate_hz: int, kind: str):
@@ -127,7 +185,8 @@ def merge_model(task: Task, graphdef: Any, params: Any, rest: Any) -> Any:
 
 
 def arithmetic_dtype(model: ml_collections.ConfigDict) -> Any:
-    return jnp.bfloat16 if model.get("bfloat16", False) else jnp.float32  # runs of earlier versions say nothing
+    """Of the model's products; parameters stay float32. Runs of earlier versions have no field `bfloat16`."""
+    return jnp.bfloat16 if model.get("bfloat16", False) else jnp.float32
 
 
 class TrainState(NamedTuple):

@@ -17,7 +17,17 @@ from pcgjax.losses import penalty, recording_log_probabilities
 from pcgjax.models.hinf_lstm import CNNLSTM
 from pcgjax.models.image import ImageClassifier
 from pcgjax.runtime.traced import is_known, is_on
-from pcgjax.tasks.base import Counts, Task, Total, arithmetic_dtype, cut_windows, design_filter, with_noise
+from pcgjax.tasks.base import (
+    Counts,
+    Inputs,
+    Task,
+    Total,
+    arithmetic_dtype,
+    cut_windows,
+    design_filter,
+    target_labels,
+    with_noise,
+)
 
 
 def hinf_lstm(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -88,8 +98,8 @@ def _of_clips(config: ml_collections.ConfigDict, sample_rate_hz: int, init: Call
         raise ValueError(f"features.window_s={f.window_s}: {clip} samples are too few for features.hop={f.hop}{more}")
     geometry, dtype = Geometry(clip, clip, lead, gap), arithmetic_dtype(config.model)
 
-    def logits_of(model: Any, batch: dict, capacity: int, key: jax.Array, train: bool, total: Total):
-        noise_key, drop_key = jax.random.split(key)
+    def inputs(batch: dict, capacity: int, key: jax.Array) -> Inputs:
+        noise_key, _ = jax.random.split(key)
         where = filters.packing(batch["lengths"], batch["samples"].shape[0], lead, gap)
         x = with_noise(batch, where, f.noise_snr_db, noise_key)
         if f.wavelet_level:
@@ -98,21 +108,24 @@ def _of_clips(config: ml_collections.ConfigDict, sample_rate_hz: int, init: Call
             x = filters.filter_packed(sos, x, where, zero_phase=f.filter == "zero_phase")
         cut = cut_windows(x, where, geometry, capacity)
         mel, mask = clip_features(f, cut.samples, cut.own * cut.real, sample_rate_hz)
-        logits = model(mel.astype(dtype), mask.astype(dtype), drop_key if train else None, total, config.model.dropout)
-        return logits.astype(jnp.float32), cut.recording, cut.real
+        return Inputs((mel.astype(dtype), mask.astype(dtype)), cut.recording, cut.real)
 
-    def clips(model: Any, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return logits_of(model, batch, capacity, key, False, lambda x: x)
+    def features(model: Any, mel: jax.Array, mask: jax.Array) -> jax.Array:
+        return model.features(mel, mask)
 
     def forward(model: Any, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return recording_log_probabilities(*clips(model, batch, capacity, key), len(batch["lengths"]))[:2]
+        values, recording, real = inputs(batch, capacity, key)
+        logits = model(*values, None, dropout=config.model.dropout).astype(jnp.float32)
+        return recording_log_probabilities(logits, recording, real, len(batch["lengths"]))[:2]
 
     def loss(model: Any, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
-        logits, recording, real = logits_of(model, batch, capacity, key, True, total)
+        values, recording, real = inputs(batch, capacity, key)
+        _, drop_key = jax.random.split(key)
+        logits = model(*values, drop_key, total, config.model.dropout).astype(jnp.float32)
         return clip_loss(loss_, logits, batch["labels"][recording], real, threshold, total)
 
-    labels = lambda corpus: corpus.labels(config.task.target)
-    return Task(geometry, init, forward, loss, labels, dtype=dtype, clips=clips)
+    labels = target_labels(config.task.target)
+    return Task(geometry, init, forward, loss, labels, dtype=dtype, inputs=inputs, features=features)
 
 
 def clip_features(f: ml_collections.ConfigDict, clips_BxT: jax.Array, own_B: jax.Array, sample_rate_hz: int):

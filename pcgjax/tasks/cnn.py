@@ -11,7 +11,17 @@ from pcgjax.data.plan import Geometry
 from pcgjax.features import filters
 from pcgjax.losses import recording_log_probabilities
 from pcgjax.models.cnn1d import CNN1D
-from pcgjax.tasks.base import Counts, Task, Total, arithmetic_dtype, cut_windows, design_filter, with_noise
+from pcgjax.tasks.base import (
+    Counts,
+    Inputs,
+    Task,
+    Total,
+    arithmetic_dtype,
+    cut_windows,
+    design_filter,
+    target_labels,
+    with_noise,
+)
 
 
 def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -30,24 +40,27 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
     sos, lead, gap = design_filter(f, (f.low_hz, f.high_hz), sample_rate_hz, "bandpass")
     geometry, dtype = Geometry(window, hop, lead, gap), arithmetic_dtype(config.model)
 
-    def clips(model: CNN1D, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def inputs(batch: dict, capacity: int, key: jax.Array) -> Inputs:
         where = filters.packing(batch["lengths"], batch["samples"].shape[0], lead, gap)
         x = with_noise(batch, where, f.noise_snr_db, key)
         if sos is not None:
             x = filters.filter_packed(sos, x, where, zero_phase=f.filter == "zero_phase")
         cut = cut_windows(filters.zscore_packed(x, where), where, geometry, capacity)
-        recording = cut.recording
-        if geometry.shared:
-            logits = model.half_overlapping(cut.samples.astype(dtype))
-            second = cut.real & (2 * cut.nth + 1 < cut.windows)
-            mask = jnp.concatenate([cut.real & (2 * cut.nth < cut.windows), second[:-1]])
-            recording = jnp.concatenate([recording, recording[:-1]])
-        else:
-            logits, mask = model(cut.samples.astype(dtype)), cut.real & (cut.nth < cut.windows)
-        return logits.astype(jnp.float32), recording, mask
+        values, recording = (cut.samples.astype(dtype),), cut.recording
+        if not geometry.shared:
+            return Inputs(values, recording, cut.real & (cut.nth < cut.windows))
+        # The rows themselves, then the windows from the middle of one into the next.
+        second = cut.real & (2 * cut.nth + 1 < cut.windows)
+        real = jnp.concatenate([cut.real & (2 * cut.nth < cut.windows), second[:-1]])
+        return Inputs(values, jnp.concatenate([recording, recording[:-1]]), real)
+
+    def features(model: CNN1D, x_JxT: jax.Array) -> jax.Array:
+        return model.half_overlapping_features(x_JxT) if geometry.shared else model.features(x_JxT)
 
     def forward(model: CNN1D, batch: dict, capacity: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return recording_log_probabilities(*clips(model, batch, capacity, key), len(batch["lengths"]))[:2]
+        (x_JxT,), recording, real = inputs(batch, capacity, key)
+        logits = (model.half_overlapping(x_JxT) if geometry.shared else model(x_JxT)).astype(jnp.float32)
+        return recording_log_probabilities(logits, recording, real, len(batch["lengths"]))[:2]
 
     def loss(model: CNN1D, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
         used, y = batch["lengths"] > 0, batch["labels"]
@@ -60,5 +73,5 @@ def cnn(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
         m = config.model
         return CNN1D(window, tuple(m.filters), m.kernel_size, m.hidden, rngs=rngs)
 
-    labels = lambda corpus: corpus.labels(config.task.target)
-    return Task(geometry, init, forward, loss, labels, dtype=dtype, clips=clips)
+    labels = target_labels(config.task.target)
+    return Task(geometry, init, forward, loss, labels, dtype=dtype, inputs=inputs, features=features)

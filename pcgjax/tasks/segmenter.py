@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from absl import logging
 from flax import nnx
 
 from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import Geometry
 from pcgjax.datasets import UNANNOTATED
-from pcgjax.features import filters, spectrogram
+from pcgjax.features import filters
 from pcgjax.models.segmenter import PatchSegmenter, Segmenter
-from pcgjax.models.ssamba import PATCH
 from pcgjax.runtime.traced import is_known, is_on
+from pcgjax.segmentation.decoding import durations
 from pcgjax.segmentation.states import TARGETS, target_frames
 from pcgjax.tasks.augment import masked_bands, recoloured, stretched
-from pcgjax.tasks.base import Counts, Task, Total, arithmetic_dtype, cut_windows, with_noise
+from pcgjax.tasks.base import Counts, Judgement, Task, Total, Trained, arithmetic_dtype, cut_windows, with_noise
+from pcgjax.tasks.frames import FBANK_S, frame_features, frame_hop
+from pcgjax.tasks.segmenter_model import SegmenterModel, judge_segmentation
 
 
 def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -110,7 +113,44 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             rngs=rngs,
         )  # fmt: skip
 
-    return Task(geometry, init, forward, loss, events, classifies=False, shapes=3, dtype=dtype)
+    def remember(corpus: Corpus, indices: np.ndarray) -> dict:
+        """How long states last, for the decoding: `segmentation.decoding.durations` of the training annotations."""
+        annotations = [corpus.rows[i]["annotations"] for i in indices]
+        return {"log_duration": durations(annotations, f.step_s).tolist()}
+
+    return Task(
+        geometry, init, forward, loss, events, classifies=False, shapes=3, dtype=dtype, usable=annotated_rows,
+        remember=remember, conclude=judge,
+    )  # fmt: skip
+
+
+def annotated_rows(rows: list[dict], prepared: str) -> list[dict]:
+    """The recordings with annotated states, which a segmenter learns from.
+
+    Raises:
+      ValueError: there are none.
+    """
+    annotated = [row for row in rows if any(start < end for start, end, _ in row["annotations"])]
+    if 0 < len(annotated) < len(rows):
+        logging.info("%d of %d recordings have no annotation: left out", len(rows) - len(annotated), len(rows))
+    if not annotated:
+        raise ValueError(
+            f"data.prepared={prepared}: no recording has annotated states; a segmenter learns from CirCor's .tsv, "
+            "CinC 2016's StateAns.mat or synthetic recordings"
+        )
+    return annotated
+
+
+def judge(trained: Trained) -> Judgement:
+    """`Task.conclude` of a segmenter: its states on the validation and test recordings, decoded."""
+    log_duration = np.array(trained.meta["log_duration"], np.float32)
+    model = SegmenterModel(
+        trained.config, trained.graphdef, trained.params, trained.rest, trained.corpus.sample_rate_hz, log_duration
+    )
+    validation, rows, _ = judge_segmentation(model, trained.corpus, trained.parts["validation"], "validation")
+    test, test_rows, examples = judge_segmentation(model, trained.corpus, trained.parts["test"], "test")
+    results = {"segmentation": test | {"validation": validation["test"]}}
+    return Judgement(results, rows + test_rows, examples)
 
 
 def events(corpus: Corpus) -> np.ndarray:
@@ -130,81 +170,3 @@ def events(corpus: Corpus) -> np.ndarray:
     for i, listed in enumerate(lists):
         out[i, : len(listed)] = listed
     return out
-
-
-SSAMBA_RATE_HZ = 16000
-FBANK_S = (400, 160)  # samples of a filter bank's frame, and from one to the next
-
-
-def frame_hop(config: ml_collections.ConfigDict, sample_rate_hz: int) -> tuple[int, int]:
-    """(samples a frame, samples by which what it is computed from is longer on either side).
-
-    Raises:
-      ValueError: the step is no whole number of samples, or the analysis window or the mel bands do not fit.
-    """
-    f, name = config.features, config.model.name
-    hop = round(f.step_s * sample_rate_hz)
-    if hop < 1 or abs(hop - f.step_s * sample_rate_hz) > 1e-6:
-        raise ValueError(f"features.step_s={f.step_s}: must be a whole number of samples at {sample_rate_hz} Hz")
-    if name == "ssamba":
-        if sample_rate_hz != SSAMBA_RATE_HZ:
-            raise ValueError(f"model.name=ssamba hears {SSAMBA_RATE_HZ} Hz, the data are prepared at {sample_rate_hz}")
-        if hop % FBANK_S[1] or hop > PATCH * FBANK_S[1]:
-            raise ValueError(f"features.step_s={f.step_s}: of SSAMBA a multiple of 0.01, at most {PATCH / 100}")
-        return hop, ((PATCH - 1) * FBANK_S[1] + FBANK_S[0] - hop) // 2
-    if name != "frames":
-        raise ValueError(f"model.name={name!r}: choose frames or ssamba")
-    if f.n_fft < hop or (f.n_fft - hop) % 2:
-        raise ValueError(f"features.n_fft={f.n_fft}: must be features.step_s, {hop} samples, and an even number more")
-    try:
-        spectrogram.mel_filterbank(sample_rate_hz, f.n_fft, f.n_mels, f.low_hz, f.high_hz)
-    except ValueError as error:
-        raise ValueError(f"features.n_fft, features.n_mels, features.low_hz, features.high_hz: {error}") from None
-    return hop, (f.n_fft - hop) // 2
-
-
-_LEVEL_FRAMES = 100  # time constant of the running level
-_SILENCE = 1e-20  # mel power
-
-
-def frame_features(
-    config: ml_collections.ConfigDict,
-    samples_BxS: jax.Array,
-    real_BxT: jax.Array,
-    sample_rate_hz: int,
-    level: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Log-mel (B, T, n_mels) of T frames from their samples and `halo` more on either side, whatever the gain.
-
-    Of SSAMBA its filter bank (B, T', 128), which depends on the gain as published.
-
-    The level that is taken off is the mean of the window's real frames; causal, the running mean of the frames so far,
-    (B,) sum and weight of which are `level`, and are returned for the next piece of the recording.
-    """
-    f = config.features
-    before = (jnp.zeros(len(samples_BxS)), jnp.zeros(len(samples_BxS))) if level is None else level
-    if config.model.name == "ssamba":
-        return ssamba_input(samples_BxS), before
-    hop, _ = frame_hop(config, sample_rate_hz)
-    mel = spectrogram.mel_of_frames(samples_BxS, sample_rate_hz, f.n_fft, hop, f.n_mels, f.low_hz, f.high_hz)
-    # Digital silence has no level to take off; all else is far above this floor.
-    x = jnp.log(mel + _SILENCE)
-    loud, real = x.mean(-1), (real_BxT & (mel.max(-1) > _SILENCE)).astype(x.dtype)
-    if config.model.bidirectional:
-        mean = ((loud * real).sum(1) / jnp.maximum(real.sum(1), 1))[:, None]
-    else:
-
-        def running(carry, now):
-            total, weight = (c * (1 - 1 / _LEVEL_FRAMES) + n for c, n in zip(carry, now, strict=True))
-            return (total, weight), total / jnp.maximum(weight, 1e-6)
-
-        before, mean = jax.lax.scan(running, before, ((loud * real).T, real.T))
-        mean = mean.T
-    # 8 nats below the level is silence; 2 nats are about a standard deviation.
-    return jnp.where(real_BxT[..., None], jnp.maximum(x - mean[..., None], -8) / 2, 0), before
-
-
-def ssamba_input(samples_BxS: jax.Array) -> jax.Array:
-    """Samples at 16 kHz -> what SSAMBA hears, (B, frames, 128): their mean taken off, filter bank, normalised."""
-    fbank = spectrogram.kaldi_fbank(samples_BxS - samples_BxS.mean(-1, keepdims=True))
-    return (fbank + 4.2677393) / (2 * 4.5689974)

@@ -10,11 +10,13 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import Geometry
 from pcgjax.features import filters
 from pcgjax.models.ssamba import PATCH, RECONSTRUCTION_WEIGHT, SSAMBA, pretrain_losses
-from pcgjax.tasks.base import Counts, Task, Total, cut_windows
-from pcgjax.tasks.segmenter import FBANK_S, SSAMBA_RATE_HZ, ssamba_input
+from pcgjax.models.ssamba_checkpoint import save_torch_checkpoint
+from pcgjax.tasks.base import Counts, Judgement, Task, Total, Trained, cut_windows
+from pcgjax.tasks.frames import FBANK_S, SSAMBA_RATE_HZ, ssamba_input
 
 
 class Encoder(nnx.Module):
@@ -22,6 +24,18 @@ class Encoder(nnx.Module):
 
     def __init__(self, encoder: SSAMBA):
         self.encoder = encoder
+
+
+def no_labels(corpus: Corpus) -> np.ndarray:
+    """Zeros (N,): `Task.labels` of a task that learns from the audio alone."""
+    return np.zeros(len(corpus.rows), np.float32)
+
+
+def export(trained: Trained) -> Judgement:
+    """`Task.conclude` of pre-training: writes the encoder to WORKDIR/ssamba.pth, in the public code's layout."""
+    encoder = nnx.merge(trained.graphdef, trained.params, trained.rest).encoder
+    save_torch_checkpoint(encoder, trained.workdir / "ssamba.pth")
+    return Judgement({}, [], [])
 
 
 def ssamba_pretrain(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
@@ -75,5 +89,4 @@ def ssamba_pretrain(config: ml_collections.ConfigDict, sample_rate_hz: int) -> T
             )
         )  # fmt: skip
 
-    nothing = lambda corpus: np.zeros(len(corpus.rows), np.float32)
-    return Task(geometry, init, forward, loss, nothing, classifies=False, shapes=3)
+    return Task(geometry, init, forward, loss, no_labels, classifies=False, shapes=3, conclude=export)

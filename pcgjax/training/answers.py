@@ -18,10 +18,9 @@ from pcgjax import tasks
 from pcgjax.data import batches
 from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import evaluation_plan
-from pcgjax.models.hinf_lstm import CNNLSTM
-from pcgjax.models.image import ImageClassifier
 from pcgjax.runtime import checkpoint, sharding
 from pcgjax.tasks.base import Counts, Task, merge_model, split_model
+from pcgjax.tasks.segmenter_model import SegmenterModel
 
 
 def width_of(task: Task) -> int:
@@ -59,15 +58,15 @@ def make_predict(
     key: jax.Array,
     mesh: jax.sharding.Mesh | None = None,
     resident: dict | None = None,
-    embed: bool = False,
+    embedding: bool = False,
 ) -> Callable[[Any, Any], np.ndarray]:
     """A function (params, rest) -> `task.forward`'s answers, (n, 2 or 3) float32, of the recordings `indices`.
 
-    embed: what the last unit is given, (n, D) as `tasks.embed` has it, instead of the answers.
+    embedding: what the last unit is given, (n, D) as of `embed`, instead of the answers.
     mesh: whose devices share each batch, all with the whole parameters; every process is given all answers.
     resident: the whole corpus on every device, from `input_pipeline.block`; None to stream it.
     """
-    width = embedded(nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))) if embed else width_of(task)
+    width = nnx.eval_shape(lambda: task.init(nnx.Rngs(0))).feature_count if embedding else width_of(task)
     # A classifier does not look at them here.
     labels = np.zeros(len(corpus.rows), np.float32) if task.classifies else task.labels(corpus)
     devices = mesh.size if mesh else 1
@@ -78,7 +77,7 @@ def make_predict(
         keys = jax.random.split(jax.random.fold_in(key, i), devices)
         own = keys[jax.lax.axis_index(sharding.AXES) if devices > 1 else 0]
         model = merge_model(task, graphdef, params, rest)
-        return answers_of(task, model, plan.capacities, data, ids[0], choice, own, embed)[None]
+        return answers_of(task, model, plan.capacities, data, ids[0], choice, own, embedding)[None]
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(), out_shardings=whole)
     def run(params, rest, data, ids, capacity, steps, done):
@@ -130,33 +129,24 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     return config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"]
 
 
+def load_segmenter(workdir: str | pathlib.Path) -> SegmenterModel:
+    """The best segmenter of a workdir.
+
+    Raises:
+      checkpoint.CheckpointError: no trained model there.
+    """
+    config, _, graphdef, params, rest, sample_rate_hz = load_model(workdir)
+    _, _, meta = checkpoint.require(pathlib.Path(workdir) / "checkpoints" / "best")
+    return SegmenterModel(config, graphdef, params, rest, sample_rate_hz, np.array(meta["log_duration"], np.float32))
+
+
 def embed(task: Task, model: Any, batch: dict, capacity: int, key: jax.Array) -> jax.Array:
     """(R, D) what a classifier's last unit is given, the mean over each recording's clips; zeros where it has none."""
-    model = nnx.clone(model)  # the caller's keeps its last unit
-    holder, name = _last_unit(model)
-    seen = []
-
-    def look(h_JxD: jax.Array) -> jax.Array:  # stands in the last unit's place
-        seen.append(h_JxD.astype(jnp.float32))
-        return jnp.zeros((len(h_JxD), 1), h_JxD.dtype)
-
-    assert task.clips is not None
-    setattr(holder, name, look)
-    _, recording, mask = task.clips(model, batch, capacity, key)
-    [h_JxD] = seen
+    assert task.inputs is not None
+    assert task.features is not None
+    values, recording, real = task.inputs(batch, capacity, key)
+    h_JxD = task.features(model, *values).astype(jnp.float32)
     R = len(batch["lengths"])
-    summed = jax.ops.segment_sum(jnp.where(mask[:, None], h_JxD, 0), recording, R)
-    count = jax.ops.segment_sum(mask.astype(jnp.float32), recording, R)
+    summed = jax.ops.segment_sum(jnp.where(real[:, None], h_JxD, 0), recording, R)
+    count = jax.ops.segment_sum(real.astype(jnp.float32), recording, R)
     return summed / jnp.maximum(count, 1)[:, None]
-
-
-def embedded(model: Any) -> int:
-    """The D of `embed`."""
-    holder, name = _last_unit(model)
-    return getattr(holder, name).in_features
-
-
-def _last_unit(model: Any) -> tuple[Any, str]:
-    if isinstance(model, CNNLSTM):
-        return model.recurrent, "output"
-    return model, "head" if isinstance(model, ImageClassifier) else "output"

@@ -2,83 +2,114 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 from absl import logging
-from flax import nnx
 
+from pcgjax.data.corpus import Corpus
 from pcgjax.pages import run as run_page
 from pcgjax.runs.judge import cross_entropy, judge_recordings, prediction_rows, validation_scores, write_table
 from pcgjax.runs.record import versions
 from pcgjax.runs.results import save_examples, surest
-from pcgjax.runtime import files
-from pcgjax.training.experiment import Experiment
-from pcgjax.training.segmenter import SegmenterModel, judge_segmentation
+from pcgjax.runtime import checkpoint, files, goodput, sharding
+from pcgjax.tasks.base import Judgement, Task, Trained, TrainState
+from pcgjax.training.start import Run
 
 
-def conclude(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    experiment: Experiment,
-    graphdef: Any,
-    params: Any,
-    rest: Any,
-    saved: dict,
-    answers: dict[str, np.ndarray],
-    facts: dict,
-    system: dict,
-    tell: Callable,
-) -> dict:
+class Finished(NamedTuple):
+    """A run that is trained: what is judged, and what metrics.json says besides the scores."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    corpus: Corpus
+    parts: dict[str, np.ndarray]  # indices into the corpus
+    split: dict
+    labels: np.ndarray  # of the whole corpus, as `Task.labels`
+    classifies: bool
+    step: int  # the last
+    meta: dict  # of the best model's checkpoint
+    answers: dict[str, np.ndarray]  # validation, test: of the best model, as of `answers.make_predict`
+    facts: dict  # the size of model and data
+    system: dict  # device and times, as of `system_facts`
+    log: Callable[[int, str, dict], None]  # (step, split, values): a line of metrics
+
+
+def system_facts(clock: goodput.Clock) -> dict[str, Any]:
+    """What metrics.json says of the machine and of the time a run took."""
+    seconds = clock.told()
+    return {
+        "device": str(jax.devices()[0].device_kind),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "wall_s": time.monotonic() - clock.began,
+        "seconds": seconds,
+        "goodput": goodput.share(seconds),
+    }
+
+
+def conclude_run(run: Run, state: TrainState, facts: dict) -> dict:
+    """Judges the best model of a run of `loop.train`; returns metrics.json, {} on all processes but the first."""
+    experiment, mesh = run.experiment, run.experiment.mesh
+    like = {"params": state.params, "rest": state.rest}
+    _, best, meta = checkpoint.require(run.workdir / "checkpoints" / "best", like)
+    answers = {part: predict(best["params"], best["rest"]) for part, predict in run.predict.items()}
+    everywhere = jax.jit(lambda *x: x, out_shardings=sharding.replicated(mesh))
+    params, rest = jax.device_get(everywhere(best["params"], best["rest"]))
+    if jax.process_index():
+        return {}
+    finished = Finished(
+        run.config, run.workdir, experiment.corpus, experiment.parts, experiment.split, experiment.labels,
+        experiment.task.classifies, run.last_step, meta, answers, facts, system_facts(run.clock), run.log,
+    )  # fmt: skip
+    results = conclude(finished, model_of(finished, experiment.task, run.compiled.graphdef, params, rest))
+    if run.board:
+        run.board.close()
+    return results
+
+
+def model_of(finished: Finished, task: Task, graphdef: Any, params: Any, rest: Any) -> Callable[[], Judgement]:
+    """What `task.conclude` says of the best model, whose parameters are whole and on the host."""
+    config = finished.config.copy_and_resolve_references()
+    config.evaluation.threshold = finished.meta["best"]["threshold"]
+    trained = Trained(config, finished.workdir, finished.corpus, finished.parts, graphdef, params, rest, finished.meta)
+    return functools.partial(task.conclude, trained)
+
+
+def conclude(finished: Finished, more: Callable[[], Judgement] | None = None) -> dict:
     """Judges a run's best model by its answers to validation and test; writes and returns metrics.json, and all that
     lies beside it.
 
-    params, rest: whole, on the host; saved: the meta of its checkpoint; answers: of `evaluate.make_predict`;
-    tell: (step, split, values), which writes a line of metrics.
+    more: what the task says of the model besides, as of `model_of`.
     """
-    corpus, parts, split, task, labels = experiment[:5]
-    step = config.train.epochs * experiment.steps_an_epoch
-    config = config.copy_and_resolve_references()  # the caller's stays as it is
-    config.evaluation.threshold = saved["best"]["threshold"]
-    results: dict = {}
-    rows: list[dict] = []
-    if config.task.name == "segmenter":
-        log_duration = np.array(saved["log_duration"], np.float32)
-        segmenter = SegmenterModel(config, graphdef, params, rest, corpus.sample_rate_hz, log_duration)
-    for part, log_p in answers.items():
-        y = labels[parts[part]]
-        if not task.classifies:
-            results[part] = validation_scores(task, log_p, y, 0.5)
-            if part == "test":
-                tell(step, "test", results[part])
-            if config.task.name == "segmenter":
-                judged, told, examples = judge_segmentation(segmenter, corpus, parts[part], part)
-                rows += told
-                if part == "test":
-                    results["segmentation"] = judged | {"validation": results["validation"].pop("segmentation")}
-                    save_examples(workdir, examples)
-                else:
-                    results[part]["segmentation"] = judged["test"]
-            continue
-        results[part] = judge_recordings(corpus, parts[part], y, log_p, config)
-        rows += prediction_rows(corpus, parts[part], y, log_p, config.evaluation.threshold, part)
-        if part == "test":
-            overall = {name: score["value"] for name, score in results[part]["overall"].items()}
-            tell(step, "test", overall | {"loss": cross_entropy(log_p, y)})
+    config, workdir, corpus, meta = finished.config, finished.workdir, finished.corpus, finished.meta
+    results, rows = answer_scores(finished)
+    if more is not None:
+        judgement = more()
+        results |= judgement.results
+        rows += judgement.rows
+        if judgement.examples:
+            save_examples(workdir, judgement.examples)
     control = workdir / "control" / "metrics.json"
     if control.exists():
         results["control"] = json.loads(control.read_text())["test"]
-    results["best"], results["epochs"] = saved["best"], config.train.epochs
-    results["split"] = {k: split[k] for k in ("kind", "target", "notes", "counts", "people_apart", "leaks")}
-    results["data"] = facts | {"prepared": config.data.prepared, "shuffled_labels": config.data.shuffle_labels}
-    results["system"] = system | {
+    results["best"], results["epochs"] = meta["best"], config.train.epochs
+    results["split"] = {
+        name: finished.split[name] for name in ("kind", "target", "notes", "counts", "people_apart", "leaks")
+    }
+    shuffled = config.data.shuffle_labels
+    results["data"] = finished.facts | {"prepared": config.data.prepared, "shuffled_labels": shuffled}
+    results["system"] = finished.system | {
         "command": shlex.join(["python", "-m", "pcgjax.train", *sys.argv[1:]]),
         "platform": platform.platform(),
         "versions": versions(),
@@ -86,18 +117,33 @@ def conclude(
     files.write_text(workdir / "metrics.json", json.dumps(results, indent=1))
     if rows:
         write_table(rows, workdir / "predictions.csv")
-    if config.task.name == "ssamba_pretrain":
-        from pcgjax.models.ssamba_checkpoint import save_torch_checkpoint
-
-        encoder = nnx.merge(graphdef, params, rest).encoder
-        save_torch_checkpoint(encoder, workdir / "ssamba.pth")
-    if task.classifies:
+    if finished.classifies:
         _save_examples(workdir, corpus, [row for row in rows if row["split"] == "test"])
     try:
         run_page.write(workdir)
     except ImportError as error:
         logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
     return results
+
+
+def answer_scores(finished: Finished) -> tuple[dict, list[dict]]:
+    """(scores by part, rows of predictions.csv); logs the test scores."""
+    config = finished.config.copy_and_resolve_references()  # the caller's stays as it is
+    threshold = config.evaluation.threshold = finished.meta["best"]["threshold"]
+    corpus, results, rows = finished.corpus, {}, []
+    for part, answers in finished.answers.items():
+        indices = finished.parts[part]
+        labels = finished.labels[indices]
+        if finished.classifies:
+            results[part] = judge_recordings(corpus, indices, labels, answers, config)
+            rows += prediction_rows(corpus, indices, labels, answers, threshold, part)
+            line = {name: score["value"] for name, score in results[part]["overall"].items()}
+            line["loss"] = cross_entropy(answers, labels)
+        else:
+            line = results[part] = validation_scores(False, answers, labels, 0.5)
+        if part == "test":
+            finished.log(finished.step, "test", line)
+    return results, rows
 
 
 def _save_examples(workdir: pathlib.Path, corpus, rows: list[dict]) -> None:

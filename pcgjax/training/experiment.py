@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -14,8 +14,8 @@ import numpy as np
 from pcgjax import metrics, tasks
 from pcgjax.data import batches
 from pcgjax.data.corpus import Corpus, order_digest
-from pcgjax.data.plan import Plan, batch_units, choose_capacities, epoch_order, plan_batches
-from pcgjax.runs.data import load_data
+from pcgjax.data.plan import Plan, batch_units, choose_capacities, epoch_order, padding_waste, plan_batches
+from pcgjax.runs.data import read_corpus, split_corpus
 from pcgjax.runs.streams import ORDER
 from pcgjax.runtime import sharding
 from pcgjax.tasks.base import Task
@@ -54,6 +54,11 @@ def balance_groups(balance: str, corpus, labels: np.ndarray, indices: np.ndarray
     raise ValueError(f"train.balance={balance!r}: choose none, class or database_class")
 
 
+def _by_device(ids: np.ndarray, devices: int) -> np.ndarray:
+    """ids (steps, G, R) as (steps, devices, G', R)."""
+    return ids.reshape(len(ids), devices, -1, ids.shape[-1])
+
+
 class Experiment(NamedTuple):
     """What a config makes of the data and the devices, before any state."""
 
@@ -74,6 +79,18 @@ class Experiment(NamedTuple):
         order = self.order_of(seed, epoch)
         return plan_batches(order, self.corpus.lengths, self.task.geometry, self.capacities)
 
+    def facts(self, parameters: Any, seed: int) -> dict[str, Any]:
+        """What the log and metrics.json say of a run's size; parameters: the tree of them."""
+        return {
+            "parameters": sum(x.size for x in jax.tree.leaves(parameters)),
+            "pipeline": self.pipeline,
+            "corpus_mib": self.corpus.bytes / 2**20,
+            "train_recordings": len(self.parts["train"]),
+            "steps_an_epoch": self.steps_an_epoch,
+            "capacities": list(self.capacities),
+            "padding_waste": padding_waste(self.plan(seed, 0), self.corpus.lengths, self.task.geometry),
+        }
+
     def resident(self) -> dict | None:
         """The whole corpus on every device, where the pipeline wants it there."""
         if self.pipeline != "resident":
@@ -86,17 +103,37 @@ class Experiment(NamedTuple):
 
         pmap: ids (steps, D, G', R) of this process' D devices, and blocks (D, ...), from the host.
         """
-        own, arguments = sharding.mine(self.mesh), (self.corpus, self.labels, plan, start, stop)
-        apart = lambda ids, devices: ids.reshape(len(ids), devices, -1, ids.shape[-1])
+        local_devices, arguments = sharding.mine(self.mesh), (self.corpus, self.labels, plan, start, stop)
         if resident is not None:
-            ids = apart(plan.ids, self.mesh.size)[:, own] if pmap else plan.ids
+            ids = _by_device(plan.ids, self.mesh.size)[:, local_devices] if pmap else plan.ids
             yield resident, ids, plan.capacity, start, stop
         elif pmap:
-            for data, ids, capacity, steps in batches.stream(*arguments, self.mesh.size, own):
-                yield data, apart(ids, len(own)), capacity, 0, steps
+            for data, ids, capacity, steps in batches.stream(*arguments, self.mesh.size, local_devices):
+                yield data, _by_device(ids, len(local_devices)), capacity, 0, steps
         else:
             for data, ids, capacity, steps in batches.streamed(*arguments, self.mesh):
                 yield data, ids, capacity, 0, steps
+
+
+def batch_capacities(
+    config: ml_collections.ConfigDict, corpus: Corpus, train: np.ndarray, task: Task,
+    order_of: Callable[[int, int], np.ndarray], seeds: Sequence[int], groups: int, balanced: bool,
+) -> tuple[int, ...]:  # fmt: skip
+    """The shapes, in windows, that the batches of all epochs fit into; each is compiled."""
+    t = config.train
+    epochs = min(t.epochs, max(50 // len(seeds), 1))  # that are looked at
+    units = [
+        batch_units(order_of(seed, epoch), corpus.lengths, task.geometry) for seed in seeds for epoch in range(epochs)
+    ]
+    capacities = choose_capacities(np.concatenate(units), task.shapes)
+    if t.epochs == epochs:
+        return capacities
+    # The largest batch that any order can make, so that no later epoch finds its batches without a place.
+    recordings = t.batch_recordings // groups
+    largest = np.sort(task.geometry.units(corpus.lengths[train]))[-recordings:]
+    # Balanced epochs repeat recordings, so that a batch may hold the longest one several times.
+    most = int(largest[-1] * recordings if balanced else largest.sum())
+    return (*capacities, most) if most > capacities[-1] else capacities
 
 
 def set_up(
@@ -121,19 +158,22 @@ def set_up(
         raise ValueError(f"evaluation.threshold={config.evaluation.threshold}: must lie between 0 and 1")
     mesh = mesh or sharding.make_mesh(config.parallel)
     groups = mesh.size * t.accumulate
-    corpus, parts, split = load_data(config, workdir)
+    corpus = read_corpus(config)
     task = tasks.make(config, corpus.sample_rate_hz)
-    labels = task.labels(corpus)
     selectable = ("loss", *(metrics.METRICS if task.classifies else ("accuracy",)))
     if t.select not in selectable:
         raise ValueError(f"train.select={t.select!r}: choose one of {', '.join(selectable)}")
     if t.balance != "none" and not task.classifies:
         raise ValueError(f"train.balance={t.balance!r}: only a classifier has classes to balance; choose none")
+    if config.data.shuffle_labels and not task.classifies:
+        raise ValueError("data.shuffle_labels=True: a control for classifiers; this task learns from no labels")
     if task.geometry.window > corpus.lengths.max():
         raise ValueError(
             f"features.window_s={config.features.window_s}: longer than every recording of {config.data.prepared} "
             f"(at most {corpus.lengths.max() / corpus.sample_rate_hz:.1f} s)"
         )
+    parts, split = split_corpus(config, workdir, corpus, task.usable)
+    labels = task.labels(corpus)
     balance = balance_groups(t.balance, corpus, labels, parts["train"])
 
     @functools.lru_cache(64)
@@ -142,19 +182,7 @@ def set_up(
         return epoch_order(parts["train"], balance, order_key, t.batch_recordings, groups)
 
     seeds = tuple(seeds) or (config.seed,)
-    looked_at = min(t.epochs, max(50 // len(seeds), 1))
-    needed = [
-        batch_units(order_of(seed, epoch), corpus.lengths, task.geometry)
-        for seed in seeds
-        for epoch in range(looked_at)
-    ]
-    # The largest batch that any order can make, so that no later epoch finds its batches without a place.
-    own = t.batch_recordings // groups
-    largest = np.sort(task.geometry.units(corpus.lengths[parts["train"]]))[-own:]
-    # Balanced epochs repeat recordings, so that a batch may hold the longest one several times.
-    units = largest.sum() if balance is None else largest[-1] * own
-    capacities = choose_capacities(np.concatenate(needed), task.shapes)
-    capacities = (*capacities, int(units)) if t.epochs > looked_at and units > capacities[-1] else capacities
+    capacities = batch_capacities(config, corpus, parts["train"], task, order_of, seeds, groups, balance is not None)
     digest = order_digest(
         corpus, train=split["train"], seed=config.seed, batch=t.batch_recordings, balance=t.balance,
         target=config.task.target, shuffled=config.data.shuffle_labels,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import time
 from typing import Any
 
@@ -12,11 +14,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pcgjax.data import batches
 from pcgjax.features.filters import ALIGN
-from pcgjax.runtime import costs, sharding
+from pcgjax.runtime import costs, files, sharding
 from pcgjax.runtime.hlo import step_cost
 from pcgjax.tasks.base import Counts
 from pcgjax.training.experiment import Experiment
+from pcgjax.training.start import Compiled
 from pcgjax.training.step import zero_totals
+
+
+def report_costs(workdir: pathlib.Path, experiment: Experiment, compiled: Compiled, facts: dict, seed: int) -> dict:
+    """Compiles a step, prints what it costs and writes it, with `facts`, to WORKDIR/dry_run.json; returns all that."""
+    pmap = compiled.layout.pmap
+    facts = facts | look_ahead(experiment, compiled.steps, compiled.abstract, compiled.shardings, seed, pmap)
+    files.write_text(workdir / "dry_run.json", json.dumps(facts, indent=1))
+    print(costs.table(facts), f"\nwrote {workdir}/dry_run.json")
+    return facts
 
 
 def look_ahead(experiment: Experiment, run: Any, abstract: Any, shardings: Any, seed: int, pmap: bool) -> dict:

@@ -1,102 +1,36 @@
-"""The members of a population as one program."""
+"""The members of a population as one compiled program, each device its share of them."""
 
 from __future__ import annotations
 
-import ast
-import collections
 import functools
-import json
-import math
 import pathlib
-import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
-from absl import logging
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from pcgjax import tasks, thresholds
 from pcgjax.data.batches import block_shapes, stream
 from pcgjax.data.plan import evaluation_plan
-from pcgjax.runs.config import Fields, plain_config, with_fields
-from pcgjax.runs.judge import validation_scores
-from pcgjax.runs.log import history, log_line, open_board, plot
+from pcgjax.runs.config import Fields, with_fields
 from pcgjax.runs.streams import EVALUATION, STEP
-from pcgjax.runtime import checkpoint, costs, distributed, files, goodput, sharding
+from pcgjax.runtime import costs, sharding
 from pcgjax.runtime.hlo import step_cost
 from pcgjax.tasks.base import Task, TrainState, initial_state, merge_model
-from pcgjax.training import optimizer, segmenter
+from pcgjax.training import optimizer
 from pcgjax.training.answers import answers_of, width_of
 from pcgjax.training.experiment import set_up
 from pcgjax.training.start import carried_over, with_encoder
 from pcgjax.training.step import Totals, make_run, make_step, zero_totals
+from pcgjax.training.sweep import TRACED
 
-# Numbers that change no shape, so that one program takes them as data. A field that is not here is still swept, as
-# programs of its own. Where such a number is off (0, or no noise), nothing of it is in the program, as in a lone run.
-TRACED = (
-    "features.noise_snr_db", "features.response_db", "features.stretch", "features.top_db", "loss.alpha", "loss.slope",
-    "model.dropout", "optimizer.clip_norm", "optimizer.learning_rate", "optimizer.momentum", "optimizer.weight_decay",
-)  # fmt: skip
-FREE = ("seed", "train.start_from")  # and these are no part of a program
 AXIS = "member"
-
-
-def swept_values(config: ml_collections.ConfigDict) -> dict[str, list]:
-    """The fields that `config.sweep` gives values, in order of the alphabet, and these; {} where nothing is swept.
-
-    Raises:
-      ValueError: values that the field cannot have, or one twice.
-    """
-    found = {}
-    for field, text in flat_fields(config.get("sweep", {})).items():
-        if not text:
-            continue
-        now = functools.reduce(lambda part, name: part[name], field.split("."), config)
-        try:
-            found[field] = _values(text, now)
-        except (ValueError, SyntaxError, KeyError, TypeError):
-            raise ValueError(f"sweep.{field}={text}: give values such as {now}, with commas between") from None
-        if len(set(found[field])) < len(found[field]):
-            raise ValueError(f"sweep.{field}={text}: the same value twice")
-    return found
-
-
-def flat_fields(value: Any, above: str = "") -> Fields:
-    found: Fields = {}
-    for key, inner in value.items():
-        nested = isinstance(inner, Mapping | ml_collections.ConfigDict)
-        found |= flat_fields(inner, f"{above}{key}.") if nested else {f"{above}{key}": inner}
-    return found
-
-
-def _values(text: str, like: Any) -> list:
-    if isinstance(like, tuple | list):
-        values = ast.literal_eval(f"[{text}]")
-        if not all(isinstance(value, tuple) for value in values):
-            raise ValueError("need tuples")
-        return values
-    words = [word.strip() for word in text.split(",")]
-    if isinstance(like, bool):
-        return [{"true": True, "false": False}[word.lower()] for word in words]
-    return [type(like)(word) for word in words]
-
-
-def programs(members: Sequence[Fields]) -> list[list[int]]:
-    """The members, by number, that each program trains."""
-    together = collections.defaultdict(list)
-    for number, member in enumerate(members):
-        own = lambda field, value: field not in FREE and not (field in TRACED and value not in (0.0, math.inf))
-        together[repr([(f, v if own(f, v) else None) for f, v in member.items()])].append(number)
-    return list(together.values())
 
 
 def over_members(function: Callable, mesh: jax.sharding.Mesh, together: bool) -> Callable:
@@ -159,14 +93,6 @@ def _take(values: Any, member: jax.Array) -> Any:
     return jax.tree.map(lambda x: x[member], values)
 
 
-class Held(NamedTuple):
-    """What a checkpoint holds of the members; every array leads with them."""
-
-    state: TrainState
-    totals: Totals
-    kept: tuple[Any, Any]  # parameters and the rest of the best epoch so far
-
-
 class Program:
     """Members that one compiled program trains: their data, their functions, and what is theirs alone."""
 
@@ -208,6 +134,9 @@ class Program:
         self.order = functools.lru_cache(1)(self._order)
         self.steps = self._compiled(self._steps)
         self.judged = {part: self._judge(part) for part in ("validation", "test")}
+        update_thresholds = jax.vmap(thresholds.sapt_update, (0, 0, None))
+        self.update_thresholds = jax.jit(update_thresholds, out_shardings=self.spread.layout)
+        self.pick = jax.jit(_pick, donate_argnums=2, out_shardings=self.spread.layout)
 
     def built(self, config: ml_collections.ConfigDict) -> tuple[Task, Any]:
         task = tasks.make(config, self.experiment.corpus.sample_rate_hz)
@@ -246,22 +175,26 @@ class Program:
             return self.spread.put({"ids": ids}), {"capacity": capacity.max(0)}
         return self.spread.put({"ids": ids, "capacity": capacity}), {}
 
-    def pieces(self, resident: dict | None, at: int, until: int) -> Iterator[tuple[dict, dict]]:
-        """(own, shared) for `steps` from step `at` to `until` of one epoch."""
-        epoch, within = divmod(at, self.experiment.steps_an_epoch)
-        stop = within + until - at
+    def pieces(self, resident: dict | None, step: int, until: int) -> Iterator[tuple[dict, dict]]:
+        """(own, shared) for `steps` from step `step` to `until` of one epoch."""
+        epoch, within = divmod(step, self.experiment.steps_an_epoch)
+        stop = within + until - step
         if self.own_seeds:
             own, shared = self.order(epoch)
-            yield self.own | own, {**shared, "data": resident, "start": within, "stop": stop, "step": np.int32(at)}
+            yield self.own | own, {**shared, "data": resident, "start": within, "stop": stop, "step": np.int32(step)}
             return
         plan = self.alone.plan(self.seeds[0], epoch)
         for data, ids, capacity, start, end in self.alone.pieces(resident, plan, within, stop):
             batches = {"data": data, "ids": ids, "capacity": capacity, "start": start, "stop": end}
-            yield self.own, self.shared | batches | {"step": np.int32(at)}
-            at += end - start
+            yield self.own, self.shared | batches | {"step": np.int32(step)}
+            step += end - start
 
-    def start(self) -> Held:
-        """What the members are before the first step."""
+    def advance(self, state: TrainState, totals: Totals, own: dict, shared: dict) -> tuple[TrainState, Totals]:
+        """The steps of one of `pieces`."""
+        return self.steps({"state": state, "totals": totals}, own, shared)
+
+    def first_states(self) -> TrainState:
+        """The members before the first step, on the host; every array leads with them."""
         make = jax.jit(lambda seed: initial_state(self.task, self.update, seed, self.sapt))
         states = []
         # One by one: LAPACK's batched QR, of orthogonal kernels, can wait forever for the threads that it runs on.
@@ -272,15 +205,13 @@ class Program:
             if config.model.get("checkpoint"):
                 state = with_encoder(state, self.graphdef, config.model.checkpoint)
             states.append(jax.device_get(state))
-        state = jax.tree.map(lambda *x: np.stack(x), *states)
-        # What is kept is apart from the state, which is donated.
-        return Held(self.spread.put(state), self.no_totals(), self.spread.put((state.params, state.rest)))
+        return jax.tree.map(lambda *x: np.stack(x), *states)
 
     def no_totals(self) -> Totals:
         return self.spread.put(jax.tree.map(lambda x: np.stack([x] * len(self.members)), zero_totals()))
 
     def _judge(self, part: str) -> Callable[[Any, Any, dict | None], np.ndarray]:
-        """A function (params, rest, resident) -> all members' answers (M, n, 2 or 3), as of `evaluate.make_predict`."""
+        """A function (params, rest, resident) -> all members' answers (M, n, 2 or 3), as of `answers.make_predict`."""
         e = self.experiment
         indices, batch = e.parts[part], self.config.evaluation.batch_recordings
         plan = evaluation_plan(indices, e.corpus.lengths, e.task.geometry, batch, 1, e.task.shapes)
@@ -294,8 +225,8 @@ class Program:
                 own = jax.random.split(drawn, 1)[0]
                 model = merge_model(task, self.graphdef, *given["model"])
                 ids, choice = given["ids"][i, 0], given["capacity"][i]
-                found = answers_of(task, model, plan.capacities, given["data"], ids, choice, own)
-                return out.at[i].set(found[None])
+                answers = answers_of(task, model, plan.capacities, given["data"], ids, choice, own)
+                return out.at[i].set(answers[None])
 
             return jax.lax.fori_loop(0, given["steps"], step, jnp.zeros((*given["ids"].shape, width)))
 
@@ -310,150 +241,21 @@ class Program:
             for data, ids, capacity, steps in pieces:
                 shared = {"data": data, "ids": ids, "capacity": capacity, "steps": steps, "done": done}
                 answers = self.spread.get(run({}, self.own | {"model": (params, rest)}, self.shared | shared))
-                asked = plan.ids[done : done + steps]
-                out[:, asked[asked >= 0]] = answers[:, :steps][:, asked >= 0]
+                ids = plan.ids[done : done + steps]
+                out[:, ids[ids >= 0]] = answers[:, :steps][:, ids >= 0]
                 done += steps
             return out[:, indices]
 
         return judge
 
 
-def _pick(better: jax.Array, new: Any, kept: Any) -> Any:
-    pick = lambda a, b: jnp.where(better.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+def _pick(better_M: jax.Array, new: Any, kept: Any) -> Any:
+    """Arrays that lead with the members: a member's new ones where it is better."""
+
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(better_M.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
     return jax.tree.map(pick, new, kept)
-
-
-class Trained(NamedTuple):
-    """What a program's members came to."""
-
-    program: Program
-    kept: tuple[Any, Any]
-    best: list[dict | None]  # as in the meta of a run's checkpoint
-    diverged: list[int | None]  # the first step whose loss was not finite
-    answers: dict[str, np.ndarray]  # part -> (M, n, 2 or 3) of the best epochs
-
-
-def train_program(
-    program: Program, numbers: Sequence[int], folder: pathlib.Path, workdir: pathlib.Path, clock: goodput.Clock
-) -> Trained:
-    """Trains the members `numbers` of a population, from the checkpoint in `folder` on where it holds one."""
-    config, experiment, task = program.config, program.experiment, program.task
-    t, spe, spread = config.train, experiment.steps_an_epoch, program.spread
-    first_process, log = jax.process_index() == 0, workdir / "metrics.jsonl"
-    count, y = len(numbers), experiment.labels[experiment.parts["validation"]]
-    resident = experiment.resident()
-    pick = jax.jit(_pick, donate_argnums=2, out_shardings=spread.layout)
-    sapt_update = jax.jit(jax.vmap(thresholds.sapt_update, (0, 0, None)), out_shardings=spread.layout)
-    meta: dict[str, Any] = {"order_sha256": experiment.digest, "best": [None] * count, "diverged": [None] * count}
-    held, at = program.start(), 0
-    found = checkpoint.restore(folder)
-    if found:
-        if found[2]["order_sha256"] != experiment.digest:
-            raise checkpoint.CheckpointError(
-                f"{workdir}: its checkpoint was trained in another order of data (data or split changed); give "
-                "another --workdir, or what it was trained with"
-            )
-        at, values, saved = checkpoint.require(folder, held._asdict())
-        held = Held(**values)
-        meta |= {"best": saved["best"], "diverged": saved["diverged"]}
-        logging.info("members %s: resuming at step %d", numbers, at)
-    if first_process:
-        others = [x for x in history(log) if x.get("member") not in numbers or x["step"] <= at]
-        files.write_text(log, "".join(json.dumps(line) + "\n" for line in others))
-    # Each member is a run to TensorBoard.
-    boards = [open_board(workdir, at, f"member{number}") if first_process else None for number in numbers]
-
-    def tell(place: int, split: str, values: dict) -> None:
-        if first_process:
-            log_line(log, at, split, {"member": numbers[place], **values})
-            plot(boards[place], at, split, values)
-
-    last = checkpoint.manager(folder)
-    stopped: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    # So that a signal is heard as soon as by a lone run.
-    stretch = max(t.checkpoint_steps // (1 if program.together else spread.share), 1)
-    stop = 0
-    bar = tqdm.tqdm(
-        total=program.last_step, initial=at, desc=f"train {count}", unit="step", mininterval=1.0,
-        disable=not first_process,
-    )  # fmt: skip
-    try:
-        while at < program.last_step and not stop:
-            epoch = at // spe
-            to_save = t.checkpoint_steps - at % t.checkpoint_steps
-            until = min((epoch + 1) * spe, at + to_save, at + stretch)
-            pieces = program.pieces(resident, at, until)
-            ahead: list[jax.Array] = []
-            while True:
-                with clock("wait"):
-                    piece = next(pieces, None)
-                if piece is None:
-                    break
-                with clock("train"):
-                    state, totals = program.steps({"state": held.state, "totals": held.totals}, *piece)
-                    ahead.append(totals.loss + 0)  # as in `train.train`
-                    if len(ahead) > 1:
-                        ahead.pop(0).block_until_ready()
-                    held = held._replace(state=state, totals=totals)
-            with clock("train"):
-                counted = spread.get(held.totals)  # waits for the devices
-            bar.update(until - at)
-            at = until
-            stop = distributed.stop_signal(stopped[0] if stopped else 0)
-            for i in range(count):
-                if counted.bad_step[i] >= 0 and meta["diverged"][i] is None:
-                    meta["diverged"][i] = int(counted.bad_step[i])
-                    logging.warning("member %d diverged at step %d", numbers[i], counted.bad_step[i])
-            if at % spe == 0:
-                with clock("validate"):
-                    answers = program.judged["validation"](held.state.params, held.state.rest, resident)
-                    before = spread.get(held.state.sapt.threshold)
-                    held = held._replace(totals=program.no_totals())
-                    if task.classifies:
-                        p = spread.put(np.exp(answers[..., 0]).clip(0, 1))
-                        held = held._replace(state=held.state._replace(sapt=sapt_update(held.state.sapt, p, y)))
-                better = np.zeros(count, bool)
-                for i, answer in enumerate(answers):
-                    n, told = max(int(counted.samples[i]), 1), clock.told()
-                    values = {"loss": float(counted.loss[i]) / n, "accuracy": float(counted.correct[i]) / n}
-                    tell(i, "train", values | {"epoch": epoch + 1, "seconds": told["train"], "waited": told["wait"]})
-                    if not np.isfinite(answer).all():  # the last step's update was too much
-                        meta["diverged"][i] = at if meta["diverged"][i] is None else meta["diverged"][i]
-                        continue
-                    own = validation_scores(task, answer, y, float(before[i]))
-                    score = -own[t.select] if t.select in ("loss", "brier") else own[t.select]
-                    score = score if np.isfinite(score) else -np.inf
-                    best = meta["best"][i]
-                    better[i] = meta["diverged"][i] is None and (best is None or score > best["score"])
-                    if better[i]:
-                        meta["best"][i] = {
-                            "score": score, "step": at, "epoch": epoch + 1, "metric": t.select,
-                            "threshold": float(before[i]),
-                        }  # fmt: skip
-                    tell(i, "validation", own | {"epoch": epoch + 1})
-                held = held._replace(kept=pick(spread.put(better), (held.state.params, held.state.rest), held.kept))
-                bar.set_postfix(loss=f"{np.mean(counted.loss / np.maximum(counted.samples, 1)):.3f}")
-            if at % t.checkpoint_steps == 0 or at % spe == 0 or stop:
-                with clock("save"):
-                    # A copy, for it is written while training goes on.
-                    checkpoint.save(last, at, held._asdict(), json.loads(json.dumps(meta)))
-    finally:
-        bar.close()
-        with clock("save"):
-            last.wait_until_finished()
-        for board in filter(None, boards):
-            board.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    last.close()
-    if stop:
-        logging.info("%s", goodput.sentence(clock.told()))
-        logging.warning("stopped by signal %d at step %d, saved; the same command goes on", stop, at)
-        sys.exit(128 + stop)
-    with clock("validate"):
-        judged = {part: judge(*held.kept, resident) for part, judge in program.judged.items()}
-    return Trained(program, held.kept, meta["best"], meta["diverged"], judged)
 
 
 def look_ahead(program: Program) -> str:
@@ -482,26 +284,3 @@ def look_ahead(program: Program) -> str:
         f"{len(program.members)} members, {program.spread.share} on each of {program.spread.mesh.size} devices; a step "
         f"is one of each; compiled in {seconds:.0f} s\n{costs.table(facts)}"
     )
-
-
-def save_best(done: Trained, place: int, folder: pathlib.Path) -> tuple[dict, Any, Any]:
-    """Writes a member's best model as a run's, to `folder`/checkpoints/best; returns (meta, params, rest)."""
-    program, best = done.program, done.best[place]
-    experiment = program.experiment
-    assert best is not None
-    meta = {
-        "config": plain_config(program.configs[place]), "order_sha256": experiment.digest,
-        "sample_rate_hz": experiment.corpus.sample_rate_hz, "best": best,
-    }  # fmt: skip
-    if program.config.task.name == "segmenter":
-        step_s = program.config.features.step_s
-        meta["log_duration"] = segmenter.log_durations(experiment.corpus, experiment.parts["train"], step_s).tolist()
-    params, rest = program.spread.one(done.kept, place)
-    if jax.process_index() == 0:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # another member may have been the best
-    distributed.stop_signal(0)  # all wait for the first
-    kept = checkpoint.manager(folder / "checkpoints" / "best")
-    checkpoint.save(kept, best["step"], {"params": params, "rest": rest}, meta)
-    kept.wait_until_finished()
-    kept.close()
-    return meta, *jax.device_get((params, rest))

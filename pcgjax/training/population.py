@@ -18,12 +18,10 @@ from __future__ import annotations
 import collections
 import csv
 import functools
-import itertools
 import json
 import math
 import pathlib
 import shutil
-import time
 from typing import Any
 
 import jax
@@ -32,54 +30,39 @@ import numpy as np
 from absl import logging
 
 from pcgjax import metrics
-from pcgjax.data.plan import padding_waste
 from pcgjax.pages import population as population_page
 from pcgjax.runs import log
-from pcgjax.runs.config import Fields, one_of, plain_config, refuse_changes
+from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse_changes
 from pcgjax.runs.judge import validation_scores
-from pcgjax.runs.log import log_line
 from pcgjax.runs.record import record
 from pcgjax.runtime import files, goodput
-from pcgjax.training.conclude import conclude
-from pcgjax.training.members import (
-    Program,
-    Trained,
-    flat_fields,
-    look_ahead,
-    programs,
-    save_best,
-    swept_values,
-    train_program,
-)
+from pcgjax.training.conclude import Finished, conclude, model_of, system_facts
+from pcgjax.training.member_loop import Trained, save_best, train_program
+from pcgjax.training.members import Program, look_ahead
+from pcgjax.training.sweep import members_of, programs, swept_values
 
 
 def train_population(
     config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run: bool = False, together: bool | None = None
 ) -> dict:
-    """Trains what `config.sweep` asks for and returns what it writes to population.json, of which `compare.population`
-    has the details; a member whose loss was not finite has no scores there, but "diverged", the step.
+    """Trains what `config.sweep` asks for and returns what it writes to population.json, of which
+    `pages.population` has the details; a member whose loss was not finite has no scores there, but "diverged", the
+    step.
 
     Where the config has stages, each is a population, and a member starts from its own best model of the one before.
 
     together: whether a device takes its members as one batch; default: unless it is a CPU.
 
     Raises:
-      ValueError: as `train.train`, and for what a population cannot be.
+      ValueError: as `loop.train`, and for what a population cannot be.
       FloatingPointError: every member diverged, or one before the last stage.
     """
-    clock, began = goodput.Clock(), time.monotonic()
-    workdir = pathlib.Path(workdir)
+    clock, workdir = goodput.Clock(), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    swept, first_process = swept_values(config), jax.process_index() == 0
-    if config.parallel.fsdp != 1 or config.parallel.strategy != "jit":
-        raise ValueError(
-            f"parallel.fsdp={config.parallel.fsdp}, parallel.strategy={config.parallel.strategy}: a member of a sweep "
-            "is on one device; choose 1 and jit"
-        )
-    if config.profile.steps:
-        raise ValueError(f"profile.steps={config.profile.steps}: a trace is of a lone run; sweep nothing, or give 0")
+    refuse(config)
     together = jax.default_backend() != "cpu" if together is None else together
-    members = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+    swept = swept_values(config)
+    members = members_of(swept)
     text = " ".join(f"{field}={','.join(map(str, values))}" for field, values in swept.items())
     stages = list(config.get("stages", {}).items()) or [("", {})]
     start_from: list[Fields] = [{} for _ in members]
@@ -87,126 +70,163 @@ def train_population(
         folder = workdir if number == len(stages) else workdir / name
         base = one_of(config, overrides, str(workdir / "split.json"))
         fixed = flat_fields(overrides)  # what a stage says holds for all
-        own = [{f: v for f, v in m.items() if f not in fixed} | s for m, s in zip(members, start_from, strict=True)]
-        plain = plain_config(base) | {"sweep": text}
-        groups = programs(own)
+        fields = [
+            {field: value for field, value in member.items() if field not in fixed} | start
+            for member, start in zip(members, start_from, strict=True)
+        ]
         if dry_run:
-            print(f"{name or 'sweep'}: {len(members)} members, in programs of {', '.join(str(len(g)) for g in groups)}")
-            for numbers in groups:
-                print(look_ahead(Program(base, [own[i] for i in numbers], workdir, together)))
+            report_costs(name, base, fields, workdir, together)
             continue
-        if (folder / "config.json").exists():
-            refuse_changes(json.loads((folder / "config.json").read_text()), plain, folder)
-        record(folder, base)
-        if first_process:
-            files.write_text(folder / "config.json", json.dumps(plain, indent=1))
-        trained: list[tuple[Trained, int]] = [None] * len(members)  # type: ignore[list-item]
-        for group, numbers in enumerate(groups):
-            program = Program(base, [own[i] for i in numbers], workdir, together)
-            done = train_program(program, numbers, folder / "checkpoints" / f"program{group}", folder, clock)
-            for place, i in enumerate(numbers):
-                trained[i] = done, place
+        trained = train_stage(base, text, fields, folder, workdir, together, clock)
         if number < len(stages):
-            for i, (done, place) in enumerate(trained):
-                if done.diverged[place] is not None:
-                    raise FloatingPointError(f"stage {name}: member {i} diverged at step {done.diverged[place]}")
-                start_from[i] = {"train.start_from": str(folder / "members" / str(i))}
-                save_best(done, place, folder / "members" / str(i))
-    return {} if dry_run else _conclude(workdir, members, trained, clock, began)
+            start_from = [hand_on(name, i, *trained[i], folder) for i in range(len(members))]
+    return {} if dry_run else conclude_population(workdir, members, trained, clock)
 
 
-def _conclude(
-    workdir: pathlib.Path, members: list[Fields], trained: list[tuple[Trained, int]], clock: goodput.Clock, began: float
+def refuse(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for what a population cannot be, naming the field."""
+    if config.parallel.fsdp != 1 or config.parallel.strategy != "jit":
+        raise ValueError(
+            f"parallel.fsdp={config.parallel.fsdp}, parallel.strategy={config.parallel.strategy}: a member of a sweep "
+            "is on one device; choose 1 and jit"
+        )
+    if config.profile.steps:
+        raise ValueError(f"profile.steps={config.profile.steps}: a trace is of a lone run; sweep nothing, or give 0")
+
+
+def report_costs(
+    name: str, base: ml_collections.ConfigDict, members: list[Fields], workdir: pathlib.Path, together: bool
+) -> None:
+    """Prints what the programs of a stage would cost; nothing is run."""
+    groups = programs(members)
+    print(f"{name or 'sweep'}: {len(members)} members, in programs of {', '.join(str(len(g)) for g in groups)}")
+    for numbers in groups:
+        print(look_ahead(Program(base, [members[i] for i in numbers], workdir, together)))
+
+
+def train_stage(
+    base: ml_collections.ConfigDict, swept: str, members: list[Fields], folder: pathlib.Path, workdir: pathlib.Path,
+    together: bool, clock: goodput.Clock,
+) -> list[tuple[Trained, int]]:  # fmt: skip
+    """Trains all members, program by program; returns of each member its program and its place there."""
+    plain, path = plain_config(base) | {"sweep": swept}, folder / "config.json"
+    if path.exists():
+        refuse_changes(json.loads(path.read_text()), plain, folder)
+    record(folder, base)
+    if jax.process_index() == 0:
+        files.write_text(path, json.dumps(plain, indent=1))
+    places: dict[int, tuple[Trained, int]] = {}
+    for group, numbers in enumerate(programs(members)):
+        program = Program(base, [members[i] for i in numbers], workdir, together)
+        trained = train_program(program, numbers, folder / "checkpoints" / f"program{group}", folder, clock)
+        places |= {number: (trained, place) for place, number in enumerate(numbers)}
+    return [places[number] for number in range(len(members))]
+
+
+def hand_on(stage: str, number: int, trained: Trained, place: int, folder: pathlib.Path) -> Fields:
+    """Saves a member's best model of a stage; returns the field by which the next stage starts from it."""
+    if trained.diverged[place] is not None:
+        raise FloatingPointError(f"stage {stage}: member {number} diverged at step {trained.diverged[place]}")
+    target = folder / "members" / str(number)
+    save_best(trained, place, target)
+    return {"train.start_from": str(target)}
+
+
+def conclude_population(
+    workdir: pathlib.Path, members: list[Fields], trained: list[tuple[Trained, int]], clock: goodput.Clock
 ) -> dict:
-    """Writes and returns population.json, and writes all that lies beside it."""
-    best = [None if done.diverged[i] is not None else done.best[i] for done, i in trained]
-    score = {number: one["score"] for number, one in enumerate(best) if one is not None}
-    if not score:
-        steps = ", ".join(str(done.diverged[i]) for done, i in trained)
+    """Writes and returns population.json, and writes all that lies beside it; {} on all processes but the first."""
+    best = [None if one.diverged[place] is not None else one.best[place] for one, place in trained]
+    scores = {number: epoch["score"] for number, epoch in enumerate(best) if epoch is not None}
+    if not scores:
+        steps = ", ".join(str(one.diverged[place]) for one, place in trained)
         raise FloatingPointError(f"every member diverged, at the steps {steps}; lower optimizer.learning_rate")
-    selected = max(score, key=lambda number: score[number])
-    done, place = trained[selected]
-    program = done.program
-    config, experiment, select = program.configs[place], program.experiment, program.config.train.select
-    meta, params, rest = save_best(done, place, workdir / "best")
+    selected = max(scores, key=scores.__getitem__)
+    select = trained[selected][0].program.config.train.select
+    meta, params, rest = save_best(*trained[selected], workdir / "best")
     if jax.process_index():
         return {}
-    history, told = log.history(workdir / "metrics.jsonl"), []
-    for number, (asked_for, (done, i)) in enumerate(zip(members, trained, strict=True)):
-        own = [line for line in history if line["member"] == number]
-        curve = {"loss": [x["loss"] for x in own if x["split"] == "train"],
-                 "validation": [x[select] for x in own if x["split"] == "validation"]}  # fmt: skip
-        shown = {f: str(v) if v == math.inf else v for f, v in asked_for.items()}  # JSON has none
-        one: dict[str, Any] = {"fields": shown, "best": {}, "validation": {}, "test": {}, "curve": curve}
-        if (found := best[number]) is None:
-            one["diverged"] = done.diverged[i]
-        else:
-            one["best"] = {"epoch": found["epoch"], "score": found["score"] if np.isfinite(found["score"]) else None}
-            e = done.program.experiment
-            for part, answers in done.answers.items():
-                y = e.labels[e.parts[part]]
-                scores = validation_scores(e.task, answers[i], y, found["threshold"])
-                one[part] = {k: float(v) if np.isfinite(v) else None for k, v in scores.items()}
-        told.append(one)
-
-    best_folder = workdir / "best"
-    files.write_text(best_folder / "config.json", json.dumps(meta["config"], indent=1))
-    shutil.copy(workdir / "split.json", best_folder / "split.json")
+    history = log.history(workdir / "metrics.jsonl")
+    summaries = [
+        member_summary(members[i], best[i], *trained[i], [line for line in history if line["member"] == i], select)
+        for i in range(len(members))
+    ]
     lines = [{k: v for k, v in line.items() if k != "member"} for line in history if line["member"] == selected]
-    files.write_text(best_folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    plan = experiment.plan(config.seed, 0)
-    facts = {
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "pipeline": experiment.pipeline,
-        "corpus_mib": experiment.corpus.bytes / 2**20,
-        "train_recordings": len(experiment.parts["train"]),
-        "steps_an_epoch": experiment.steps_an_epoch,
-        "capacities": list(experiment.capacities),
-        "padding_waste": padding_waste(plan, experiment.corpus.lengths, experiment.task.geometry),
-    }
-    seconds = clock.told()
-    system = {
-        "device": str(jax.devices()[0].device_kind), "devices": jax.device_count(), "processes": jax.process_count(),
-        "wall_s": time.monotonic() - began, "seconds": seconds, "goodput": goodput.share(seconds),
-    }  # fmt: skip
-    done, place = trained[selected]
-    results = conclude(
-        config, best_folder, experiment, program.graphdef, params, rest, meta,
-        {part: answers[place] for part, answers in done.answers.items()}, facts, system,
-        functools.partial(log_line, best_folder / "metrics.jsonl"),
-    )  # fmt: skip
-    names = [name for name in told[selected]["test"] if name != "threshold"]
-    spread = {name: metrics.interval([m["test"].get(name) for m in told]) for name in names}
-    out = {
-        "members": told, "selected": selected, "select": select, "trivial": results["test"].get("trivial", {}),
+    results = conclude_best(workdir, *trained[selected], meta, params, rest, lines, clock)
+    names = [name for name in summaries[selected]["test"] if name != "threshold"]
+    spread = {name: metrics.interval([member["test"].get(name) for member in summaries]) for name in names}
+    population = {
+        "members": summaries,
+        "selected": selected,
+        "select": select,
+        "trivial": results["test"].get("trivial", {}),
         "summary": {name: {k: v if np.isfinite(v) else None for k, v in x.items()} for name, x in spread.items()},
         "system": results["system"],
-    }  # fmt: skip
-    files.write_text(workdir / "population.json", json.dumps(out, indent=1))
-    rows = _rows(out)
+    }
+    files.write_text(workdir / "population.json", json.dumps(population, indent=1))
     with files.replacing(workdir / "table.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows(_rows(population))
     try:
         population_page.write_population(workdir)
     except ImportError as error:
         logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
-    print(goodput.sentence(seconds))
-    print(summary(out))
+    print(goodput.sentence(results["system"]["seconds"]))
+    print(summary(population))
     print(f"wrote {workdir}: population.json, table.csv, report.html, and best/, a run's folder")
-    return out
+    return population
 
 
-def _rows(found: dict) -> list[list]:
+def member_summary(
+    fields: Fields, best: dict | None, trained: Trained, place: int, lines: list[dict], select: str
+) -> dict[str, Any]:
+    """A member as population.json has it: its fields, curve, best epoch and scores, or where it diverged."""
+    curve = {
+        "loss": [line["loss"] for line in lines if line["split"] == "train"],
+        "validation": [line[select] for line in lines if line["split"] == "validation"],
+    }
+    shown = {field: str(value) if value == math.inf else value for field, value in fields.items()}  # JSON has none
+    member: dict[str, Any] = {"fields": shown, "best": {}, "validation": {}, "test": {}, "curve": curve}
+    if best is None:
+        return member | {"diverged": trained.diverged[place]}
+    member["best"] = {"epoch": best["epoch"], "score": best["score"] if np.isfinite(best["score"]) else None}
+    experiment = trained.program.experiment
+    for part, answers in trained.answers.items():
+        labels = experiment.labels[experiment.parts[part]]
+        scores = validation_scores(experiment.task.classifies, answers[place], labels, best["threshold"])
+        member[part] = {name: float(score) if np.isfinite(score) else None for name, score in scores.items()}
+    return member
+
+
+def conclude_best(
+    workdir: pathlib.Path, trained: Trained, place: int, meta: dict, params: Any, rest: Any, lines: list[dict],
+    clock: goodput.Clock,
+) -> dict:  # fmt: skip
+    """Makes `workdir`/best the workdir of the best member; returns its metrics.json."""
+    program, folder = trained.program, workdir / "best"
+    config, experiment = program.configs[place], program.experiment
+    files.write_text(folder / "config.json", json.dumps(meta["config"], indent=1))
+    shutil.copy(workdir / "split.json", folder / "split.json")
+    log.write_lines(folder / "metrics.jsonl", lines)
+    finished = Finished(
+        config, folder, experiment.corpus, experiment.parts, experiment.split, experiment.labels,
+        experiment.task.classifies, config.train.epochs * experiment.steps_an_epoch, meta,
+        {part: answers[place] for part, answers in trained.answers.items()}, experiment.facts(params, config.seed),
+        system_facts(clock), functools.partial(log.log_line, folder / "metrics.jsonl"),
+    )  # fmt: skip
+    return conclude(finished, model_of(finished, experiment.task, program.graphdef, params, rest))
+
+
+def _rows(population: dict) -> list[list]:
     """table.csv: a line of names, and one a member."""
-    chosen = found["members"][found["selected"]]
+    chosen = population["members"][population["selected"]]
     columns = [(part, name) for part in ("validation", "test") for name in chosen[part]]
     names = ["member", *chosen["fields"], "best_by_validation", "diverged_at_step", "best_epoch"]
     rows: list[list] = [[*names, *(f"{part}_{name}" for part, name in columns)]]
-    for i, m in enumerate(found["members"]):
+    for i, m in enumerate(population["members"]):
         first = [
             i,
             *m["fields"].values(),
-            int(i == found["selected"]),
+            int(i == population["selected"]),
             m.get("diverged", ""),
             m["best"].get("epoch", ""),
         ]
@@ -214,24 +234,28 @@ def _rows(found: dict) -> list[list]:
     return rows
 
 
-def summary(found: dict) -> str:
+def summary(population: dict) -> str:
     """population.json for a terminal: a line a member, then the mean and deviation over seeds of each setting."""
-    select, members = found["select"], found["members"]
-    test = members[found["selected"]]["test"]
+    select, members = population["select"], population["members"]
+    test = members[population["selected"]]["test"]
     names = [n for n in dict.fromkeys((select, "auc", "mean_accuracy", "f1", "accuracy", "loss")) if n in test]
     columns = [("validation", select), *(("test", name) for name in names)]
-    say = lambda value: "-" if value is None else f"{value:.3f}"
     rows = [["", *members[0]["fields"], "epoch", *(" ".join(column) for column in columns)]]
     settings = collections.defaultdict(list)
     for i, m in enumerate(members):
         settings[tuple((f, v) for f, v in m["fields"].items() if f != "seed")].append(m)
-        first = [f"{i}{' *' if i == found['selected'] else ''}", *map(str, m["fields"].values())]
+        first = [f"{i}{' *' if i == population['selected'] else ''}", *map(str, m["fields"].values())]
         epoch = f"diverged at step {m['diverged']}" if "diverged" in m else str(m["best"]["epoch"])
-        rows.append([*first, epoch, *(say(m[part].get(name)) for part, name in columns)])
-    for setting, own in settings.items() if len(settings) < len(members) else ():
+        rows.append([*first, epoch, *(_number(m[part].get(name)) for part, name in columns)])
+    repeated = settings if len(settings) < len(members) else {}
+    for setting, own in repeated.items():
         cells = [str(dict(setting).get(f, f"mean of {len(own)}")) for f in members[0]["fields"]]
         spread = [metrics.interval([m[part].get(name) for m in own]) for part, name in columns]
         rows.append(["", *cells, "", *(f"{x['mean']:.3f} ± {x['deviation']:.3f}" if x["n"] else "-" for x in spread)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*lines, f"* the best by validation {select}: its test scores are not what it was chosen by"])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,15 +1,184 @@
-"""What a run starts from: parameters of another run, of a published checkpoint."""
+"""What a training starts with: its compiled steps, its first state or that of a checkpoint, its log."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tqdm
+from absl import logging
 from flax import nnx
 
-from pcgjax.tasks.base import TrainState, split_model
-from pcgjax.training.answers import load_model
+from pcgjax import thresholds
+from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
+from pcgjax.runs.log import log_line, open_board, rewind
+from pcgjax.runs.record import record
+from pcgjax.runs.streams import EVALUATION, STEP
+from pcgjax.runtime import checkpoint, files, goodput, sharding
+from pcgjax.tasks.base import TrainState, initial_state, split_model
+from pcgjax.training import optimizer
+from pcgjax.training.answers import load_model, make_predict
+from pcgjax.training.experiment import Experiment
+from pcgjax.training.step import Totals, compile_run, zero_totals
+
+
+class Compiled(NamedTuple):
+    """What a run computes with, before it has a state."""
+
+    update: optax.GradientTransformation
+    graphdef: Any
+    init: Callable[[], TrainState]
+    abstract: TrainState  # shapes and types
+    shardings: TrainState
+    layout: sharding.Layout
+    steps: Callable  # (state, totals, data, ids, capacity, start, stop) -> (state, totals)
+
+
+class Run(NamedTuple):
+    """A training under way, but for its state."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    experiment: Experiment
+    compiled: Compiled
+    resident: dict | None  # the corpus on the devices
+    predict: dict[str, Callable]  # validation, test: (params, rest) -> answers
+    update_threshold: Callable
+    meta: dict[str, Any]  # of the checkpoints
+    log: Callable[[int, str, dict], None]  # (step, split, values): a line of metrics
+    board: Any  # TensorBoard
+    last: ocp.CheckpointManager
+    best: ocp.CheckpointManager
+    clock: goodput.Clock
+    trace: goodput.Trace
+
+    @property
+    def last_step(self) -> int:
+        return self.config.train.epochs * self.experiment.steps_an_epoch
+
+    def progress(self, step: int) -> tqdm.tqdm:
+        """The bar of the steps, in the first process."""
+        hidden = jax.process_index() > 0
+        return tqdm.tqdm(total=self.last_step, initial=step, desc="train", unit="step", mininterval=1.0, disable=hidden)
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Waits for what is being written when training ends, however it does."""
+        try:
+            yield
+        finally:
+            with self.clock("save"):
+                self.last.wait_until_finished()
+        self.last.close()
+        self.best.close()
+
+
+def compile_steps(config: ml_collections.ConfigDict, experiment: Experiment) -> Compiled:
+    """The steps of a config for the experiment's devices; they are compiled when they first run."""
+    task, mesh, seed = experiment.task, experiment.mesh, config.seed
+    update = optimizer.make(config.optimizer, config.train.epochs * experiment.steps_an_epoch)
+    graphdef = nnx.graphdef(task.init(nnx.Rngs(seed)))
+    sapt = thresholds.init(config.evaluation.threshold, **config.get("sapt", {"interval": 0}))
+    init = functools.partial(initial_state, task, update, seed, sapt)
+    abstract = jax.eval_shape(init)
+    shardings = sharding.state_sharding(mesh, abstract)
+    pmap, streamed = config.parallel.strategy == "pmap", experiment.pipeline == "stream"
+    steps = compile_run(
+        task, update, graphdef, jax.random.fold_in(jax.random.key(seed), STEP), experiment.capacities, mesh, shardings,
+        experiment.groups, streamed, pmap, config.train.remat,
+    )  # fmt: skip
+    return Compiled(update, graphdef, init, abstract, shardings, sharding.Layout(mesh, pmap), steps)
+
+
+def first_state(config: ml_collections.ConfigDict, compiled: Compiled) -> TrainState:
+    """The state before the first step, with what `train.start_from` and `model.checkpoint` give it."""
+    state = jax.jit(compiled.init, out_shardings=compiled.shardings)()
+    if config.train.get("start_from"):
+        carried = carried_over(state, config.train.start_from, tuple(config.optimizer.frozen))
+        state = jax.device_put(carried, compiled.shardings)
+    if config.model.get("checkpoint"):
+        state = jax.device_put(with_encoder(state, compiled.graphdef, config.model.checkpoint), compiled.shardings)
+    return state
+
+
+def start(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, experiment: Experiment, compiled: Compiled,
+    clock: goodput.Clock, trace: goodput.Trace,
+) -> tuple[Run, TrainState, Totals]:  # fmt: skip
+    """(run, state, totals): from the beginning, or from the last checkpoint of the workdir.
+
+    Raises:
+      CheckpointError: a checkpoint of another config or another order of data, or one that is damaged.
+    """
+    task, parts, mesh = experiment.task, experiment.parts, experiment.mesh
+    state, totals = first_state(config, compiled), sharding.put(mesh, zero_totals())
+    resident = experiment.resident()
+    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION)
+    predict = {
+        part: make_predict(
+            task, compiled.graphdef, experiment.corpus, parts[part], config.evaluation.batch_recordings, key, mesh,
+            resident,
+        )
+        for part in ("validation", "test")
+    }  # fmt: skip
+    if task.classifies and state.sapt.interval and len(set(experiment.labels[parts["validation"]])) < 2:
+        logging.warning("validation has one class only: the threshold stays at %s", config.evaluation.threshold)
+    meta: dict[str, Any] = {
+        "config": plain_config(config),
+        "order_sha256": experiment.digest,
+        "sample_rate_hz": experiment.corpus.sample_rate_hz,
+        "best": None,
+        **task.remember(experiment.corpus, parts["train"]),
+    }
+    state, totals = resume(workdir, state, totals, meta)
+    step = int(state.step)
+    board, log = open_log(workdir, step, meta["config"])
+    record(workdir, config, step)
+    last, best = (checkpoint.manager(workdir / "checkpoints" / name) for name in ("last", "best"))
+    update_threshold = jax.jit(thresholds.sapt_update)
+    run = Run(config, workdir, experiment, compiled, resident, predict, update_threshold, meta, log, board, last, best,
+              clock, trace)  # fmt: skip
+    return run, state, totals
+
+
+def resume(workdir: pathlib.Path, state: TrainState, totals: Totals, meta: dict[str, Any]) -> tuple[TrainState, Totals]:
+    """State and totals of the workdir's last checkpoint, and its best epoch in `meta`; or what is given.
+
+    Lines of metrics.jsonl after that checkpoint are removed.
+    """
+    log, folder = workdir / "metrics.jsonl", workdir / "checkpoints" / "last"
+    first_process = jax.process_index() == 0
+    if (newest := checkpoint.restore(folder)) is None:
+        if first_process:
+            log.unlink(missing_ok=True)
+        return state, totals
+    saved = newest[2]
+    refuse_changes(saved["config"], meta["config"], workdir)
+    refuse_other_order(saved["order_sha256"], meta["order_sha256"], workdir)
+    step, restored, saved = checkpoint.require(folder, {"state": state, "totals": totals})
+    meta["best"] = saved["best"]
+    logging.info("resuming at step %d", step)
+    if first_process:
+        rewind(log, lambda line: line["step"] <= step and line["split"] != "test")
+    return restored["state"], restored["totals"]
+
+
+def open_log(workdir: pathlib.Path, step: int, plain: dict) -> tuple[Any, Callable[[int, str, dict], None]]:
+    """(TensorBoard's writer, (step, split, values) -> a line of metrics); of many processes the first writes."""
+    if jax.process_index():
+        return None, lambda *_: None
+    board = open_board(workdir, step)
+    files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
+    return board, functools.partial(log_line, workdir / "metrics.jsonl", board=board)
 
 
 def carried_over(state: TrainState, workdir: str, groups: tuple[str, ...]) -> TrainState:
@@ -20,18 +189,18 @@ def carried_over(state: TrainState, workdir: str, groups: tuple[str, ...]) -> Tr
     """
     _, _, _, params, rest, _ = load_model(workdir)
 
-    def take(ours, theirs):
-        there = {path: x for path, x in jax.tree_util.tree_leaves_with_path(theirs) if path[0].key in groups}
+    def take(tree, source):
+        leaves = {path: x for path, x in jax.tree_util.tree_leaves_with_path(source) if path[0].key in groups}
 
         def one(path, x):
             if path[0].key not in groups:
                 return x
-            if path not in there or there[path].shape != x.shape:
+            if path not in leaves or leaves[path].shape != x.shape:
                 name = path[0].key
                 raise ValueError(f"train.start_from={workdir}: its parameters {name!r} are not those of this model")
-            return np.asarray(there[path])  # on this process' device: each puts its copy where the state lies
+            return np.asarray(leaves[path])  # on this process' device: each puts its copy where the state lies
 
-        return jax.tree_util.tree_map_with_path(one, ours)
+        return jax.tree_util.tree_map_with_path(one, tree)
 
     return state._replace(params=take(state.params, params), rest=take(state.rest, rest))
 
@@ -55,18 +224,18 @@ def with_encoder(state: TrainState, graphdef: Any, path: str) -> TrainState:
         return state._replace(params=params, rest=rest)
     encoder = model.encoder
     loaded = split_model(load_torch_checkpoint(path, encoder.frames, encoder.stride))[1]
-    there = dict(jax.tree_util.tree_leaves_with_path(loaded))
+    leaves = dict(jax.tree_util.tree_leaves_with_path(loaded))
 
     def take(place, x):
         # A segmenter has no use for a checkpoint's own head; the predictors of pre-training may be new.
-        if place not in there:
+        if place not in leaves:
             return x
-        if there[place].shape != x.shape:
+        if leaves[place].shape != x.shape:
             raise ValueError(
-                f"model.checkpoint={path}: {jax.tree_util.keystr(place)} has shape {there[place].shape}, this model "
+                f"model.checkpoint={path}: {jax.tree_util.keystr(place)} has shape {leaves[place].shape}, this model "
                 f"{x.shape}; set model.width and model.depth to the checkpoint's"
             )
-        return np.asarray(there[place])
+        return np.asarray(leaves[place])
 
     return state._replace(
         params=state.params | {"encoder": jax.tree_util.tree_map_with_path(take, state.params["encoder"])}

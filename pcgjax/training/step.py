@@ -7,7 +7,7 @@ them on a mesh under jit or under pmap; `look_ahead` says what a step costs befo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from pcgjax.data import batches
-from pcgjax.runtime import sharding
+from pcgjax.runtime import goodput, sharding
 from pcgjax.tasks.base import Task, TrainState, merge_model, no_counts, split_model
 
 
@@ -116,6 +116,24 @@ def make_step(
         return TrainState(state.step + 1, params, rest, opt_state, state.sapt), totals
 
     return sums, apply
+
+
+def through(pieces: Iterator[tuple], advance: Callable, carry: tuple[Any, Totals], clock: goodput.Clock) -> Any:
+    """Runs `advance(*carry, *piece)`, which gives the next carry (state, totals), over all pieces of an epoch.
+
+    One piece is computed on while the next is made ready: all of an epoch's would wait in memory for the device.
+    """
+    ahead: list[jax.Array] = []
+    while True:
+        with clock("wait"):
+            piece = next(pieces, None)
+        if piece is None:
+            return carry
+        with clock("train"):
+            carry = advance(*carry, *piece)
+            ahead.append(carry[1].loss + 0)
+            if len(ahead) > 1:
+                ahead.pop(0).block_until_ready()
 
 
 def make_run(sums: Callable, apply: Callable) -> Callable:

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -42,7 +42,7 @@ from pcgjax.audio_llm.encoders.clips import (
 )
 from pcgjax.audio_llm.encoders.model import ARCHITECTURES, check, make_encoder
 from pcgjax.audio_llm.model import RATE_HZ
-from pcgjax.data.corpus import Corpus, order_digest
+from pcgjax.data.corpus import order_digest
 from pcgjax.data.plan import epoch_order
 from pcgjax.runs.config import plain_config, refuse_changes
 from pcgjax.runs.data import load_data
@@ -55,23 +55,6 @@ from pcgjax.training.experiment import balance_groups
 
 # How fast it is computed: a run may go on with another value.
 FREE = (("train", "portion_clips"),)
-
-
-class _Task(NamedTuple):
-    """All that is asked of a `tasks.Task` where answers are judged."""
-
-    classifies: bool = True
-
-
-class _Judged(NamedTuple):
-    """All that `pcgjax.train.conclude` asks of a `train.Experiment` of a classifier."""
-
-    corpus: Corpus
-    parts: dict[str, np.ndarray]
-    split: dict
-    task: _Task
-    labels: np.ndarray
-    steps_an_epoch: int
 
 
 def _refuse(config: ml_collections.ConfigDict) -> None:
@@ -102,7 +85,7 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
       ValueError (also ModelError, SplitError, LeakError, CheckpointError): what does not fit, by name.
       FloatingPointError: a loss or gradient that is not finite, naming the step and its recordings.
     """
-    from pcgjax.training.conclude import conclude
+    from pcgjax.training.conclude import Finished, conclude
 
     clock, began, workdir = goodput.Clock(), time.monotonic(), pathlib.Path(workdir)
     t, o, device = config.train, config.optimizer, torch_device()
@@ -191,9 +174,8 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 
     def validate(step: int, epoch: int) -> None:
         of_validation = answers(model, extractor, corpus, parts["validation"], config, device)
-        task: Any = _Task()
         threshold = config.evaluation.threshold
-        scores = validation_scores(task, of_validation, labels[parts["validation"]], threshold)
+        scores = validation_scores(True, of_validation, labels[parts["validation"]], threshold)
         tell(step, "validation", scores | {"epoch": epoch})
         bar.set_postfix({f"val_{t.select}": f"{scores[t.select]:.3f}"})
         better = -scores[t.select] if t.select in ("loss", "brier") else scores[t.select]
@@ -279,8 +261,10 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
     saved = load_weights(model, best)
     found = {part: answers(model, extractor, corpus, parts[part], config, device) for part in ("validation", "test")}
     system = machine | {"wall_s": time.monotonic() - began, "seconds": seconds, "goodput": goodput.share(seconds)}
-    judged: Any = _Judged(corpus, parts, split, _Task(), labels, steps_an_epoch)
-    results = conclude(config, workdir, judged, None, None, None, saved, found, facts, system, tell)
+    finished = Finished(
+        config, workdir, corpus, parts, split, labels, True, last_step, saved, found, facts, system, tell
+    )  # fmt: skip
+    results = conclude(finished)
     if board:
         board.close()
     return results

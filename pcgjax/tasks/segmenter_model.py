@@ -1,12 +1,11 @@
-"""A segmenter on whole recordings: windows stitched together, states decoded, judged, written as .tsv.
+"""A trained segmenter on whole recordings: windows stitched together, states decoded and judged.
 
-`pcgjax.train`, `evaluate` and `predict` call it for workdirs of a segmenter. Axes: T frames, K scores a frame.
+Axes: T frames, K scores a frame.
 """
 
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,10 +20,10 @@ from pcgjax import metrics
 from pcgjax.data.corpus import Corpus
 from pcgjax.runtime import sharding
 from pcgjax.segmentation import decoding
-from pcgjax.segmentation.decoding import durations, viterbi
+from pcgjax.segmentation.decoding import viterbi
 from pcgjax.segmentation.scores import best_median_worst, score_binary, score_rates, score_states, summarise
 from pcgjax.segmentation.states import frame_states, state_spans, target_frames, threshold_spans
-from pcgjax.tasks.segmenter import frame_features, frame_hop
+from pcgjax.tasks.frames import frame_features, frame_hop
 
 MARGIN_S = 0.5  # at either end of a window, where a neighbour knows better
 _WINDOWS = 8  # through the model at a time
@@ -173,25 +172,6 @@ class _Buffer:
         unused = max(frame, 0) * self._hop - self._halo - self._begin
         if unused > 0:
             self._samples, self._begin = self._samples[unused:], self._begin + unused
-
-
-def load_segmenter(workdir: str | pathlib.Path) -> SegmenterModel:
-    """The best segmenter of a workdir.
-
-    Raises:
-      checkpoint.CheckpointError: no trained model there.
-    """
-    from pcgjax.runtime import checkpoint
-    from pcgjax.training.answers import load_model
-
-    config, _, graphdef, params, rest, sample_rate_hz = load_model(workdir)
-    _, _, meta = checkpoint.require(pathlib.Path(workdir) / "checkpoints" / "best")
-    return SegmenterModel(config, graphdef, params, rest, sample_rate_hz, np.array(meta["log_duration"], np.float32))
-
-
-def log_durations(corpus: Corpus, indices: np.ndarray, step_s: float) -> np.ndarray:
-    """(K, 4, D): `segmentation.durations` of these recordings' annotations."""
-    return durations([corpus.rows[i]["annotations"] for i in indices], step_s)
 
 
 FIELDS = ("id", "person", "database", "split", "path", "seconds")
