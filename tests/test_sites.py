@@ -42,14 +42,14 @@ def probed(x):
 def test_the_probe_finds_the_database_in_features_that_carry_it():
     x = RNG.normal(size=(len(DATABASES), 5))
     x[:, 2] += 8 * (DATABASES == "b") - 8 * (DATABASES == "c")
-    found = probe(x)
+    found = probed(x)
     assert found["balanced_accuracy"]["value"] > 0.98
     assert found["databases"] == ["a", "b", "c"]
     assert (found["recordings"], found["people"], found["features"], found["folds"]) == (360, 90, 5, 5)
 
 
 def test_the_probe_is_near_chance_on_noise():
-    found = probe(RNG.normal(size=(len(DATABASES), 5)))
+    found = probed(RNG.normal(size=(len(DATABASES), 5)))
     score = found["balanced_accuracy"]
     assert found["chance"] == pytest.approx(1 / 3)
     assert score["low"] < 1 / 3 < score["high"]
@@ -60,7 +60,7 @@ def test_features_that_tell_the_person_alone_do_not_help_the_probe():
     # Each person's recordings are exactly alike: a probe that met somebody in both parts would know the database.
     who = np.repeat(np.arange(3 * PEOPLE), EACH)
     x = RNG.normal(size=(3 * PEOPLE, 200))[who]
-    assert probe(x)["balanced_accuracy"]["value"] < 0.5
+    assert probed(x)["balanced_accuracy"]["value"] < 0.5
 
 
 def test_the_probe_scores_as_scikit_learn_does():
