@@ -71,7 +71,7 @@ told = {}
 for fsdp in (1, 4):
     mesh = sharding.make_mesh(ml_collections.ConfigDict({"strategy": "jit", "fsdp": fsdp}))
     assert dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp}
-    assert sharding.mine(mesh) == list(range(8))
+    assert sharding.local_devices(mesh) == list(range(8))
     layout = sharding.state_sharding(mesh, state)
     told[fsdp] = {name: list(s.spec) for name, s in layout.params.items()}
     assert {name: list(s.spec) for name, s in layout.opt_state["mu"].items()} == told[fsdp]

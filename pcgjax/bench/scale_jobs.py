@@ -65,7 +65,7 @@ class Training:
 
     def _spread(self, tree: Any) -> Any:
         """Under pmap each of this process' devices has a copy."""
-        copies = len(sharding.mine(self.experiment.mesh))
+        copies = len(sharding.local_devices(self.experiment.mesh))
         return jax.tree.map(lambda a: np.stack([np.asarray(a)] * copies), tree) if self.pmap else tree
 
     def zeros(self) -> Totals:

@@ -173,7 +173,9 @@ def streamed(
         yield from stream(corpus, labels, plan_, start, stop)
         return
     spread = PartitionSpec(sharding.AXES)
-    for data, ids, capacity, steps in stream(corpus, labels, plan_, start, stop, mesh.size, sharding.mine(mesh)):
+    for data, ids, capacity, steps in stream(
+        corpus, labels, plan_, start, stop, mesh.size, sharding.local_devices(mesh)
+    ):
         yield (
             sharding.put(mesh, data, spread),
             sharding.put(mesh, ids, PartitionSpec(None, sharding.AXES)),

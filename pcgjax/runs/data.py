@@ -77,11 +77,11 @@ def kept_share(rows: list[dict], ids: list[str], share: float, seed: int) -> lis
     for row in rows:
         if row["id"] in wanted:
             databases[row["database"]].add(row["person"])
-    rng, kept = np.random.default_rng(seed), set()
+    rng, chosen = np.random.default_rng(seed), set()
     for _, people in sorted(databases.items()):
-        kept |= set(rng.permutation(sorted(people))[: max(round(share * len(people)), 1)])
+        chosen |= set(rng.permutation(sorted(people))[: max(round(share * len(people)), 1)])
     person = {row["id"]: row["person"] for row in rows}
-    return [id for id in ids if person[id] in kept]
+    return [id for id in ids if person[id] in chosen]
 
 
 def shuffle_labels(rows: list[dict], target: str, key: jax.Array) -> list[dict]:

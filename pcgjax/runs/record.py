@@ -78,8 +78,8 @@ def versions() -> dict[str, str]:
     """Of what a run's numbers depend on; of PyTorch's packages where they are in use."""
     names = ["jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"]
     names += [name for name in ("torch", "transformers", "peft") if name in sys.modules]
-    found = {"pcgjax": pcgjax.__version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in names}
+    installed = {"pcgjax": pcgjax.__version__, "python": platform.python_version()}
+    return installed | {name: importlib.metadata.version(name) for name in names}
 
 
 def git_state() -> dict[str, Any] | None:

@@ -17,19 +17,21 @@ from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
 
 def read_population(path: pathlib.Path) -> dict[str, Any]:
-    found = read_json(path)
+    population = read_json(path)
     fix = "write it again with pcgjax.train"
     kinds = {"members": list, "selected": int, "select": str, "trivial": dict, "summary": dict}
     for field, kind in kinds.items():
-        if not isinstance(found.get(field), kind):
-            raise ValueError(f"{path}, {field}: need a {kind.__name__}, found {found.get(field)!r:.60}; {fix}")
-    for i, member in enumerate(found["members"]):
+        if not isinstance(population.get(field), kind):
+            raise ValueError(f"{path}, {field}: need a {kind.__name__}, found {population.get(field)!r:.60}; {fix}")
+    for i, member in enumerate(population["members"]):
         for field in ("fields", "best", "validation", "test", "curve"):
             if not isinstance(member, dict) or not isinstance(member.get(field), dict):
                 raise ValueError(f"{path}, members[{i}]: no object `{field}`; {fix}")
-    if not 0 <= found["selected"] < len(found["members"]):
-        raise ValueError(f"{path}, selected: {found['selected']} is none of {len(found['members'])} members; {fix}")
-    return found
+    if not 0 <= population["selected"] < len(population["members"]):
+        raise ValueError(
+            f"{path}, selected: {population['selected']} is none of {len(population['members'])} members; {fix}"
+        )
+    return population
 
 
 PREDICTION_FIELDS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -44,7 +46,7 @@ def save_examples(workdir: str | pathlib.Path, examples: Sequence[Mapping[str, A
     Raises:
       ValueError: a field is missing.
     """
-    told: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     arrays: dict[str, Any] = {}
     for i, example in enumerate(examples):
         for field in EXAMPLE_FIELDS:
@@ -53,10 +55,10 @@ def save_examples(workdir: str | pathlib.Path, examples: Sequence[Mapping[str, A
         arrays[f"samples_{i}"] = np.asarray(example["samples"], np.float32)
         score = {name: metrics.finite(value) for name, value in example["score"].items()}
         bands = {name: [list(span) for span in example[name]] for name in ("truth", "predicted")}
-        told.append({"id": example["id"], "sample_rate_hz": float(example["sample_rate_hz"]), "score": score, **bands})
+        facts.append({"id": example["id"], "sample_rate_hz": float(example["sample_rate_hz"]), "score": score, **bands})
     path = pathlib.Path(workdir) / "segments.npz"
     with files.replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, examples=np.array(json.dumps(told)), **arrays)
+        np.savez(file, examples=np.array(json.dumps(facts)), **arrays)
     return path
 
 
@@ -77,11 +79,11 @@ def surest(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[Mapp
     chosen: dict[str, list[Mapping[str, Any]]] = {"right": [], "wrong": []}
     for kind in chosen:
         queues: tuple[list, list] = ([], [])
-        heard = set()
+        seen = set()
         for row in sorted(rows, key=lambda row: (-sureness(row), str(row["id"]))):
             who = (row["database"], row["person"])
-            if (int(row["label"]) == int(row["decision"])) == (kind == "right") and who not in heard:
-                heard.add(who)
+            if (int(row["label"]) == int(row["decision"])) == (kind == "right") and who not in seen:
+                seen.add(who)
                 queues[int(row["label"])].append(row)
         turn = 1
         while len(chosen[kind]) < count and any(queues):
@@ -187,14 +189,14 @@ def read_examples(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list
     if rate is None or rate.size != 1 or not rate > 0:
         raise ValueError(f"{path}, sample_rate_hz: need one positive number; {fix}")
     by_id = {row["id"]: row for row in rows}
-    found = []
+    examples = []
     for name, waveform in arrays.items():
         if name not in by_id:
             raise ValueError(f"{path}: recording {name!r} is not in predictions.csv; {fix}")
         if waveform.ndim != 1 or len(waveform) < 2 or not np.isfinite(waveform).all():
             raise ValueError(f"{path}, {name}: need (n,) finite samples, found shape {waveform.shape}; {fix}")
-        found.append({**by_id[name], "waveform": waveform, "sample_rate_hz": float(rate)})
-    return found
+        examples.append({**by_id[name], "waveform": waveform, "sample_rate_hz": float(rate)})
+    return examples
 
 
 def read_segmented(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -203,11 +205,11 @@ def read_segmented(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        told = json.loads(str(arrays["examples"]))
-        found = [{**example, "samples": arrays[f"samples_{i}"]} for i, example in enumerate(told)]
+        facts = json.loads(str(arrays["examples"]))
+        examples = [{**example, "samples": arrays[f"samples_{i}"]} for i, example in enumerate(facts)]
     except Exception as error:  # numpy and zipfile raise half a dozen kinds
         raise ValueError(f"{path}: not a readable .npz of segmented recordings ({error}); {fix}") from None
-    for example in found:
+    for example in examples:
         lacking = [field for field in EXAMPLE_FIELDS if field not in example]
         if lacking:
             raise ValueError(f"{path}: an example has no {', '.join(lacking)}; {fix}")
@@ -220,7 +222,7 @@ def read_segmented(path: pathlib.Path) -> list[dict[str, Any]]:
     def worth(example: Mapping[str, Any]) -> list[float]:
         return [metrics.finite(example["score"].get(m)) or 0.0 for m in SEGMENTATION_HEADLINE[:2]]
 
-    return sorted(found, key=worth, reverse=True)
+    return sorted(examples, key=worth, reverse=True)
 
 
 def overall_scores(test: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,17 +61,17 @@ def probe(
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
     with threadpoolctl.threadpool_limits(1):  # a product here takes less than waking a second thread
         answer = cross_val_predict(model, x, truth, groups=who, cv=folds)
-    hit, own = answer == truth, truth == np.arange(len(names))[:, None]
+    hit, of_database = answer == truth, truth == np.arange(len(names))[:, None]
     drawn = metrics.draw_people(persons, databases, resamples, seed)
-    recall = np.array([metrics.ratio(drawn @ (hit & k), drawn @ k.astype(float)) for k in own])
+    recall = np.array([metrics.ratio(drawn @ (hit & k), drawn @ k.astype(float)) for k in of_database])
     confusion = np.zeros((len(names), len(names)), int)
     np.add.at(confusion, (truth, answer), 1)
     return metrics.json_ready({
         "databases": names.tolist(),
-        "balanced_accuracy": metrics.with_interval(np.mean([hit[k].mean() for k in own]), recall.mean(0)),
+        "balanced_accuracy": metrics.with_interval(np.mean([hit[k].mean() for k in of_database]), recall.mean(0)),
         "chance": 1 / len(names),
         "accuracy": metrics.with_interval(hit.mean(), metrics.ratio(drawn @ hit, drawn.sum(1))),
-        "majority_accuracy": own.mean(1).max(),
+        "majority_accuracy": of_database.mean(1).max(),
         "confusion": confusion.tolist(),
         "features": int(x.shape[1]), "recordings": len(x), "people": len(set(who)), "folds": folds.n_splits,
     })  # fmt: skip

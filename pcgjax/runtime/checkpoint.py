@@ -21,10 +21,10 @@ def manager(folder: str | pathlib.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(pathlib.Path(folder).resolve(), options=options)
 
 
-def save(kept: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None:
+def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None:
     """Begins to write; training goes on meanwhile. `meta`: JSON. A step that is there already is left as it is."""
-    if step not in kept.all_steps():
-        kept.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+    if step not in manager.all_steps():
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
 
 def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dict] | None:
@@ -43,8 +43,8 @@ def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dic
     if not there:
         return None
     # Not `manager`, which would remove what a training that runs meanwhile has half-written.
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as kept:
-        step = kept.latest_step()
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as checkpoints:
+        step = checkpoints.latest_step()
         if step is None:
             return None
         items = {"meta": ocp.args.JsonRestore()}
@@ -52,7 +52,7 @@ def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dic
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
             items["state"] = ocp.args.StandardRestore(abstract)
         try:
-            restored = kept.restore(step, args=ocp.args.Composite(**items))
+            restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             # Orbax raises many kinds; each means that this folder cannot be gone on with.
             raise CheckpointError(
@@ -64,7 +64,7 @@ def restore(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dic
 
 def require(folder: str | pathlib.Path, like: Any = None) -> tuple[int, Any, dict]:
     """`restore`, where there must be a checkpoint."""
-    found = restore(folder, like)
-    if found is None:
+    checkpoint = restore(folder, like)
+    if checkpoint is None:
         raise CheckpointError(f"{folder}: no checkpoint; --workdir takes a folder that pcgjax.train wrote")
-    return found
+    return checkpoint

@@ -64,14 +64,14 @@ def memory(compiled: Any) -> dict[str, int]:
     """Bytes a device that a compiled program takes: arguments, outputs, temporaries, aliased (outputs that take a
     donated argument's place), code and their total. Temporaries are this compiler's: another chip's differ."""
     stats = compiled.memory_analysis()
-    found = {
+    sizes = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "aliased": stats.alias_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    return found | {"total": sum(found.values()) - 2 * found["aliased"]}
+    return sizes | {"total": sum(sizes.values()) - 2 * sizes["aliased"]}
 
 
 def state_bytes(state: Any) -> tuple[int, int]:
@@ -163,28 +163,31 @@ def _human(count: float, unit: str) -> str:
     return f"{count / step**power:.4g} {prefixes[power]}{unit}"
 
 
+def _size(count: float) -> str:
+    return _human(count, "B")
+
+
 def table(facts: dict[str, Any]) -> str:
     """The text that --dry_run prints, of a `summary`."""
-    size = lambda count: _human(count, "B")
     mesh, step = facts["mesh"], facts["step"]
     lines = [f"{mesh['devices']} devices: data {mesh['data']} x fsdp {mesh['fsdp']}; all figures are per device"]
-    lines += ["", "memory"] + [f"  {name:<14}{size(count):>12}" for name, count in facts["memory_bytes"].items()]
+    lines += ["", "memory"] + [f"  {name:<14}{_size(count):>12}" for name, count in facts["memory_bytes"].items()]
     lines += ["  temporaries are this compiler's, another chip's differ", "", "state, of it"]
     for name, part in facts["state_bytes"].items():
-        lines.append(f"  {name:<14}{size(part['device']):>12}  {part['share']:.3f} of {size(part['total'])}")
+        lines.append(f"  {name:<14}{_size(part['device']):>12}  {part['share']:.3f} of {_size(part['total'])}")
     lines += ["", "a step"]
     lines += [f"  {'FLOPs':<24}{_human(step['flops'], 'FLOP'):>12}"]
-    lines += [f"  {'memory traffic, least':<24}{size(step['least_bytes']):>12}"]
-    lines += [f"  {'memory traffic, compiled':<24}{size(step['bytes_accessed']):>12}"]
-    lines += [f"  {'sent, least':<24}{size(step['minimum_wire_bytes']):>12}"]
+    lines += [f"  {'memory traffic, least':<24}{_size(step['least_bytes']):>12}"]
+    lines += [f"  {'memory traffic, compiled':<24}{_size(step['bytes_accessed']):>12}"]
+    lines += [f"  {'sent, least':<24}{_size(step['minimum_wire_bytes']):>12}"]
     ratio = "" if step["wire_over_minimum"] is None else f"  {step['wire_over_minimum']:.3f} of the least"
-    lines += [f"  {'sent, compiled':<24}{size(step['wire_bytes']):>12}{ratio}"]
+    lines += [f"  {'sent, compiled':<24}{_size(step['wire_bytes']):>12}{ratio}"]
     for kind, c in step["collectives"].items():
-        lines.append(f"    {kind:<22}{size(c['wire_bytes']):>12}  {c['count']:g} of {size(c['bytes'])} together")
+        lines.append(f"    {kind:<22}{_size(c['wire_bytes']):>12}  {c['count']:g} of {_size(c['bytes'])} together")
     if step["outside_wire_bytes"]:
-        lines.append(f"  {'sent outside the steps':<24}{size(step['outside_wire_bytes']):>12}  a call of many steps")
+        lines.append(f"  {'sent outside the steps':<24}{_size(step['outside_wire_bytes']):>12}  a call of many steps")
     for name, branch in step["branches"].items():
-        lines.append(f"  branch {name}: {_human(branch['flops'], 'FLOP')}, sends {size(branch['wire_bytes'])}")
+        lines.append(f"  branch {name}: {_human(branch['flops'], 'FLOP')}, sends {_size(branch['wire_bytes'])}")
     lines += [f"  not counted: {what}" for what in step["uncounted"]]
     lines += ["", f"floor of a step by the vendors' peaks, products in {facts['dtype']}, microseconds"]
     lines.append(f"  {'':<10}{'compute':>10}{'memory':>10}{'network':>10}{'floor':>10}  binds")

@@ -46,11 +46,11 @@ class Clock:
             self.seconds["compile"] += compiled
             self.seconds[part] += max(time.monotonic() - began - compiled, 0.0)
 
-    def told(self) -> dict[str, float]:
+    def spent(self) -> dict[str, float]:
         """Seconds of every part so far; `other` is what is left of the time since the clock was made."""
-        spent = time.monotonic() - self.began
-        found = {part: self.seconds[part] for part in PARTS if part != "other"}
-        return found | {"other": max(spent - sum(found.values()), 0.0)}
+        total = time.monotonic() - self.began
+        seconds = {part: self.seconds[part] for part in PARTS if part != "other"}
+        return seconds | {"other": max(total - sum(seconds.values()), 0.0)}
 
 
 def share(seconds: dict[str, float]) -> float:

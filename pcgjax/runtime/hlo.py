@@ -216,7 +216,10 @@ def _flops(x: _Instruction, body: dict[str, _Instruction]) -> float:
 
 def _accessed(x: _Instruction, body: dict[str, _Instruction], program: _Program) -> float:
     """Bytes that one instruction reads and writes: of an array that it slices or changes in place, the part."""
-    size = lambda name, within=body: _bytes(within[name].type) if name in within else 0
+
+    def size(name: str, within: dict[str, _Instruction] = body) -> int:
+        return _bytes(within[name].type) if name in within else 0
+
     if x.opcode in FREE or x.opcode.endswith(("-done", "-update")):
         return 0.0
     if x.opcode in ("dynamic-slice", "slice", "gather"):

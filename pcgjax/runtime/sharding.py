@@ -44,7 +44,7 @@ def compiler_options() -> dict[str, str] | None:
     return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else None
 
 
-def mine(mesh: Mesh) -> list[int]:
+def local_devices(mesh: Mesh) -> list[int]:
     """Which of the mesh's devices, counted row by row, are this process'."""
     return [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
 
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
         """Arrays over the mesh as the compiled steps take them: under pmap a copy for each of this process' devices."""
         if not self.pmap:
             return tree
-        copies = len(mine(self.mesh))
+        copies = len(local_devices(self.mesh))
         return jax.tree.map(lambda x: np.stack([np.asarray(x)] * copies), tree)
 
     def gather(self, tree: Any) -> Any:

@@ -53,7 +53,10 @@ def recoloured(key: jax.Array, x_BxTxF: jax.Array, real_BxT: jax.Array, response
     order = jnp.arange(1, 4)
     shape = jnp.cos(jnp.pi * order[:, None] * (jnp.arange(bands) + 0.5) / bands) / order[:, None]
     scale = response_db / _FEATURE_DB / 1.17  # sqrt(1 + 1/4 + 1/9)
-    curve = lambda key: scale * (jax.random.normal(key, (batch, len(order))) @ shape)[:, None]
+
+    def curve(key: jax.Array) -> jax.Array:
+        return scale * (jax.random.normal(key, (batch, len(order))) @ shape)[:, None]
+
     x = x_BxTxF + curve(response_key)
     if noise:
         level = jax.random.uniform(level_key, (batch, 1, 1), minval=-5.0, maxval=0.0) + curve(colour_key)

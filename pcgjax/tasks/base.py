@@ -140,7 +140,7 @@ class Windows(NamedTuple):
     """Windows, or rows of half-overlapping ones, cut from a packed batch: (J, ...) for a capacity of J."""
 
     samples: jax.Array  # (J, T), zero after the recording's end
-    own: jax.Array  # (J,) how many samples are the recording's
+    real_samples: jax.Array  # (J,) how many samples are the recording's
     begin: jax.Array  # (J,) the sample of the recording at which it begins
     recording: jax.Array  # (J,) whose it is
     nth: jax.Array  # (J,) its number within that recording
@@ -167,10 +167,10 @@ def cut_windows(
     samples = jax.vmap(lambda at: jax.lax.dynamic_slice(x, (at,), (size,)))(starts)
     # Where the recording ends within the row, the next one begins: blank it.
     place = begin[:, None] - halo + jnp.arange(size)
-    own = place < lengths[recording][:, None]
-    samples = jnp.where(own & (place >= 0) if halo else own, samples, 0)
-    own = (lengths[recording] - begin).clip(0, window)
-    return Windows(samples, own, begin, recording, nth, geometry.windows(lengths)[recording], j < ends[-1])
+    inside = place < lengths[recording][:, None]
+    samples = jnp.where(inside & (place >= 0) if halo else inside, samples, 0)
+    real_samples = (lengths[recording] - begin).clip(0, window)
+    return Windows(samples, real_samples, begin, recording, nth, geometry.windows(lengths)[recording], j < ends[-1])
 
 
 def split_model(model: nnx.Module) -> tuple[Any, Any, Any]:

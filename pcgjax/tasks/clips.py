@@ -107,7 +107,7 @@ def _of_clips(config: ml_collections.ConfigDict, sample_rate_hz: int, init: Call
         if sos is not None:
             x = filters.filter_packed(sos, x, where, zero_phase=f.filter == "zero_phase")
         cut = cut_windows(x, where, geometry, capacity)
-        mel, mask = clip_features(f, cut.samples, cut.own * cut.real, sample_rate_hz)
+        mel, mask = clip_features(f, cut.samples, cut.real_samples * cut.real, sample_rate_hz)
         return Inputs((mel.astype(dtype), mask.astype(dtype)), cut.recording, cut.real)
 
     def features(model: Any, mel: jax.Array, mask: jax.Array) -> jax.Array:
@@ -149,9 +149,9 @@ def clip_loss(loss_: ml_collections.ConfigDict, logits, labels, real, threshold,
     counts = Counts(summed, correct, real.sum(dtype=jnp.int32))
     if loss_.name == "bce":
         return summed, counts
-    factor, own = penalty(log_p, labels, mask, threshold, loss_.alpha, loss_.normalize, loss_.slope, total)
+    factor, slope_term = penalty(log_p, labels, mask, threshold, loss_.alpha, loss_.normalize, loss_.slope, total)
     factor = jax.lax.stop_gradient(factor)
     objective = factor * summed
     if is_on(loss_.slope):  # the product rule's other half; its value is zero
-        objective += jax.lax.stop_gradient(total(summed)) * (own - jax.lax.stop_gradient(own))
+        objective += jax.lax.stop_gradient(total(summed)) * (slope_term - jax.lax.stop_gradient(slope_term))
     return objective, counts._replace(loss=jax.lax.stop_gradient(factor * summed))

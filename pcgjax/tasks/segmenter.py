@@ -61,7 +61,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             shift = (jax.random.uniform(shift_key, room.shape) * (room + 1)).astype(jnp.int32)
         cut = cut_windows(x, where, geometry, capacity, halo, shift)
         at = jnp.arange(window // hop) * hop + hop // 2  # the middle of a frame
-        real = (at < cut.own[:, None]) & cut.real[:, None]
+        real = (at < cut.real_samples[:, None]) & cut.real[:, None]
         features, _ = frame_features(config, cut.samples, real, sample_rate_hz)
         if train:
             features = recoloured(colour_key, features, real, f.response_db, f.noise)
@@ -92,8 +92,8 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
 
     def forward(model: Segmenter, batch: dict, capacity: int, key: jax.Array) -> Counts:
         logits, wanted, recording = logits_of(model, batch, capacity, key, False)
-        of = lambda x: jax.ops.segment_sum(x.sum(1), recording, len(batch["lengths"]))
-        return jax.tree.map(of, counts_of(logits, wanted))
+        counts = counts_of(logits, wanted)
+        return jax.tree.map(lambda x: jax.ops.segment_sum(x.sum(1), recording, len(batch["lengths"])), counts)
 
     def loss(model: Segmenter, batch: dict, capacity: int, key: jax.Array, threshold: jax.Array, total: Total):
         logits, wanted, _ = logits_of(model, batch, capacity, key, True)
@@ -160,12 +160,12 @@ def events(corpus: Corpus) -> np.ndarray:
     """
     rate_hz, lists = corpus.sample_rate_hz, []
     for row in corpus.rows:
-        found: dict[int, int] = {}
+        starts: dict[int, int] = {}
         for start_s, end_s, state in row["annotations"]:
             start, end = round(start_s * rate_hz), round(end_s * rate_hz)
             if start < end:
-                found[start], found[end] = state, UNANNOTATED
-        lists.append(sorted(8 * sample + state for sample, state in found.items()))
+                starts[start], starts[end] = state, UNANNOTATED
+        lists.append(sorted(8 * sample + state for sample, state in starts.items()))
     out = np.full((len(lists), max(map(len, lists), default=0) or 1), np.iinfo(np.int32).max, np.int32)
     for i, listed in enumerate(lists):
         out[i, : len(listed)] = listed

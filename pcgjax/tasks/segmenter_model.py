@@ -135,8 +135,8 @@ class SegmenterModel:
         if self.config.task.frames == "states":
             return viterbi(scores_TxK, self.log_duration_KxSxD)
         e, out = self.config.evaluation, np.zeros(len(scores_TxK), np.int8)
-        found = threshold_spans(scores_TxK[:, 0], e.threshold, e.shortest_on_s, e.shortest_off_s, self.step_s)
-        for start_s, end_s in found:
+        spans = threshold_spans(scores_TxK[:, 0], e.threshold, e.shortest_on_s, e.shortest_off_s, self.step_s)
+        for start_s, end_s in spans:
             out[round(start_s / self.step_s) : round(end_s / self.step_s)] = 1
         return out
 
@@ -164,8 +164,8 @@ class _Buffer:
     def take(self, first: int, frames: int) -> np.ndarray:
         """The samples of frames [first, first + frames) and their halo, zeros beyond the recording."""
         start = first * self._hop - self._halo - self._begin
-        found = self._samples[start : start + frames * self._hop + 2 * self._halo]
-        return np.concatenate([found, np.zeros(frames * self._hop + 2 * self._halo - len(found), np.float32)])
+        samples = self._samples[start : start + frames * self._hop + 2 * self._halo]
+        return np.concatenate([samples, np.zeros(frames * self._hop + 2 * self._halo - len(samples), np.float32)])
 
     def forget(self, frame: int) -> None:
         """Lets go of what lies before `frame`'s halo."""
@@ -202,21 +202,21 @@ def judge_segmentation(
             ours.append(score_binary(wanted, states))
             trivial.append(score_binary(wanted, np.ones_like(states)))
         decided.append((truth, states))
-        told = {name: "" if np.isnan(value) else f"{value:.6g}" for name, value in score_rates(ours[-1]).items()}
+        shown = {name: "" if np.isnan(value) else f"{value:.6g}" for name, value in score_rates(ours[-1]).items()}
         facts = {"split": split, "seconds": round(float(corpus.lengths[i]) / corpus.sample_rate_hz, 3)}
-        rows.append({name: row.get(name, facts.get(name)) for name in FIELDS} | told)
+        rows.append({name: row.get(name, facts.get(name)) for name in FIELDS} | shown)
 
     databases = [corpus.rows[i]["database"] for i in indices]
     e = config.evaluation
 
     def summed(of: list[int]) -> dict:
-        people, own = [corpus.rows[indices[j]]["person"] for j in of], [databases[j] for j in of]
+        people, strata = [corpus.rows[indices[j]]["person"] for j in of], [databases[j] for j in of]
         return {
             "recordings": len(of),
             "people": len(set(people)),
             **{
-                name: summarise([found[j] for j in of], people, e.resamples, config.seed, own)
-                for name, found in (("test", ours), ("metronome" if of_states else "always", trivial))
+                name: summarise([sums[j] for j in of], people, e.resamples, config.seed, strata)
+                for name, sums in (("test", ours), ("metronome" if of_states else "always", trivial))
             },
         }
 
@@ -225,7 +225,7 @@ def judge_segmentation(
         "level": metrics.LEVEL, "resamples": e.resamples, "seed": config.seed, "unit": "people, stratified by database"
     }  # fmt: skip
     results["per_database"] = {
-        name: summed([j for j, own in enumerate(databases) if own == name]) for name in sorted(set(databases))
+        name: summed([j for j, database in enumerate(databases) if database == name]) for name in sorted(set(databases))
     }
     examples = [
         {

@@ -61,7 +61,10 @@ def ssamba_pretrain(config: ml_collections.ConfigDict, sample_rate_hz: int) -> T
         shift = (jax.random.uniform(shift_key, room.shape) * (room + 1)).astype(jnp.int32)
         cut = cut_windows(batch["samples"].astype(jnp.float32) / 32767, where, geometry, capacity, shift=shift)
         x = ssamba_input(cut.samples)
-        one = lambda x, key: pretrain_losses(model.encoder, x[None], key, m.mask_patches)
+
+        def one(x: jax.Array, key: jax.Array):
+            return pretrain_losses(model.encoder, x[None], key, m.mask_patches)
+
         each = jax.vmap(one)(x.astype(jnp.bfloat16) if m.bfloat16 else x, jax.random.split(mask_key, capacity))
         return each, cut
 

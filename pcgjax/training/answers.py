@@ -38,7 +38,7 @@ def answers_of(
     key: jax.Array,
     embedding: bool = False,
 ) -> jax.Array:
-    """`task.forward`'s answers (R, `width_of`) of one group's recordings, as `input_pipeline.at_capacity` has them;
+    """`task.forward`'s answers (R, `width_of`) of one group's recordings, as `batches.at_capacity` has them;
     with `embedding`, what `embed` gives."""
 
     def answers(batch: dict, capacity: int) -> jax.Array:
@@ -64,7 +64,7 @@ def make_predict(
 
     embedding: what the last unit is given, (n, D) as of `embed`, instead of the answers.
     mesh: whose devices share each batch, all with the whole parameters; every process is given all answers.
-    resident: the whole corpus on every device, from `input_pipeline.block`; None to stream it.
+    resident: the whole corpus on every device, from `batches.block`; None to stream it.
     """
     width = nnx.eval_shape(lambda: task.init(nnx.Rngs(0))).feature_count if embedding else width_of(task)
     # A classifier does not look at them here.
@@ -75,20 +75,22 @@ def make_predict(
 
     def forward(params, rest, data, ids, choice, i):
         keys = jax.random.split(jax.random.fold_in(key, i), devices)
-        own = keys[jax.lax.axis_index(sharding.AXES) if devices > 1 else 0]
+        device_key = keys[jax.lax.axis_index(sharding.AXES) if devices > 1 else 0]
         model = merge_model(task, graphdef, params, rest)
-        return answers_of(task, model, plan.capacities, data, ids[0], choice, own, embedding)[None]
+        return answers_of(task, model, plan.capacities, data, ids[0], choice, device_key, embedding)[None]
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(), out_shardings=whole)
     def run(params, rest, data, ids, capacity, steps, done):
         everywhere, spread = PartitionSpec(), PartitionSpec(sharding.AXES)
-        own = (everywhere, everywhere, everywhere if resident else spread, spread, everywhere, everywhere)
-        each = sharding.over_devices(forward, mesh, own, spread) if mesh else forward
+        specs = (everywhere, everywhere, everywhere if resident else spread, spread, everywhere, everywhere)
+        each = sharding.over_devices(forward, mesh, specs, spread) if mesh else forward
         if mesh:
             params = jax.lax.with_sharding_constraint(params, whole)
-        out = jnp.zeros((*ids.shape, width))
-        step = lambda i, out: out.at[i].set(each(params, rest, data, ids[i], capacity[i], done + i))
-        return jax.lax.fori_loop(0, steps, step, out)
+
+        def step(i, out):
+            return out.at[i].set(each(params, rest, data, ids[i], capacity[i], done + i))
+
+        return jax.lax.fori_loop(0, steps, step, jnp.zeros((*ids.shape, width)))
 
     def predict(params, rest):
         pieces: Iterable
@@ -97,10 +99,10 @@ def make_predict(
         else:
             pieces = batches.streamed(corpus, labels, plan, 0, len(plan.ids), mesh)
         out, done = np.zeros((len(corpus.rows), width), np.float32), 0
-        for data, ids, capacity, steps in pieces:
-            answers = np.asarray(run(params, rest, data, ids, capacity, steps, done))[:steps]
-            asked = plan.ids[done : done + steps]
-            out[asked[asked >= 0]] = answers[asked >= 0]
+        for data, block_ids, capacity, steps in pieces:
+            answers = np.asarray(run(params, rest, data, block_ids, capacity, steps, done))[:steps]
+            ids = plan.ids[done : done + steps]
+            out[ids[ids >= 0]] = answers[ids >= 0]
             done += steps
         return out[indices]
 

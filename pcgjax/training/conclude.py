@@ -47,7 +47,7 @@ class Finished(NamedTuple):
 
 def system_facts(clock: goodput.Clock) -> dict[str, Any]:
     """What metrics.json says of the machine and of the time a run took."""
-    seconds = clock.told()
+    seconds = clock.spent()
     return {
         "device": str(jax.devices()[0].device_kind),
         "devices": jax.device_count(),

@@ -103,7 +103,7 @@ class Experiment(NamedTuple):
 
         pmap: ids (steps, D, G', R) of this process' D devices, and blocks (D, ...), from the host.
         """
-        local_devices, arguments = sharding.mine(self.mesh), (self.corpus, self.labels, plan, start, stop)
+        local_devices, arguments = sharding.local_devices(self.mesh), (self.corpus, self.labels, plan, start, stop)
         if resident is not None:
             ids = _by_device(plan.ids, self.mesh.size)[:, local_devices] if pmap else plan.ids
             yield resident, ids, plan.capacity, start, stop

@@ -31,6 +31,10 @@ def report_costs(workdir: pathlib.Path, experiment: Experiment, compiled: Compil
     return facts
 
 
+def _placed(x: Any, layout: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape if shape is None else shape, x.dtype, sharding=layout)
+
+
 def look_ahead(experiment: Experiment, run: Any, abstract: Any, shardings: Any, seed: int, pmap: bool) -> dict:
     """What a step of the compiled program costs, as `costs.summary` has it; nothing is put on the devices or run.
 
@@ -42,27 +46,27 @@ def look_ahead(experiment: Experiment, run: Any, abstract: Any, shardings: Any, 
     mesh, task = experiment.mesh, experiment.task
     plan = experiment.plan(seed, 0)
     everywhere = sharding.replicated(mesh)
-    placed = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-    state = jax.tree.map(placed, abstract, shardings)
-    totals = jax.tree.map(lambda x: placed(x, everywhere), jax.eval_shape(zero_totals))
-    stacked = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype), tree)
+    state = jax.tree.map(_placed, abstract, shardings)
+    totals = jax.tree.map(lambda x: _placed(x, everywhere), jax.eval_shape(zero_totals))
     if experiment.pipeline == "resident":
         data = jax.tree.map(
-            lambda x: placed(x, None if pmap else everywhere),
+            lambda x: _placed(x, None if pmap else everywhere),
             batches.block_shapes(experiment.corpus, experiment.labels, np.arange(len(experiment.corpus.rows))),
         )
         ids = plan.ids
     else:
         first = next(batches.stream(experiment.corpus, experiment.labels, plan, 0, 1, mesh.size))
         layout = None if pmap else NamedSharding(mesh, PartitionSpec(sharding.AXES))
-        of_all = lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape[1:]), x.dtype, sharding=layout)
-        data, ids = jax.tree.map(of_all, first[0]), np.zeros((len(first[1]), *plan.ids.shape[1:]), np.int32)
+        data = jax.tree.map(lambda x: _placed(x, layout, (mesh.size, *x.shape[1:])), first[0])
+        ids = np.zeros((len(first[1]), *plan.ids.shape[1:]), np.int32)
         plan = plan._replace(capacity=first[2])
     if pmap:
         ids = ids.reshape(len(ids), mesh.size, -1, ids.shape[-1])
+    carried = (state, totals)
+    if pmap:  # a copy on each device
+        carried = jax.tree.map(lambda x: _placed(x, None, (mesh.size, *x.shape)), carried)
     began = time.monotonic()
-    program = run.lower(*map(stacked, (state, totals)) if pmap else (state, totals), data, ids, plan.capacity, 0, 1)
-    compiled = program.compile()
+    compiled = run.lower(*carried, data, ids, plan.capacity, 0, 1).compile()
     parts = {"parameters": state.params, "optimizer": state.opt_state, "averages": state.rest}
     states = {name: costs.state_bytes(part) for name, part in parts.items()}
     parameters, rest = states["parameters"][0], states["averages"][0]

@@ -46,7 +46,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
         return report_costs(workdir, experiment, compiled, facts, config.seed)
     run, state, totals = start(config, workdir, experiment, compiled, clock, trace)
     state, step, stop = train_epochs(run, state, totals)
-    logging.info("%s", goodput.sentence(clock.told()))
+    logging.info("%s", goodput.sentence(clock.spent()))
     if stop:
         if run.board:
             run.board.close()
@@ -108,7 +108,7 @@ def end_epoch(run: Run, state: TrainState, counts: Totals, step: int) -> tuple[T
     """
     experiment, layout, select = run.experiment, run.compiled.layout, run.config.train.select
     labels, classifies = experiment.labels[experiment.parts["validation"]], experiment.task.classifies
-    epoch, seconds, n = step // experiment.steps_an_epoch, run.clock.told(), max(int(counts.samples), 1)
+    epoch, seconds, n = step // experiment.steps_an_epoch, run.clock.spent(), max(int(counts.samples), 1)
     values = {"loss": float(counts.loss) / n, "accuracy": float(counts.correct) / n}
     run.log(step, "train", values | {"epoch": epoch, "seconds": seconds["train"], "waited": seconds["wait"]})
     with run.clock("validate"):

@@ -65,7 +65,7 @@ def train_program(
     program: Program, numbers: list[int], folder: pathlib.Path, workdir: pathlib.Path, clock: goodput.Clock
 ) -> Trained:
     """Trains the members `numbers` of a population, from the checkpoint in `folder` on where it holds one."""
-    members, held, step = start(program, numbers, folder, workdir, clock)
+    members, stored, step = start(program, numbers, folder, workdir, clock)
     t, spe = program.config.train, program.experiment.steps_an_epoch
     # So that a signal is heard as soon as by a lone run.
     stretch = max(t.checkpoint_steps // (1 if program.together else program.spread.share), 1)
@@ -79,21 +79,21 @@ def train_program(
                 to_save = t.checkpoint_steps - step % t.checkpoint_steps
                 until = min((step // spe + 1) * spe, step + to_save, step + stretch)
                 pieces = program.pieces(members.resident, step, until)
-                state, totals = through(pieces, program.advance, (held.state, held.totals), clock)
-                held = held._replace(state=state, totals=totals)
+                state, totals = through(pieces, program.advance, (stored.state, stored.totals), clock)
+                stored = stored._replace(state=state, totals=totals)
                 with clock("train"):
-                    counts = program.spread.get(held.totals)  # waits for the devices
+                    counts = program.spread.get(stored.totals)  # waits for the devices
                 bar.update(until - step)
                 step = until
                 stop = distributed.stop_signal(received[0] if received else 0)
                 note_divergence(members, counts)
                 if step % spe == 0:
-                    held = end_epoch(members, held, counts, step)
+                    stored = end_epoch(members, stored, counts, step)
                     bar.set_postfix(loss=f"{np.mean(counts.loss / np.maximum(counts.samples, 1)):.3f}")
                 if step % t.checkpoint_steps == 0 or step % spe == 0 or stop:
                     with clock("save"):
                         # A copy, for it is written while training goes on.
-                        checkpoint.save(members.last, step, held._asdict(), json.loads(json.dumps(members.meta)))
+                        checkpoint.save(members.last, step, stored._asdict(), json.loads(json.dumps(members.meta)))
     finally:
         with clock("save"):
             members.last.wait_until_finished()
@@ -101,11 +101,11 @@ def train_program(
             board.close()
     members.last.close()
     if stop:
-        logging.info("%s", goodput.sentence(clock.told()))
+        logging.info("%s", goodput.sentence(clock.spent()))
         signals.leave(stop, step)
     with clock("validate"):
-        answers = {part: judge(*held.kept, members.resident) for part, judge in program.judged.items()}
-    return Trained(program, held.kept, members.meta["best"], members.meta["diverged"], answers)
+        answers = {part: judge(*stored.kept, members.resident) for part, judge in program.judged.items()}
+    return Trained(program, stored.kept, members.meta["best"], members.meta["diverged"], answers)
 
 
 def start(
@@ -123,18 +123,18 @@ def start(
     }  # fmt: skip
     state, step = program.first_states(), 0
     # What is kept is apart from the state, which is donated.
-    held = Held(program.spread.put(state), program.no_totals(), program.spread.put((state.params, state.rest)))
+    stored = Held(program.spread.put(state), program.no_totals(), program.spread.put((state.params, state.rest)))
     if newest := checkpoint.restore(folder):
         refuse_other_order(newest[2]["order_sha256"], experiment.digest, workdir)
-        step, values, saved = checkpoint.require(folder, held._asdict())
-        held = Held(**values)
+        step, values, saved = checkpoint.require(folder, stored._asdict())
+        stored = Held(**values)
         meta |= {"best": saved["best"], "diverged": saved["diverged"]}
         logging.info("members %s: resuming at step %d", numbers, step)
     if first_process:
         rewind(log, lambda line: line.get("member") not in numbers or line["step"] <= step)
     boards = [open_board(workdir, step, f"member{number}") if first_process else None for number in numbers]
     last = checkpoint.manager(folder)
-    return Members(program, numbers, workdir, resident, meta, boards, last, clock), held, step
+    return Members(program, numbers, workdir, resident, meta, boards, last, clock), stored, step
 
 
 def note_divergence(members: Members, counts: Totals) -> None:
@@ -145,23 +145,23 @@ def note_divergence(members: Members, counts: Totals) -> None:
             logging.warning("member %d diverged at step %d", members.numbers[i], bad_step)
 
 
-def end_epoch(members: Members, held: Held, counts: Totals, step: int) -> Held:
+def end_epoch(members: Members, stored: Held, counts: Totals, step: int) -> Held:
     """Logs the epoch of each member, validates, moves thresholds (SAPT), keeps the models that are the best so far."""
     program, meta, clock = members.program, members.meta, members.clock
     experiment, spread = program.experiment, program.spread
     labels, classifies = experiment.labels[experiment.parts["validation"]], program.task.classifies
     select, epoch = program.config.train.select, step // experiment.steps_an_epoch
     with clock("validate"):
-        answers = program.judged["validation"](held.state.params, held.state.rest, members.resident)
-        thresholds_used = spread.get(held.state.sapt.threshold)
-        held = held._replace(totals=program.no_totals())
+        answers = program.judged["validation"](stored.state.params, stored.state.rest, members.resident)
+        thresholds_used = spread.get(stored.state.sapt.threshold)
+        stored = stored._replace(totals=program.no_totals())
         if classifies:
             p = spread.put(np.exp(answers[..., 0]).clip(0, 1))
-            sapt = program.update_thresholds(held.state.sapt, p, labels)
-            held = held._replace(state=held.state._replace(sapt=sapt))
+            sapt = program.update_thresholds(stored.state.sapt, p, labels)
+            stored = stored._replace(state=stored.state._replace(sapt=sapt))
     better = np.zeros(len(answers), bool)
     for i, answer in enumerate(answers):
-        n, seconds = max(int(counts.samples[i]), 1), clock.told()
+        n, seconds = max(int(counts.samples[i]), 1), clock.spent()
         values = {"loss": float(counts.loss[i]) / n, "accuracy": float(counts.correct[i]) / n, "epoch": epoch}
         members.log(i, step, "train", values | {"seconds": seconds["train"], "waited": seconds["wait"]})
         if not np.isfinite(answer).all():  # the last step's update was too much
@@ -173,7 +173,7 @@ def end_epoch(members: Members, held: Held, counts: Totals, step: int) -> Held:
         if best is not None and meta["diverged"][i] is None:
             meta["best"][i], better[i] = best, True
         members.log(i, step, "validation", scores | {"epoch": epoch})
-    return held._replace(kept=program.pick(spread.put(better), (held.state.params, held.state.rest), held.kept))
+    return stored._replace(kept=program.pick(spread.put(better), (stored.state.params, stored.state.rest), stored.kept))
 
 
 def save_best(trained: Trained, place: int, folder: pathlib.Path) -> tuple[dict, Any, Any]:

@@ -41,7 +41,9 @@ def over_members(function: Callable, mesh: jax.sharding.Mesh, together: bool) ->
     """
 
     def here(own, shared):
-        one = lambda own: function(own, shared)
+        def one(own):
+            return function(own, shared)
+
         return jax.vmap(one)(own) if together else jax.lax.map(one, own)
 
     if mesh.size == 1:
@@ -68,8 +70,8 @@ class Spread(NamedTuple):
     @property
     def rows(self) -> np.ndarray:
         """Which member this process' devices have in each of their places."""
-        own = [np.arange(d * self.share, (d + 1) * self.share) for d in sharding.mine(self.mesh)]
-        return np.concatenate(own).clip(max=self.members - 1)
+        places = [np.arange(d * self.share, (d + 1) * self.share) for d in sharding.local_devices(self.mesh)]
+        return np.concatenate(places).clip(max=self.members - 1)
 
     def put(self, values: Any) -> Any:
         """Host arrays that lead with the members, each member's on its device."""
@@ -221,11 +223,11 @@ class Program:
             task, _, key = self._of(given)
 
             def step(i, out):
-                drawn = jax.random.fold_in(jax.random.fold_in(key, EVALUATION), given["done"] + i)
-                own = jax.random.split(drawn, 1)[0]
+                step_key = jax.random.fold_in(jax.random.fold_in(key, EVALUATION), given["done"] + i)
+                batch_key = jax.random.split(step_key, 1)[0]
                 model = merge_model(task, self.graphdef, *given["model"])
                 ids, choice = given["ids"][i, 0], given["capacity"][i]
-                answers = answers_of(task, model, plan.capacities, given["data"], ids, choice, own)
+                answers = answers_of(task, model, plan.capacities, given["data"], ids, choice, batch_key)
                 return out.at[i].set(answers[None])
 
             return jax.lax.fori_loop(0, given["steps"], step, jnp.zeros((*given["ids"].shape, width)))
@@ -249,13 +251,13 @@ class Program:
         return judge
 
 
-def _pick(better_M: jax.Array, new: Any, kept: Any) -> Any:
+def _pick(better_M: jax.Array, new: Any, best: Any) -> Any:
     """Arrays that lead with the members: a member's new ones where it is better."""
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(better_M.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
-    return jax.tree.map(pick, new, kept)
+    return jax.tree.map(pick, new, best)
 
 
 def look_ahead(program: Program) -> str:
@@ -263,7 +265,10 @@ def look_ahead(program: Program) -> str:
     e = program.experiment
     one = jax.eval_shape(lambda: initial_state(program.task, program.update, 0, program.sapt))
     places = program.spread.mesh.size * program.spread.share
-    placed = lambda x: jax.ShapeDtypeStruct((places, *x.shape), x.dtype, sharding=program.spread.layout)
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((places, *x.shape), x.dtype, sharding=program.spread.layout)
+
     carried = jax.tree.map(placed, {"state": one, "totals": jax.eval_shape(zero_totals)})
     resident = None
     if e.pipeline == "resident":

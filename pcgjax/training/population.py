@@ -248,9 +248,9 @@ def summary(population: dict) -> str:
         epoch = f"diverged at step {m['diverged']}" if "diverged" in m else str(m["best"]["epoch"])
         rows.append([*first, epoch, *(_number(m[part].get(name)) for part, name in columns)])
     repeated = settings if len(settings) < len(members) else {}
-    for setting, own in repeated.items():
-        cells = [str(dict(setting).get(f, f"mean of {len(own)}")) for f in members[0]["fields"]]
-        spread = [metrics.interval([m[part].get(name) for m in own]) for part, name in columns]
+    for setting, repeats in repeated.items():
+        cells = [str(dict(setting).get(f, f"mean of {len(repeats)}")) for f in members[0]["fields"]]
+        spread = [metrics.interval([m[part].get(name) for m in repeats]) for part, name in columns]
         rows.append(["", *cells, "", *(f"{x['mean']:.3f} ± {x['deviation']:.3f}" if x["n"] else "-" for x in spread)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]

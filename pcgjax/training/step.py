@@ -64,14 +64,17 @@ def make_step(
     """
     if remat not in REMAT:
         raise ValueError(f"train.remat={remat!r}: choose one of {', '.join(REMAT)}")
-    total = (lambda x: jax.lax.psum(x, axes)) if axes else (lambda x: x)
+
+    def total(x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, axes) if axes else x
+
     summed = summed or functools.partial(jax.tree.map, total)
-    kept = REMAT[remat]
+    policy = REMAT[remat]
 
     def sums(params, rest, step, threshold, data, ids, choice):
-        own = len(ids)
-        first = jax.lax.axis_index(axes) * own if axes else 0
-        keys = jax.lax.dynamic_slice_in_dim(jax.random.split(jax.random.fold_in(key, step), groups), first, own)
+        local = len(ids)  # groups of this device
+        first = jax.lax.axis_index(axes) * local if axes else 0
+        keys = jax.lax.dynamic_slice_in_dim(jax.random.split(jax.random.fold_in(key, step), groups), first, local)
         full, own_part = jax.vjp(whole, params)
 
         def of_group(rest, ids_R, key):
@@ -81,13 +84,13 @@ def make_step(
                     objective, counts = task.loss(model, batch, capacity, key, threshold, total)
                     return objective, (counts, split_model(model)[2])
 
-                loss = loss if kept is None else jax.checkpoint(loss, policy=kept)
+                loss = loss if policy is None else jax.checkpoint(loss, policy=policy)
                 (_, (counts, after)), grads = jax.value_and_grad(loss, has_aux=True)(full)
                 return grads, counts, after
 
             return batches.at_capacity(compute, data, ids_R, choice, capacities, task.geometry)
 
-        if own == 1:
+        if local == 1:
             grads, counts, rest = of_group(rest, ids[0], keys[0])
         else:
 
@@ -97,7 +100,7 @@ def make_step(
                 return *jax.tree.map(jnp.add, (grads, counts), (more, counted)), rest
 
             none = jax.tree.map(jnp.zeros_like, full), no_counts()
-            grads, counts, rest = jax.lax.fori_loop(0, own, add, (*none, rest))
+            grads, counts, rest = jax.lax.fori_loop(0, local, add, (*none, rest))
         return summed(own_part(grads)[0]), jax.tree.map(total, counts), rest
 
     def apply(carry, of_step):
@@ -180,8 +183,8 @@ def compile_run(
         lambda params: sharding.whole(params, specs), lambda grads: sharding.summed(grads, specs, mesh), remat,
     )  # fmt: skip
     everywhere, spread = PartitionSpec(), PartitionSpec(sharding.AXES)
-    own = (specs, everywhere, everywhere, everywhere, spread if streamed else everywhere, spread, everywhere)
-    sums = sharding.over_devices(sums, mesh, own, (specs, everywhere, everywhere))
+    in_specs = (specs, everywhere, everywhere, everywhere, spread if streamed else everywhere, spread, everywhere)
+    sums = sharding.over_devices(sums, mesh, in_specs, (specs, everywhere, everywhere))
     return jax.jit(
         make_run(sums, apply), donate_argnums=(0, 1), compiler_options=sharding.compiler_options(),
         out_shardings=(shardings, sharding.replicated(mesh)),

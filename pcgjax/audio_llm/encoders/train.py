@@ -231,7 +231,7 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
             stop = stopped[0] if stopped else 0
             epoch, ended = -(-at // steps_an_epoch), at % steps_an_epoch == 0
             if ended:
-                told = clock.told()
+                told = clock.spent()
                 values = {"loss": totals[0] / totals[2], "accuracy": totals[1] / totals[2], "epoch": epoch}
                 tell(at, "train", values | {"seconds": told["train"], "waited": told["wait"]})
                 totals[:] = 0
@@ -246,7 +246,7 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
         bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    seconds = clock.told()
+    seconds = clock.spent()
     logging.info("%s", goodput.sentence(seconds))
     if stop:
         if board:
