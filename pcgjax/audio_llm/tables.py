@@ -14,7 +14,7 @@ from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
 from pcgjax.pages import page
 from pcgjax.pages.curves import training_curves
-from pcgjax.runs.results import read_history
+from pcgjax.runs.log import history
 
 # The paper's figures: without segmentation (N.S), with it (W.S), and those it quotes of others.
 PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
@@ -247,7 +247,7 @@ def document(results: Sequence[Mapping[str, Any]], log: pathlib.Path) -> str:
         ("tasks", "Task by task", apart + _task_by_task(results)),
         ("tables", "Beside the paper's figures", shown),
         ("letters", "Letters", _letters(results)),
-        *([("training", "Training", training_curves(read_history(log)))] if log.exists() else []),
+        *([("training", "Training", training_curves(history(log)))] if log.exists() else []),
         ("setup", "Setup", _setup(results)),
     ]
     counted = page.count(len(results), "run") + " · " + page.count(results[0]["test"]["people"], "person", "people")

@@ -22,7 +22,8 @@ from pcgjax.pages.page import INK, SERIES
 from pcgjax.pages.words import HEADLINE
 from pcgjax.published import PAPER_METRICS
 from pcgjax.runs.config import flat_fields
-from pcgjax.runs.results import overall_scores, read_history, read_json, read_population, read_results
+from pcgjax.runs.log import history
+from pcgjax.runs.results import overall_scores, read_json, read_population, read_results
 from pcgjax.runtime import files
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
@@ -99,7 +100,7 @@ def write(
     for name, one in zip(names, rows, strict=True):
         path = one.get("history")
         if path is not None and pathlib.Path(path).exists():
-            histories[name] = read_history(pathlib.Path(path))
+            histories[name] = history(pathlib.Path(path))
     sections = [
         ("scores", "Scores", _people(rows) + bars_figure(rows, paper)),
         ("differences", "What differs", _differences(rows)),

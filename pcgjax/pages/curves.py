@@ -128,7 +128,7 @@ def _reliability(test: Mapping[str, Any]) -> str:
 
 
 def training_curves(history: Sequence[Mapping[str, Any]] | None) -> str:
-    """Loss and validation score by step, as HTML; history: of `read_history`."""
+    """Loss and validation score by step, as HTML; history: of `runs.log.history`."""
     if not history:
         return page.absent("No curves: the run left no metrics.jsonl.")
     train, validation = (curve_of(history, split, "loss") for split in ("train", "validation"))

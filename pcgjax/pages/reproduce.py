@@ -17,7 +17,8 @@ from pcgjax.pages.curves import confusion_table, roc_figure, training_curves
 from pcgjax.pages.page import INK, ORANGE, SERIES
 from pcgjax.pages.sites import databases_card, probe_card
 from pcgjax.published import CNN_PAPER
-from pcgjax.runs.results import read_history, read_json, read_predictions, read_results
+from pcgjax.runs.log import history
+from pcgjax.runs.results import read_json, read_predictions, read_results
 from pcgjax.runtime import files
 
 TITLES = {"classical": "Shannon energy, Burg spectrum, four classifiers", "cnn": "1D CNN with grouped BCE",
@@ -294,7 +295,7 @@ def _both(out: pathlib.Path, table: Mapping[str, Any], published: str, honest: s
         drawn = roc_figure(test, y, p) if 0 < y.sum() < len(y) else ""
         drawn += confusion_table(test)
         shown += f'<h3>{page.escape(name)}, {word}</h3><div class="grid two">{drawn}</div>'
-        shown += training_curves(read_history(workdir / "metrics.jsonl")) + _link(workdir, out)
+        shown += training_curves(history(workdir / "metrics.jsonl")) + _link(workdir, out)
     if (out / "runs" / honest / "sites.json").exists():
         found = json.loads((out / "runs" / honest / "sites.json").read_text())
         shown += f"<h3>Sites: {page.escape(name)}, people not heard</h3>"

@@ -12,10 +12,10 @@ from pcgjax.pages import page
 from pcgjax.pages.curves import databases_table, decision_figures, training_curves
 from pcgjax.pages.waveforms import example_figures, segmented_figures
 from pcgjax.pages.words import HEADLINE, SEGMENTATION_WORDS, best_trivial, word_of
+from pcgjax.runs import log
 from pcgjax.runs.results import (
     overall_scores,
     read_examples,
-    read_history,
     read_json,
     read_predictions,
     read_results,
@@ -48,7 +48,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         return write_report(workdir)
     results = read_results(workdir / "metrics.json")
     config = read_json(workdir / "config.json") if (workdir / "config.json").exists() else None
-    history = read_history(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else None
+    history = log.history(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else None
     path = workdir / "report.html"
     if "segmentation" in results:
         segmented = read_segmented(workdir / "segments.npz") if (workdir / "segments.npz").exists() else None

@@ -17,16 +17,30 @@ from pcgjax.runtime import files
 
 
 def history(path: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last one that was cut, as a full disk leaves it, is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    values = []
+    """The lines of metrics.jsonl; a last one that was cut, as a full disk leaves it, is left out.
+
+    Raises:
+      ValueError: a line that no run writes, by its number.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    entries = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            values.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number}: {error}; remove that line") from None
-    return values
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); remove that line") from None
+        step, split = (entry.get("step"), entry.get("split")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(step, int | float) or split not in ("train", "validation", "test"):
+            raise ValueError(
+                f"{path}, line {number}: need an object with `step`, a number, and `split`, one of train, validation "
+                "or test; remove that line"
+            )
+        entries.append(entry)
+    return entries
 
 
 def rewind(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:

@@ -128,28 +128,6 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
     return results
 
 
-def read_history(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, checked."""
-    history = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            entry, why = None, f"not JSON ({error.msg})"
-        else:
-            why = "need an object with `step`, a number, and `split`, one of train, validation or test"
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("step"), int | float)
-            or entry.get("split") not in ("train", "validation", "test")
-        ):
-            raise ValueError(f"{path}, line {number}: {why}; delete that line and draw the report again")
-        history.append(entry)
-    return history
-
-
 def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a predictions.csv: label, decision int, probability float, the rest text."""
     fix = "write the file again with train or evaluate"
