@@ -405,7 +405,7 @@ def test_damaged_history(make_config, trained, tmp_path):
     assert_same_run(workdir, trained)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     (workdir / "metrics.jsonl").write_text("\n".join(["nonsense", *lines]))
-    with pytest.raises(ValueError, match=r"metrics.jsonl: line 1: .*; remove that line"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: .*; remove that line"):
         train(make_config(), workdir)
 
 
