@@ -408,6 +408,8 @@ def _pallas_call(body, inputs, outputs, reverse, platform):
 
         parameters = tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
     elif platform == "gpu":
+        # Deprecated in JAX 0.11, where it is still the only backend of `pallas_call` for a GPU: Mosaic GPU needs kernels
+        # written for it.
         from jax.experimental.pallas import triton
 
         parameters = triton.CompilerParams()

@@ -556,6 +556,8 @@ def _pallas_call(body, inputs, outputs, backward, platform):
         # A row of a block of bfloat16 cannot be had by itself.
         arrays, types = [a.astype(A.dtype) for a in arrays], [A.dtype] * len(types)
     elif platform == "gpu":
+        # Deprecated in JAX 0.11, where it is still the only backend of `pallas_call` for a GPU: Mosaic GPU needs kernels
+        # written for it.
         from jax.experimental.pallas import triton
 
         parameters = triton.CompilerParams(num_warps=1)
