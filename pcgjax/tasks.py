@@ -213,7 +213,7 @@ def clip_features(f: ml_collections.ConfigDict, clips_BxT: jax.Array, own_B: jax
     1 is the loudest of the clip's own frames, 0 is `features.top_db` below it, and padding.
     """
     mel = spectrogram.log_mel(clips_BxT, sample_rate_hz, f.n_fft, f.hop, f.n_mels, htk=f.htk, ref=1.0, top_db=None)
-    mask = (jnp.arange(mel.shape[-1]) * f.hop <= own_B[:, None]) & (own_B > 0)[:, None]
+    mask = (jnp.arange(mel.shape[-1])[None] * f.hop <= own_B[:, None]) & (own_B > 0)[:, None]
     peak = jnp.where(mask[:, None], mel, -jnp.inf).max((1, 2), keepdims=True)
     level = jnp.maximum(mel - jnp.where(jnp.isfinite(peak), peak, 0), -f.top_db)
     return jnp.where(mask[:, None], level / f.top_db + 1, 0), mask.astype(jnp.float32)
@@ -272,7 +272,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             room = jnp.maximum(where.lengths - geometry.windows(where.lengths) * window, 0)
             shift = (jax.random.uniform(shift_key, room.shape) * (room + 1)).astype(jnp.int32)
         cut = _cut(x, where, geometry, capacity, halo, shift)
-        at = jnp.arange(window // hop) * hop + hop // 2  # the middle of a frame
+        at = jnp.arange(window // hop)[None] * hop + hop // 2  # the middle of a frame
         real = (at < cut.own[:, None]) & cut.real[:, None]
         features, _ = frame_features(config, cut.samples, real, sample_rate_hz)
         if train:
@@ -280,7 +280,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             features = masked_bands(augment_key, features, f.masked_bands)
             if on(f.stretch):
                 features, real, source = stretched(stretch_key, features, real, f.stretch)
-                at = at[source]
+                at = at[0, source]
         dropout = config.model.get("dropout", 0.0)  # SSAMBA has none
         logits = model(features.astype(dtype), drop_key if train else None, dropout).astype(jnp.float32)
         # An event is 8 * its sample + its state: the last one that is not after the frame's middle.
@@ -498,7 +498,7 @@ def stretched(
     frames = x_BxTxF.shape[1]
     middle = (frames - 1) / 2
     rate = jax.random.uniform(key, (len(x_BxTxF), 1), minval=1 - share, maxval=1 + share)
-    source = jnp.round(middle + (jnp.arange(frames) - middle) * rate).astype(jnp.int32)
+    source = jnp.round(middle + (jnp.arange(frames)[None] - middle) * rate).astype(jnp.int32)
     inside, source = (source >= 0) & (source < frames), source.clip(0, frames - 1)
     real = inside & jnp.take_along_axis(real_BxT, source, 1)
     return jnp.where(real[..., None], jnp.take_along_axis(x_BxTxF, source[..., None], 1), 0), real, source
@@ -512,7 +512,7 @@ def masked_bands(key: jax.Array, x_BxTxF: jax.Array, most: int) -> jax.Array:
     one, two = jax.random.split(key)
     size = jax.random.randint(one, (batch, 1), 0, most + 1)
     first = (jax.random.uniform(two, (batch, 1)) * (bands - size + 1)).astype(jnp.int32)
-    band = jnp.arange(bands)
+    band = jnp.arange(bands)[None]
     return jnp.where(((band >= first) & (band < first + size))[:, None], 0, x_BxTxF)
 
 
@@ -527,7 +527,7 @@ def recoloured(key: jax.Array, x_BxTxF: jax.Array, real_BxT: jax.Array, response
     batch, _, bands = x_BxTxF.shape
     response_key, colour_key, level_key, power_key = jax.random.split(key, 4)
     order = jnp.arange(1, 4)
-    shape = jnp.cos(jnp.pi * order[:, None] * (jnp.arange(bands) + 0.5) / bands) / order[:, None]
+    shape = jnp.cos(jnp.pi * order[:, None] * (jnp.arange(bands)[None] + 0.5) / bands) / order[:, None]
     scale = response_db / _FEATURE_DB / 1.17  # sqrt(1 + 1/4 + 1/9)
     curve = lambda key: scale * (jax.random.normal(key, (batch, len(order))) @ shape)[:, None]
     x = x_BxTxF + curve(response_key)
@@ -596,7 +596,7 @@ def _cut(
     starts = where.starts[recording] + begin - halo
     samples = jax.vmap(lambda at: jax.lax.dynamic_slice(x, (at,), (size,)))(starts)
     # Where the recording ends within the row, the next one begins: blank it.
-    place = begin[:, None] - halo + jnp.arange(size)
+    place = begin[:, None] - halo + jnp.arange(size)[None]
     own = place < lengths[recording][:, None]
     samples = jnp.where(own & (place >= 0) if halo else own, samples, 0)
     own = (lengths[recording] - begin).clip(0, window)
