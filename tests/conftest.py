@@ -21,6 +21,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Most of the time here goes to compiling: without LLVM's optimization that takes half as long. Set to 0 for the rest.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# An array of fewer axes does not spread over another one unasked: a forgotten axis is an error, not other numbers.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
 @pytest.fixture
