@@ -22,7 +22,7 @@ def recording_log_probabilities(
       recordings: R, how many recordings there are.
     Returns: (log p (R,), log (1 - p) (R,), has a segment (R,) bool); zeros where there is no segment.
     """
-    member = (recording_ids == jnp.arange(recordings)[:, None]) & (mask > 0)
+    member = (recording_ids[None] == jnp.arange(recordings)[:, None]) & (mask > 0)[None]
     count = member.sum(1)
     present = count > 0
 

@@ -85,9 +85,9 @@ def sapt_update(state: State, probabilities: jax.Array, labels: jax.Array) -> St
       probabilities, labels: (n,) in [0, 1]; 0 or 1, or NaN for one that counts as neither.
     """
     grid = jnp.asarray(state.grid, jnp.float32)
-    called = probabilities >= grid[:, None]
+    called = probabilities[None] >= grid[:, None]
     positive, negative = (labels > 0), (labels <= 0)
-    tp, fp = (called & positive).sum(1), (called & negative).sum(1)
+    tp, fp = (called & positive[None]).sum(1), (called & negative[None]).sum(1)
     positives, negatives = positive.sum(), negative.sum()
     recall = tp / jnp.maximum(positives, 1)
     if state.metric == "f1":

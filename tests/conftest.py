@@ -21,6 +21,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Most of the time here goes to compiling: without LLVM's optimization that takes half as long. Set to 0 for the rest.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# An array of fewer axes does not spread over another one unasked: a forgotten axis is an error, not other numbers.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+
+@pytest.fixture
+def abstract_device(platform):
+    """For a test with the parameter `platform`: what it traces is for a TPU or GPU that this machine may lack.
+
+    Since JAX 0.11 Pallas reads from the mesh of the trace for which GPU it lowers; a mesh that is set around `lower`
+    alone is not seen.
+    """
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    kind, cores = {"tpu": ("TPU v5 lite", 1), "gpu": ("NVIDIA H100", None)}[platform]
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -284,6 +284,7 @@ def test_the_xla_loops_work_in_place():
     assert memory.temp_size_in_bytes < 2.3 * gates
 
 
+@pytest.mark.usefixtures("abstract_device")
 @pytest.mark.parametrize(("update", "dtype"), [("convex", jnp.float32), ("lstm", jnp.bfloat16)])
 @pytest.mark.parametrize(("platform", "target", "name"), [("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "triton")])
 def test_pallas_lowers_for_accelerators(platform, target, name, update, dtype):

@@ -180,6 +180,7 @@ def test_the_kernels_for_accelerators_interpreted(platform, monkeypatch):
     assert_close(jax.jit(run, static_argnums=0)(platform), jax.jit(run, static_argnums=0)("cpu"), 2e-4)
 
 
+@pytest.mark.usefixtures("abstract_device")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("platform", "target", "name"), [("tpu", "tpu", "tpu_custom_call"), ("gpu", "cuda", "triton")])
 def test_pallas_lowers_for_accelerators(platform, target, name, dtype, monkeypatch):

@@ -267,7 +267,7 @@ def finetune(config: ml_collections.ConfigDict, init: Callable[[jax.Array], Recu
             return recurrent(features[ids], mask[ids], key, m.dropout, m.implementation)
 
         def recording_probabilities(params, recordings):
-            ids = recordings[:, None] * places + jnp.arange(places)
+            ids = recordings[:, None] * places + jnp.arange(places)[None]
             p = jax.nn.sigmoid(logits_of(params, ids.reshape(-1))).reshape(ids.shape)
             real = real_RxC[recordings]
             return jnp.where(real, p, 0).sum(1) / jnp.maximum(real.sum(1), 1)

@@ -92,7 +92,7 @@ def _floor(model: ssamba.SSAMBA) -> list[Callable[[], Any]]:
     inner, states = model.pairs.first.mixer.A_log.shape[2:]
     width, tokens = model.patch_bias.shape[0], model.position.shape[1]
     compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
-    delta, rates = jnp.ones((2, BATCH, tokens, inner)), -jnp.arange(1.0, states + 1)[:, None]
+    delta, rates = jnp.ones((2, BATCH, tokens, inner)), -jnp.arange(1.0, states + 1)[None, None, None, :, None]
     exponentials = compiled(lambda delta: jnp.exp(delta[..., None, :] * rates).sum(-2))
     x, kernel_in, kernel_out = jnp.ones((BATCH * tokens, width)), jnp.ones((width, 2 * inner)), jnp.ones((inner, width))
     products = compiled(lambda x, a, b: (x @ a)[:, :inner] @ b)

@@ -22,7 +22,7 @@ def burg(x_BxT: jax.Array, lengths_B: jax.Array, order: int) -> tuple[jax.Array,
     check(order, x_BxT.shape[1])
     x = jnp.asarray(x_BxT, jnp.float32).T
     time = jnp.arange(len(x))[:, None]
-    inside = time < lengths_B
+    inside = time < lengths_B[None]
     x = jnp.where(inside, x, 0)
     count = jnp.maximum(lengths_B, 1)
 
@@ -32,7 +32,7 @@ def burg(x_BxT: jax.Array, lengths_B: jax.Array, order: int) -> tuple[jax.Array,
         forward, backward = jnp.where(used, forward, 0), jnp.where(used, backward, 0)
         top, bottom = (forward * backward).sum(0), (forward**2 + backward**2).sum(0)
         k = jnp.where(bottom > 0, -2 * top / jnp.where(bottom > 0, bottom, 1), 0)
-        return (forward + k * backward, _later(backward + k * forward)), k
+        return (forward + k[None] * backward, _later(backward + k[None] * forward)), k
 
     _, k_PxB = jax.lax.scan(stage, (x, _later(x)), jnp.arange(1, order + 1))
     power = (x**2).sum(0) / count
@@ -73,4 +73,4 @@ def power_spectrum(k_BxP: jax.Array, variance_B: jax.Array, nfft: int, sample_ra
         sides[-1] = 1
     # Constant samples are foretold without error: no variance, and at 0 Hz nothing to divide by.
     gain = jnp.maximum(real**2 + imaginary**2, jnp.finfo(jnp.float32).tiny)
-    return jnp.asarray(sides / sample_rate_hz) * variance_B[:, None] / gain
+    return jnp.asarray(sides / sample_rate_hz)[None] * variance_B[:, None] / gain

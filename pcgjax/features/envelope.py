@@ -80,27 +80,27 @@ def lowpass(sos: np.ndarray, x_BxT: jax.Array, lengths_B: jax.Array) -> jax.Arra
     gain = float(np.prod(sos[:, :3].sum(1) / sos[:, 3:].sum(1)))
 
     # As in `filters.filter_packed`: odd extension, and each pass starts in the steady state of its first sample.
-    row, step = jnp.arange(len(x_BxT))[:, None], jnp.arange(1, edge + 1)
+    row, step = jnp.arange(len(x_BxT))[:, None], jnp.arange(1, edge + 1)[None]
     used = lengths_B > 0
     last = jnp.where(used, lengths_B - 1, 0)[:, None]
     left = 2 * x_BxT[:, :1] - x_BxT[:, edge:0:-1]
     right = 2 * x_BxT[row, last] - x_BxT[row, last - step]
     x = jnp.concatenate([left, x_BxT, jnp.zeros_like(left)], axis=1).at[row, edge + last + step].set(right)
-    extended = (jnp.arange(total) < lengths_B[:, None] + 2 * edge) & used[:, None]
+    extended = (jnp.arange(total)[None] < lengths_B[:, None] + 2 * edge) & used[:, None]
 
     def one_way(x, first, response):
         x = jnp.where(extended, x - first, 0)
-        return jnp.fft.irfft(jnp.fft.rfft(x, size) * response, size)[:, :total] + gain * first
+        return jnp.fft.irfft(jnp.fft.rfft(x, size) * response[None], size)[:, :total] + gain * first
 
     forward = one_way(x, x[:, :1], spectrum)
     backward = one_way(forward, forward[row, last + 2 * edge], spectrum.conj())
-    inside = jnp.arange(x_BxT.shape[1]) < lengths_B[:, None]
+    inside = jnp.arange(x_BxT.shape[1])[None] < lengths_B[:, None]
     return jnp.where(inside, backward[:, edge : edge + x_BxT.shape[1]], 0)
 
 
 def standardise(x_BxN: jax.Array, counts_B: jax.Array) -> jax.Array:
     """(x - mean) / standard deviation over each row's first `counts_B` values; zero after them and for constants."""
-    inside = jnp.arange(x_BxN.shape[1]) < counts_B[:, None]
+    inside = jnp.arange(x_BxN.shape[1])[None] < counts_B[:, None]
     count = jnp.maximum(counts_B, 1)[:, None]
     mean = jnp.where(inside, x_BxN, 0).sum(1, keepdims=True) / count
     centred = jnp.where(inside, x_BxN - mean, 0)
@@ -116,7 +116,7 @@ def shannon_envelope(x_BxT: jax.Array, lengths_B: jax.Array, sos: np.ndarray, wh
 
     Args: x_BxT: samples in any unit; lengths_B: how many of a row are its recording's, as `lowpass` wants them.
     """
-    inside = jnp.arange(x_BxT.shape[1]) < lengths_B[:, None]
+    inside = jnp.arange(x_BxT.shape[1])[None] < lengths_B[:, None]
     x = jnp.where(inside, x_BxT.astype(jnp.float32), 0)
     y = standardise(lowpass(sos, _over_maximum(x), lengths_B), lengths_B)
     power = _over_maximum(y) ** 2
@@ -161,7 +161,7 @@ def cycle_s(envelope_BxF: jax.Array, counts_B: jax.Array, step_s: float) -> jax.
     """
     frames_ = envelope_BxF.shape[1]
     spectrum = jnp.fft.rfft(envelope_BxF, 2 * frames_)
-    lag = jnp.arange(frames_)
+    lag = jnp.arange(frames_)[None]
     together = jnp.maximum(counts_B[:, None] - lag, 1)  # pairs of frames so far apart
     r = jnp.fft.irfft(jnp.abs(spectrum) ** 2, 2 * frames_)[:, :frames_] / together
     shortest, longest = round(_CYCLE_S[0] / step_s), round(_CYCLE_S[1] / step_s)

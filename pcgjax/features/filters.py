@@ -87,7 +87,7 @@ def packing(lengths: jax.Array, rows: int, lead: int, gap: int) -> Packing:
     starts, _ = starts_of(lengths, lead, gap)
     row = jnp.arange(rows)
     recording = jnp.searchsorted(starts // ALIGN - -(-lead // ALIGN), row, side="right", method="compare_all") - 1
-    offset = row[:, None] * ALIGN + jnp.arange(ALIGN) - starts[recording][:, None]
+    offset = row[:, None] * ALIGN + jnp.arange(ALIGN)[None] - starts[recording][:, None]
     return Packing(starts, lengths, recording, offset)
 
 
@@ -109,7 +109,7 @@ def _convolve(sos: np.ndarray, x_MxA: jax.Array, backward: bool = False) -> jax.
     else:
         frames = [jnp.pad(now[:-1, -overlap:], ((1, 0), (0, 0))), now]
         keep = slice(overlap, None)
-    out = jnp.fft.irfft(jnp.fft.rfft(jnp.concatenate(frames, axis=1)) * spectrum, size)
+    out = jnp.fft.irfft(jnp.fft.rfft(jnp.concatenate(frames, axis=1)) * spectrum[None], size)
     return out[:, keep].reshape(-1)[: len(flat)].reshape(x_MxA.shape)
 
 
@@ -128,7 +128,7 @@ def filter_packed(sos: np.ndarray, x_MxA: jax.Array, where: Packing, zero_phase:
     used = where.lengths > 0
     first = jnp.where(used, where.starts, 0)[:, None]
     last = jnp.where(used, where.starts + where.lengths - 1, 0)[:, None]
-    step = jnp.arange(1, edge + 1)
+    step = jnp.arange(1, edge + 1)[None]
     flat = x_MxA.reshape(-1)
     left, right = 2 * flat[first] - flat[first + step], 2 * flat[last] - flat[last - step]
     drop = jnp.where(used[:, None], 0, size)
@@ -150,8 +150,8 @@ def filter_packed(sos: np.ndarray, x_MxA: jax.Array, where: Packing, zero_phase:
 def sum_packed(x_MxA: jax.Array, where: Packing) -> jax.Array:
     """(R,) sums over each recording's own samples."""
     rows = jnp.where(where.inside, x_MxA, 0).sum(1)
-    member = where.recording == jnp.arange(len(where.lengths))[:, None]
-    return jnp.where(member, rows, 0).sum(1)
+    member = where.recording[None] == jnp.arange(len(where.lengths))[:, None]
+    return jnp.where(member, rows[None], 0).sum(1)
 
 
 def zscore_packed(x_MxA: jax.Array, where: Packing) -> jax.Array:

@@ -78,8 +78,13 @@ def _power_within(x: jax.Array, n_fft: int, hop: int, count: int) -> jax.Array:
     blocks = x.reshape(*x.shape[:-1], -1, hop)
     framed = jnp.concatenate([blocks[..., i : i + count, :] for i in range(views)], axis=-1)[..., :n_fft]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
-    spectrum = jnp.fft.rfft(framed * window.astype(np.float32))
+    spectrum = jnp.fft.rfft(framed * _last_axis(window.astype(np.float32), framed.ndim))
     return spectrum.real**2 + spectrum.imag**2
+
+
+def _last_axis(row: np.ndarray, axes: int) -> np.ndarray:
+    """(N,) -> (1, ..., 1, N) of so many axes."""
+    return row.reshape((1,) * (axes - 1) + (-1,))
 
 
 def log_mel(
@@ -176,7 +181,8 @@ def kaldi_fbank(waveform: jax.Array, sample_rate_hz: int = 16000, num_mel_bins: 
     framed = framed - framed.mean(-1, keepdims=True)
     framed = framed - 0.97 * jnp.concatenate([framed[..., :1], framed[..., :-1]], axis=-1)
     n_fft = 1 << (size - 1).bit_length()
-    spectrum = jnp.fft.rfft(framed * np.hanning(size).astype(np.float32), n_fft)[..., :-1]
+    window = np.hanning(size).astype(np.float32)
+    spectrum = jnp.fft.rfft(framed * _last_axis(window, framed.ndim), n_fft)[..., :-1]
     power = spectrum.real**2 + spectrum.imag**2
     bank = _kaldi_bank(sample_rate_hz, n_fft, num_mel_bins)
     mel = jnp.matmul(power, bank, precision=jax.lax.Precision.HIGHEST)

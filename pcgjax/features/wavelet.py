@@ -102,7 +102,7 @@ def _middle_bits(values_MxW: jax.Array, recording_M: jax.Array, counts_R: jax.Ar
     ranks = jnp.stack([(counts_R - 1) // 2, counts_R // 2])
 
     def at_most(p_R):
-        rows = (bits_WxM <= p_R[recording_M]).sum(0)
+        rows = (bits_WxM <= p_R[recording_M][None]).sum(0)
         return jax.ops.segment_sum(rows, recording_M, len(counts_R), indices_are_sorted=True)
 
     def halve(_, bounds):
@@ -112,7 +112,7 @@ def _middle_bits(values_MxW: jax.Array, recording_M: jax.Array, counts_R: jax.Ar
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
     bounds = jnp.full_like(ranks, -1), jnp.full_like(ranks, _INFINITY)
-    return jnp.where(counts_R > 0, jax.lax.fori_loop(0, 31, halve, bounds)[1], 0)
+    return jnp.where((counts_R > 0)[None], jax.lax.fori_loop(0, 31, halve, bounds)[1], 0)
 
 
 @jax.custom_jvp
@@ -182,7 +182,7 @@ def margins(level: int) -> tuple[int, int]:
 
 def _mirror(x_N: jax.Array, starts: jax.Array, lengths: jax.Array) -> jax.Array:
     """Writes each recording's mirrored samples before and after it into the buffer."""
-    step = np.concatenate([np.arange(-_LEFT, 0), np.arange(_RIGHT)])
+    step = np.concatenate([np.arange(-_LEFT, 0), np.arange(_RIGHT)])[None]
     # to: positions relative to the recording; a mirrored signal repeats after twice its length.
     to = jnp.where(step < 0, step, lengths[:, None] + step)
     size = jnp.maximum(lengths, 1)[:, None]

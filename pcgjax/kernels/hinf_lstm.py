@@ -139,6 +139,7 @@ def _wide(dtype):
 def _reference(update, x, kernel_x, kernel_h, bias, rate, h, c, mask):
     """The equations, a step at a time; differentiated by JAX. What the others are held against."""
     x, kernel_x, kernel_h, bias = (a.astype(h.dtype) for a in (x, kernel_x, kernel_h, bias))
+    bias, rate = bias[None], rate[None]
 
     def step(state, inputs):
         h, c = state
@@ -248,6 +249,8 @@ def _put(buffer, value, t):
 
 
 def _xla_forward(update, gates, kernel_h, bias, rate, h, c, mask):
+    bias, rate = bias[None], rate[None]
+
     def step(t, state):
         buffer, out, befores, h, c = state
         befores = _put(befores, c, t)
@@ -269,7 +272,7 @@ def _xla_forward(update, gates, kernel_h, bias, rate, h, c, mask):
 def _xla_backward(update, saved, kernel_h, rate, mask, dout):
     buffer, befores = saved
     steps = buffer.shape[1]
-    transposed = kernel_h.T
+    transposed, rate = kernel_h.T, rate[None]
 
     def step(k, state):
         buffer, act, dh, dc, d_rate = state
@@ -327,7 +330,7 @@ def _pallas_forward(update, gates, kernel_h, bias, rate, h, c, mask, platform=No
         h_ref[...], c_ref[...] = jax.lax.fori_loop(0, count, step, start)
 
     gate_count, wide = _GATES[update], gates.dtype
-    inputs = [("gates", _apart(gates + bias, gate_count)), ("whole", _gate_kernels(kernel_h, gate_count))]
+    inputs = [("gates", _apart(gates + bias[None, None], gate_count)), ("whole", _gate_kernels(kernel_h, gate_count))]
     inputs += [("whole", rate[None]), ("state", _pad_rows(h)), ("state", _pad_rows(c)), *_mask_input(mask)]
     outputs = [("steps", kernel_h.dtype), ("gates", wide), ("steps", wide), ("state", wide), ("state", wide)]
     out, act, befores, _, _ = _pallas_call(body, inputs, outputs, reverse=False, platform=platform)
@@ -409,6 +412,8 @@ def _pallas_call(body, inputs, outputs, reverse, platform):
 
         parameters = tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
     elif platform == "gpu":
+        # Deprecated in JAX 0.11, but there still the only backend of `pallas_call` for a GPU: Mosaic GPU needs kernels
+        # of its own.
         from jax.experimental.pallas import triton
 
         parameters = triton.CompilerParams()

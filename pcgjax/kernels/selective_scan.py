@@ -163,7 +163,7 @@ def _step(h, now, A):
 
 
 def _decay(delta, A):
-    """(..., D) and (N, D) -> (..., N, D)."""
+    """(..., D) and (..., N, D) -> (..., N, D)."""
     return jnp.exp(delta[..., None, :] * A)
 
 
@@ -267,11 +267,12 @@ def _xla_forward(softplus, u, delta, A, B, C, D, z, bias, state):
         def chunk(k, carry):
             h, y, starts = carry
             u_k, delta_k, B_k, C_k = (chunks.cut(x, g, p, k, state.dtype) for x in (u, delta, B, C))
-            sizes = _masked(_softplus(delta_k + bias[g]) if softplus else delta_k + bias[g], chunks.own(g, k))
+            given = delta_k + bias[g][None]
+            sizes = _masked(_softplus(given) if softplus else given, chunks.own(g, k))
             starts = jax.lax.dynamic_update_slice(starts, h[None, None, None], (g, p, k, 0, 0, 0))
-            step = lambda h, now: _step(h, now, A[g])
+            step = lambda h, now: _step(h, now, A[g][None])
             h, y_k = jax.lax.scan(step, h, (u_k, sizes, B_k, C_k), reverse=bool(g))
-            y_k = y_k + D[g] * u_k
+            y_k = y_k + D[g][None] * u_k
             y_k = y_k if z is None else y_k * jax.nn.silu(chunks.cut(z, g, p, k, state.dtype))
             return h, chunks.put(y, y_k, g, p, k), starts  # the second chunk writes over steps that the first one lent
 
@@ -304,10 +305,10 @@ def _xla_backward(softplus, residuals, towards):
         dh, dA, dD, dbias, before, d, out = carry
         k = chunks.count - 1 - i
         u_k, given, B_k, C_k, dy_k = (chunks.cut(x, g, p, k, dtype) for x in (u, delta, B, C, dy))
-        own, given = chunks.own(g, k), given + bias[g]
+        own, given = chunks.own(g, k), given + bias[g][None]
         sizes = _masked(_softplus(given) if softplus else given, own)
         # At once for the chunk: large enough for all cores. The barrier keeps the loops from computing it again.
-        decay = jax.lax.optimization_barrier(_decay(sizes, A[g]))
+        decay = jax.lax.optimization_barrier(_decay(sizes, A[g][None, None]))
         inflow = sizes * u_k
 
         def again(t, carry):
@@ -320,7 +321,7 @@ def _xla_backward(softplus, residuals, towards):
         if z is not None:
             z_k = chunks.cut(z, g, p, k, dtype)
             gate = jax.nn.sigmoid(z_k)
-            y_k = after(lambda h, C: _over_states(C[..., None], h), before, last, C_k, g) + D[g] * u_k
+            y_k = after(lambda h, C: _over_states(C[..., None], h), before, last, C_k, g) + D[g][None] * u_k
             dz_k = dy_k * y_k * gate * (1 + z_k * (1 - gate))
             dy_k = dy_k * z_k * gate
         dy_k = _masked(dy_k, own)
@@ -334,10 +335,11 @@ def _xla_backward(softplus, residuals, towards):
 
         dh, dA, d = chunks.over(back, (dh, dA, d), g, last_first=True)
         dinflow = _over_states(B_k[..., None], d)
-        ddelta = u_k * dinflow + _over_states(A[g], decay, before, d)
+        ddelta = u_k * dinflow + _over_states(A[g][None, None], decay, before, d)
         ddelta = _masked(ddelta * jax.nn.sigmoid(given) if softplus else ddelta, own)
         dC = after(over_channels, before, last, dy_k, g)
-        parts = [sizes * dinflow + D[g] * dy_k, ddelta, over_channels(d, inflow), dC, *([] if z is None else [dz_k])]
+        du = sizes * dinflow + D[g][None] * dy_k
+        parts = [du, ddelta, over_channels(d, inflow), dC, *([] if z is None else [dz_k])]
         if own is not None:  # the second chunk has been here before
             parts = [jnp.where(own, part, chunks.cut(x, g, p, k, dtype)) for part, x in zip(parts, out, strict=True)]
         out = [chunks.put(x, part, g, p, k) for part, x in zip(parts, out, strict=True)]
@@ -555,6 +557,8 @@ def _pallas_call(body, inputs, outputs, backward, platform):
         # A row of a block of bfloat16 cannot be had by itself.
         arrays, types = [a.astype(A.dtype) for a in arrays], [A.dtype] * len(types)
     elif platform == "gpu":
+        # Deprecated in JAX 0.11, but there still the only backend of `pallas_call` for a GPU: Mosaic GPU needs kernels
+        # of its own.
         from jax.experimental.pallas import triton
 
         parameters = triton.CompilerParams(num_warps=1)

@@ -54,7 +54,7 @@ class CNN1D(nnx.Module):
         for kernel, bias in ((self.kernel1, self.bias1), (self.kernel2, self.bias2)):
             batch, length, _ = h.shape
             pooled = larger(*_conv_pairs(h, kernel[...])).reshape(batch, length // 2, -1)
-            h = jax.nn.relu(pooled[:, : _pooled(length, self.kernel_size)] + bias[...])
+            h = jax.nn.relu(pooled[:, : _pooled(length, self.kernel_size)] + bias[None, None])
         return self._hidden(h)
 
     def half_overlapping(self, x_JxT: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ class CNN1D(nnx.Module):
         if window % 4:
             raise ValueError(f"half-overlapping windows need a multiple of 4 samples, not {window}")
         quarter = window // 4
-        h = jax.nn.relu(larger(*_conv_pairs(x_JxT.reshape(1, -1, 1), self.kernel1[...])) + self.bias1[...])
+        h = jax.nn.relu(larger(*_conv_pairs(x_JxT.reshape(1, -1, 1), self.kernel1[...])) + self.bias1[None])
         even, odd = _conv_pairs(h[None], self.kernel2[...])
         # In samples of the first pooling, a row is T/2 long and the window from its middle starts at T/4, which may be
         # odd: then its pooling pairs an odd sample with the even one after it.
@@ -83,7 +83,7 @@ class CNN1D(nnx.Module):
         first, second = (odd, even[1:]) if quarter % 2 else (even, odd)
         late = larger(first[begin : begin + count], second[begin : begin + count])
         pooled = [y.reshape(-1, quarter, y.shape[-1])[:, : self.pooled] for y in (larger(even, odd), late)]
-        return self._hidden(jax.nn.relu(jnp.concatenate(pooled) + self.bias2[...]))
+        return self._hidden(jax.nn.relu(jnp.concatenate(pooled) + self.bias2[None, None]))
 
     @property
     def feature_count(self) -> int:
@@ -93,7 +93,7 @@ class CNN1D(nnx.Module):
     def _hidden(self, h_BxTxC: jax.Array) -> jax.Array:
         # Transposed, since a batch is few windows: XLA's CPU product is quicker with the long side first.
         flat_BxD = h_BxTxC.reshape(len(h_BxTxC), -1)
-        hidden = (self.kernel3[...].T @ flat_BxD.T).T + self.bias3[...]
+        hidden = (self.kernel3[...].T @ flat_BxD.T).T + self.bias3[None]
         return jax.nn.relu(hidden)
 
     def _logits(self, h_BxD: jax.Array) -> jax.Array:
@@ -105,7 +105,7 @@ def reference(model: CNN1D, x_BxT: jax.Array) -> jax.Array:
     h = x_BxT[..., None]
     for kernel, bias in ((model.kernel1, model.bias1), (model.kernel2, model.bias2)):
         h = jax.lax.conv_general_dilated(h, kernel[...], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
-        h = nnx.max_pool(jax.nn.relu(h + bias[...]), (POOL,), (POOL,))
+        h = nnx.max_pool(jax.nn.relu(h + bias[None, None]), (POOL,), (POOL,))
     return model._logits(model._hidden(h))
 
 

@@ -106,7 +106,7 @@ class CNN(nnx.Module):
             # What comes after the end is kept at zero, as if the clip ended there.
             h = conv3x3(h * mask, next(kernels)[...])
             for _ in range(depth - 1):
-                h = conv3x3(jax.nn.relu(h + next(biases)[...]) * mask, next(kernels)[...])
+                h = conv3x3(jax.nn.relu(h + next(biases)[None, None, None]) * mask, next(kernels)[...])
             h = jax.nn.relu(self.norms[number](h, mask, key is not None, total)) * mask
             h, mask_BxT = _pool(h), _pool_mask(mask_BxT)
             if key is not None:
@@ -163,14 +163,15 @@ class BatchNorm(nnx.Module):
             x, mask, axes = x_BxTxFxC.astype(jnp.float32), mask_BxTx1x1.astype(jnp.float32), (0, 1, 2)
             count = jnp.maximum(total(mask.sum() * x.shape[2]), 1)
             mean = total((x * mask).sum(axes)) / count
-            var = total((jnp.square(x - mean) * mask).sum(axes)) / count
+            var = total((jnp.square(x - mean[None, None, None]) * mask).sum(axes)) / count
             self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * jax.lax.stop_gradient(mean)
             self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * jax.lax.stop_gradient(var)
         else:
             mean, var = self.mean[...], self.var[...]
         scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
         shift = self.bias[...] - mean * scale
-        return x_BxTxFxC * scale.astype(x_BxTxFxC.dtype) + shift.astype(x_BxTxFxC.dtype)
+        scale, shift = (a[None, None, None].astype(x_BxTxFxC.dtype) for a in (scale, shift))
+        return x_BxTxFxC * scale + shift
 
 
 def _convolve(x_BxTxFxC: jax.Array, kernel_3x3xCxO: jax.Array) -> jax.Array:

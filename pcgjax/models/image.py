@@ -138,7 +138,8 @@ def _taps(x_BxTxFxC: jax.Array, size: int, stride: int) -> list[jax.Array]:
 def _depthwise_on_cpu(x_BxTxFxC: jax.Array, kernel_KxKx1xC: jax.Array, stride: int) -> jax.Array:
     """A sum over the kernel's taps: a loop compiles in half the time of so many slices, and is quicker."""
     time, frequency = (-(-n // stride) for n in x_BxTxFxC.shape[1:3])
-    taps, seen = _tap_of(x_BxTxFxC, len(kernel_KxKx1xC), stride), kernel_KxKx1xC.reshape(-1, x_BxTxFxC.shape[-1])
+    taps = _tap_of(x_BxTxFxC, len(kernel_KxKx1xC), stride)
+    seen = kernel_KxKx1xC.reshape(-1, 1, 1, 1, x_BxTxFxC.shape[-1])
     out = jnp.zeros((len(x_BxTxFxC), time, frequency, x_BxTxFxC.shape[-1]), x_BxTxFxC.dtype)
     return jax.lax.fori_loop(0, len(seen), lambda n, out: out + taps(n) * seen[n], out)
 

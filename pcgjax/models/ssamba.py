@@ -76,7 +76,8 @@ class Mixer(nnx.Module):
         if not self.bidirectional:
             return self.stream(x_BxLxD, self.initial_state(len(x_BxLxD)))[0]
         u, gate = self._enter(x_BxLxD)
-        kernel, reach, length = self.conv_kernel[...].astype(u.dtype), self.conv_kernel.shape[1] - 1, u.shape[1]
+        kernel = self.conv_kernel[...].astype(u.dtype)[:, :, None, None]
+        reach, length = self.conv_kernel.shape[1] - 1, u.shape[1]
         # Shifted sums: XLA's depthwise convolution is some fifty times slower on CPU.
         padded = jnp.pad(u, ((0, 0), (reach, reach), (0, 0)))
         ahead = sum(kernel[0, i] * padded[:, i : i + length] for i in range(reach + 1))
@@ -98,7 +99,8 @@ class Mixer(nnx.Module):
         if self.bidirectional:
             raise ValueError("a bidirectional mixer needs the whole sequence; make it with bidirectional=False")
         u, gate = self._enter(x_BxLxD)
-        kernel, reach, length = self.conv_kernel[0].astype(u.dtype), self.conv_kernel.shape[1] - 1, u.shape[1]
+        kernel = self.conv_kernel[0].astype(u.dtype)[:, None, None]
+        reach, length = self.conv_kernel.shape[1] - 1, u.shape[1]
         padded = jnp.concatenate([state.tail.astype(u.dtype), u], axis=1)
         scanned = self._scanned(sum((kernel[i] * padded[:, i : i + length] for i in range(reach + 1)), 0 * u)[None])
         scanned = {name: value[0] if isinstance(value, jax.Array) else value for name, value in scanned.items()}
@@ -236,7 +238,7 @@ class SSAMBA(nnx.Module):
         Raises:
           ValueError: the input is not of that shape.
         """
-        x = self.patches(fbank_BxTxF) @ self.patch_kernel[...].astype(fbank_BxTxF.dtype) + self.patch_bias[...]
+        x = self.patches(fbank_BxTxF) @ self.patch_kernel[...].astype(fbank_BxTxF.dtype) + self.patch_bias[None, None]
         if masked_BxP is not None:
             x = jnp.where(masked_BxP[..., None], self.mask_token[...], x)
         class_token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
@@ -356,5 +358,5 @@ def masked_losses(model: SSAMBA, fbank_BxTxF: jax.Array, masked_BxM: jax.Array) 
     return PretrainLosses(
         infonce=-jnp.diagonal(log_p, axis1=1, axis2=2).mean(),
         mse=jnp.square(model.reconstruction(tokens) - target).mean(),
-        accuracy=(log_p.argmax(1) == jnp.arange(masked_BxM.shape[1])).mean(),
+        accuracy=(log_p.argmax(1) == jnp.arange(masked_BxM.shape[1])[None]).mean(),
     )

@@ -137,7 +137,7 @@ def _forward(log_p_TxS: Any, frames: Any, whole_DxSxK: Any, cut_DxSxK: Any) -> t
 
     def step(t: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         open_DxSxK, begun_SxK, lasted_TxSxK, came_TxK = carry
-        open_DxSxK = jnp.concatenate([begun_SxK[None], open_DxSxK[:-1]]) + log_p_TxS[t][:, None]
+        open_DxSxK = jnp.concatenate([begun_SxK[None], open_DxSxK[:-1]]) + log_p_TxS[t][None, :, None]
         # The state open since the first frame is cut there.
         scores = open_DxSxK + jnp.where(so_far == t, cut_DxSxK, whole_DxSxK)
         ended_SxK, lasted_SxK = scores.max(0), scores.argmax(0) + 1

@@ -22,7 +22,7 @@ def stretched(
     frames = x_BxTxF.shape[1]
     middle = (frames - 1) / 2
     rate = jax.random.uniform(key, (len(x_BxTxF), 1), minval=1 - share, maxval=1 + share)
-    source = jnp.round(middle + (jnp.arange(frames) - middle) * rate).astype(jnp.int32)
+    source = jnp.round(middle + (jnp.arange(frames)[None] - middle) * rate).astype(jnp.int32)
     inside, source = (source >= 0) & (source < frames), source.clip(0, frames - 1)
     real = inside & jnp.take_along_axis(real_BxT, source, 1)
     return jnp.where(real[..., None], jnp.take_along_axis(x_BxTxF, source[..., None], 1), 0), real, source
@@ -36,7 +36,7 @@ def masked_bands(key: jax.Array, x_BxTxF: jax.Array, most: int) -> jax.Array:
     one, two = jax.random.split(key)
     size = jax.random.randint(one, (batch, 1), 0, most + 1)
     first = (jax.random.uniform(two, (batch, 1)) * (bands - size + 1)).astype(jnp.int32)
-    band = jnp.arange(bands)
+    band = jnp.arange(bands)[None]
     return jnp.where(((band >= first) & (band < first + size))[:, None], 0, x_BxTxF)
 
 
@@ -51,7 +51,7 @@ def recoloured(key: jax.Array, x_BxTxF: jax.Array, real_BxT: jax.Array, response
     batch, _, bands = x_BxTxF.shape
     response_key, colour_key, level_key, power_key = jax.random.split(key, 4)
     order = jnp.arange(1, 4)
-    shape = jnp.cos(jnp.pi * order[:, None] * (jnp.arange(bands) + 0.5) / bands) / order[:, None]
+    shape = jnp.cos(jnp.pi * order[:, None] * (jnp.arange(bands)[None] + 0.5) / bands) / order[:, None]
     scale = response_db / _FEATURE_DB / 1.17  # sqrt(1 + 1/4 + 1/9)
 
     def curve(key: jax.Array) -> jax.Array:

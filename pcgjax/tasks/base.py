@@ -166,7 +166,7 @@ def cut_windows(
     starts = where.starts[recording] + begin - halo
     samples = jax.vmap(lambda at: jax.lax.dynamic_slice(x, (at,), (size,)))(starts)
     # Where the recording ends within the row, the next one begins: blank it.
-    place = begin[:, None] - halo + jnp.arange(size)
+    place = begin[:, None] - halo + jnp.arange(size)[None]
     inside = place < lengths[recording][:, None]
     samples = jnp.where(inside & (place >= 0) if halo else inside, samples, 0)
     real_samples = (lengths[recording] - begin).clip(0, window)

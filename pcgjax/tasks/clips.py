@@ -134,7 +134,7 @@ def clip_features(f: ml_collections.ConfigDict, clips_BxT: jax.Array, own_B: jax
     1 is the loudest of the clip's own frames, 0 is `features.top_db` below it, and padding.
     """
     mel = spectrogram.log_mel(clips_BxT, sample_rate_hz, f.n_fft, f.hop, f.n_mels, htk=f.htk, ref=1.0, top_db=None)
-    mask = (jnp.arange(mel.shape[-1]) * f.hop <= own_B[:, None]) & (own_B > 0)[:, None]
+    mask = (jnp.arange(mel.shape[-1])[None] * f.hop <= own_B[:, None]) & (own_B > 0)[:, None]
     peak = jnp.where(mask[:, None], mel, -jnp.inf).max((1, 2), keepdims=True)
     level = jnp.maximum(mel - jnp.where(jnp.isfinite(peak), peak, 0), -f.top_db)
     return jnp.where(mask[:, None], level / f.top_db + 1, 0), mask.astype(jnp.float32)

@@ -60,7 +60,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             room = jnp.maximum(where.lengths - geometry.windows(where.lengths) * window, 0)
             shift = (jax.random.uniform(shift_key, room.shape) * (room + 1)).astype(jnp.int32)
         cut = cut_windows(x, where, geometry, capacity, halo, shift)
-        at = jnp.arange(window // hop) * hop + hop // 2  # the middle of a frame
+        at = jnp.arange(window // hop)[None] * hop + hop // 2  # the middle of a frame
         real = (at < cut.real_samples[:, None]) & cut.real[:, None]
         features, _ = frame_features(config, cut.samples, real, sample_rate_hz)
         if train:
@@ -68,7 +68,7 @@ def segmenter(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
             features = masked_bands(augment_key, features, f.masked_bands)
             if is_on(f.stretch):
                 features, real, source = stretched(stretch_key, features, real, f.stretch)
-                at = at[source]
+                at = at[0, source]
         dropout = config.model.get("dropout", 0.0)  # SSAMBA has none
         logits = model(features.astype(dtype), drop_key if train else None, dropout).astype(jnp.float32)
         # An event is 8 * its sample + its state: the last one that is not after the frame's middle.
