@@ -10,6 +10,7 @@ import subprocess
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from pcgjax.runs.results import PREDICTION_FIELDS
 from pcgjax.runs.streams import ORDER
 from pcgjax.runtime.checkpoint import CheckpointError
 from pcgjax.training.experiment import balance_groups
+from pcgjax.training import loop
 from pcgjax.training.loop import train
 from pcgjax.training.stages import variants
 
@@ -486,3 +488,19 @@ def test_variants(make_config, tmp_path, capsys):
     config.train.batch_recordings = 2
     with pytest.raises(CheckpointError, match=r"train.batch_recordings=3, now 2"):
         variants(config, tmp_path)
+
+
+def test_nothing_crosses_to_or_from_the_devices_unasked(make_config, tmp_path, monkeypatch):
+    """Training and validation under a transfer guard: what crosses is put or fetched by name."""
+    train_epochs, guarded = loop.train_epochs, []
+
+    def guard(*arguments):
+        with jax.transfer_guard("disallow"):
+            guarded.append(True)
+            with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+                jnp.add(jnp.zeros(2), np.ones(2))  # the guard is on
+            return train_epochs(*arguments)
+
+    monkeypatch.setattr(loop, "train_epochs", guard)
+    train(make_config(), tmp_path)
+    assert guarded == [True]

@@ -59,6 +59,17 @@ def put(mesh: Mesh, tree: Any, spec: PartitionSpec | None = None) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, np.asarray(x)), tree)
 
 
+def put_missing(mesh: Mesh, tree: Any) -> Any:
+    """A tree in which host arrays and whole numbers are put on every device; what is there already stays."""
+
+    def one(x):
+        if isinstance(x, jax.Array):
+            return x
+        return put(mesh, np.int32(x) if isinstance(x, int) else x)
+
+    return jax.tree.map(one, tree)
+
+
 class Layout(NamedTuple):
     """Where a run's state is: one array laid out over the mesh under jit, a copy on each device under pmap."""
 

@@ -100,7 +100,9 @@ def make_predict(
             pieces = batches.streamed(corpus, labels, plan, 0, len(plan.ids), mesh)
         out, done = np.zeros((len(corpus.rows), width), np.float32), 0
         for data, block_ids, capacity, steps in pieces:
-            answers = np.asarray(run(params, rest, data, block_ids, capacity, steps, done))[:steps]
+            arguments = data, block_ids, capacity, steps, done
+            arguments = sharding.put_missing(mesh, arguments) if mesh else jax.device_put(arguments)
+            answers = np.asarray(run(params, rest, *arguments))[:steps]
             ids = plan.ids[done : done + steps]
             out[ids[ids >= 0]] = answers[ids >= 0]
             done += steps

@@ -67,6 +67,8 @@ def train_epochs(run: Run, state: TrainState, totals: Totals) -> tuple[TrainStat
             to_save = t.checkpoint_steps - step % t.checkpoint_steps
             until = run.trace.until(step, min((epoch + 1) * spe, step + to_save)) - epoch * spe
             pieces = experiment.pieces(run.resident, plan, within, until, layout.pmap)
+            if not layout.pmap:  # put here what the steps take, or it would cross to the devices unasked
+                pieces = (sharding.put_missing(layout.mesh, piece) for piece in pieces)
             state, totals = through(pieces, run.compiled.steps, (state, totals), run.clock)
             with run.clock("train"):
                 counts = jax.device_get(layout.gather(totals))  # waits for the device
@@ -117,7 +119,8 @@ def end_epoch(run: Run, state: TrainState, counts: Totals, step: int) -> tuple[T
         threshold = float(gathered.sapt.threshold)
         scores = validation_scores(classifies, answers, labels, threshold)
         if classifies:
-            sapt = run.update_threshold(gathered.sapt, np.exp(answers[:, 0]).clip(0, 1), labels)
+            probabilities = np.exp(answers[:, 0]).clip(0, 1)
+            sapt = run.update_threshold(gathered.sapt, *jax.device_put((probabilities, labels)))
             state = state._replace(sapt=layout.spread(sharding.put(layout.mesh, sapt)))
     run.log(step, "validation", scores | {"epoch": epoch})
     if best := better_epoch(run.meta["best"], scores, select, step, epoch, threshold):

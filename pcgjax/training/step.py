@@ -134,7 +134,7 @@ def through(pieces: Iterator[tuple], advance: Callable, carry: tuple[Any, Totals
             return carry
         with clock("train"):
             carry = advance(*carry, *piece)
-            ahead.append(carry[1].loss + 0)
+            ahead.append(jnp.copy(carry[1].loss))  # the carry itself is donated to the next piece
             if len(ahead) > 1:
                 ahead.pop(0).block_until_ready()
 
