@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from pcgjax.runs.base_config import base, common
 from pcgjax.runtime.files import CheckpointError
 
 
@@ -33,8 +34,6 @@ def with_fields(config: ml_collections.ConfigDict, changes: Fields) -> ml_collec
     return one
 
 
-# What `population` can sweep: parts of a config, and single fields.
-SWEPT = ("seed", "features", "model", "loss", "sapt", "optimizer")
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -65,17 +64,34 @@ def plain_config(config: ml_collections.ConfigDict) -> dict:
     return plain
 
 
-def fields(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A config's `sweep`: every field that can be swept, as an empty string."""
-    names = {part: dict.fromkeys(config[part], "") for part in SWEPT if part in config and part != "seed"}
-    return ml_collections.ConfigDict({"seed": "", **names})
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config (config.json, a checkpoint's meta) with what it lacks filled in from the base, where it is off.
+
+    So a run of an earlier version, whose config lacked these fields, is loaded and resumed as any other.
+    """
+    of_jax = "pipeline" in saved.get("data", {})  # the other systems have no such field
+    whole = (base if of_jax else common)(saved.get("task", {}).get("name", ""))
+    return _filled(json.loads(whole.to_json_best_effort()), saved)
+
+
+def _filled(whole: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**whole, **saved}
+    for name, inner in saved.items():
+        if isinstance(inner, Mapping) and isinstance(whole.get(name), Mapping):
+            filled[name] = _filled(whole[name], inner)
+    return filled
 
 
 def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Iterable[tuple[str, str]] = ()) -> None:
     """A resumed run may train longer and log or stream otherwise, but must be the same experiment.
 
-    also_free: more (part, field) that may change.
+    Both configs are compared `completed`: a run of an earlier version goes on with the command that began it.
+
+    Args: also_free: more (part, field) that may change.
+    Raises:
+      CheckpointError: naming the first field that differs.
     """
+    saved, now = completed(saved), completed(now)
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
             ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from"),
             # Where it runs; the order of the data stays, and so does the arithmetic, up to rounding.
