@@ -72,7 +72,10 @@ def _parsed(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, OSError) as error:  # of config_flags: no such field or part, no such config
-        message = str(error) if isinstance(error, OSError) else f"the config has no part or field {error.args[0]}"
+        origin: Any = error
+        while isinstance(origin, AttributeError | KeyError) and origin.args:
+            origin = origin.args[0]
+        message = str(error) if isinstance(error, OSError) else f"the config has no part or field {origin}"
         sys.exit(f"error: {' '.join(message.split())}{_config_flags(argv)}")
 
 
