@@ -3,8 +3,8 @@
     python -m pcgjax.report RUN                        draws RUN/report.html again
     python -m pcgjax.report RUN RUN ... [--out=FILE]   compares runs in one page (comparison.html beside the first)
 
-RUN is a workdir of pcgjax.train, or for a comparison of pcgjax.audio_llm.train. How such a page is made stands in
-pcgjax/page.py, what that of a run shows here, and what that of several runs or of a population in pcgjax/compare.py.
+RUN is a workdir of pcgjax.train, or for a comparison of pcgjax.audio_llm.train. What the pages show is in
+pcgjax/pages/: that of a run in run.py, of several runs in comparison.py, of a population in population.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from pcgjax.pages.run import write
+from absl import flags
+
 from pcgjax.runtime import files
 
 
@@ -28,30 +29,36 @@ def _check_run(workdir: pathlib.Path) -> None:
     raise ValueError(f"{workdir}: not a run, there is no metrics.json; RUN is the --workdir of a run")
 
 
-def _main(runs: Sequence[str], out: str | None) -> None:
-    from pcgjax.pages import comparison
-    from pcgjax.pages import population as population_page
+def report(runs: Sequence[str], out: str | None = None) -> pathlib.Path:
+    """Draws the page of one run, or of several beside each other, and returns its path.
 
+    runs: workdirs; out: the page of several, by default comparison.html beside the first.
+    Raises:
+      ValueError: no run, or a folder that holds none, saying what it is.
+    """
     if not runs:
         raise ValueError("no RUN given: python -m pcgjax.report RUN [RUN ...] [--out=FILE]; --help explains")
-    for run in runs:
-        _check_run(pathlib.Path(run))
+    for workdir in runs:
+        _check_run(pathlib.Path(workdir))
+    from pcgjax.pages import comparison, population, run
+
     if len(runs) == 1:
         if out:
             raise ValueError("--out is for the comparison of several runs; one run is drawn to RUN/report.html")
-        population = (pathlib.Path(runs[0]) / "population.json").exists()
-        path = population_page.write_population(runs[0]) if population else write(runs[0])
-    else:
-        beside = pathlib.Path(runs[0]).resolve().parent
-        rows = [comparison.run_row(run) for run in runs]
-        if len({row["name"] for row in rows}) < len(rows):  # a/cnn and b/cnn: the whole paths tell them apart
-            rows = [{**row, "name": run.rstrip("/")} for row, run in zip(rows, runs, strict=True)]
-        path = comparison.write(rows, out or beside / "comparison.html", "Comparison of runs")
-    print(path)
+        if (pathlib.Path(runs[0]) / "population.json").exists():
+            return population.write_population(runs[0])
+        return run.write(runs[0])
+    rows = [comparison.run_row(workdir) for workdir in runs]
+    if len({row["name"] for row in rows}) < len(rows):  # a/cnn and b/cnn: the whole paths tell them apart
+        rows = [{**row, "name": workdir.rstrip("/")} for row, workdir in zip(rows, runs, strict=True)]
+    beside = pathlib.Path(runs[0]).resolve().parent
+    return comparison.write(rows, out or beside / "comparison.html", "Comparison of runs")
+
+
+def main(argv: list[str]) -> None:
+    print(report(argv[1:], flags.FLAGS.out))
 
 
 if __name__ == "__main__":
-    from absl import flags
-
     flags.DEFINE_string("out", None, "The page that compares runs; default: comparison.html beside the first.")
-    files.run(lambda argv: _main(argv[1:], flags.FLAGS.out))
+    files.run(main)

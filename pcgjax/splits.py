@@ -1,12 +1,10 @@
 """Makes a split of a prepared folder, or checks one for leaks.
 
-python -m pcgjax.splits --prepared=DIR --kind=person --target=abnormal --out=split.json
-python -m pcgjax.splits --prepared=DIR --check=split.json
+    python -m pcgjax.splits --prepared=DIR --kind=person --target=abnormal --out=split.json
+    python -m pcgjax.splits --prepared=DIR --check=split.json
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from absl import flags
 
@@ -15,30 +13,21 @@ from pcgjax.data.splits import KINDS, TARGETS, SplitError, leaks, load, make, sa
 from pcgjax.runtime import files
 
 
-def main(flags_: Any) -> int:
-    _, rows = read_rows(flags_.prepared)
-    if flags_.check:
-        split = load(flags_.check, rows)
+def main(argv: list[str]) -> int:
+    f = flags.FLAGS
+    _, rows = read_rows(f.prepared)
+    if f.check:
+        split = load(f.check, rows)
     else:
-        if not (flags_.kind and flags_.target is not None and flags_.out):
+        if not (f.kind and f.target is not None and f.out):
             raise SplitError("give --kind, --target and --out to make a split, or --check=FILE to check one")
-        fractions = [float(fraction) for fraction in flags_.fractions]
-        split = make(
-            rows,
-            flags_.kind,
-            flags_.target,
-            flags_.seed,
-            fractions,
-            flags_.fold,
-            flags_.folds,
-            flags_.database,
-            flags_.names,
-        )
-        save(split, flags_.out)
-    found = leaks(split, rows)
+        fractions = [float(fraction) for fraction in f.fractions]
+        split = make(rows, f.kind, f.target, f.seed, fractions, f.fold, f.folds, f.database, f.names)
+        save(split, f.out)
+    messages = leaks(split, rows)
     print(summary(split))
-    print("\n".join(f"LEAK: {message}" for message in found) or "no leaks found")
-    return 1 if found else 0
+    print("\n".join(f"LEAK: {message}" for message in messages) or "no leaks found")
+    return 1 if messages else 0
 
 
 if __name__ == "__main__":
@@ -53,4 +42,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("folds", 5, "person_kfold: how many.")
     flags.DEFINE_string("database", None, "leave_database_out: the one to test on.")
     flags.DEFINE_string("names", None, "paper301: a text or csv file whose first column names the test recordings.")
-    files.run(lambda _: main(flags.FLAGS))
+    files.run(main)

@@ -97,7 +97,7 @@ def features(
 
 def _train_jax(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> None:
     """One run, stages of one, variants side by side, or a population."""
-    with_variants = len(config.get("variants", ())) > 0
+    with_variants = len(config.variants) > 0
     if swept_values(config):
         if with_variants:
             raise ValueError("config.sweep: this config has variants; sweep one that has none, such as configs/cnn.py")
@@ -107,7 +107,7 @@ def _train_jax(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run
         if not dry_run:
             print(f"wrote {workdir}/report.html and table.json")
     else:
-        run = stages if len(config.get("stages", ())) else train
+        run = stages if len(config.stages) else train
         _print_results(run(config, workdir, dry_run), workdir, dry_run)
 
 

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import pathlib
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pcgjax import systems
-from pcgjax.runs.log import log_to
 from pcgjax.runtime import distributed, files
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}")
+    import jax
+
+    from pcgjax import systems
+    from pcgjax.runs.log import log_to
+
     logging.set_verbosity(logging.INFO)
     workdir = pathlib.Path(FLAGS.workdir)
     if FLAGS.devices:

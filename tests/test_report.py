@@ -595,9 +595,8 @@ def write_population(workdir, fields=("seed", "optimizer.learning_rate")):
     return workdir
 
 
-def test_population_page(tmp_path, capsys):
-    report._main([str(write_population(tmp_path / "sweep"))], None)
-    assert capsys.readouterr().out.strip() == str(tmp_path / "sweep" / "report.html")
+def test_population_page(tmp_path):
+    assert report.report([str(write_population(tmp_path / "sweep"))]) == tmp_path / "sweep" / "report.html"
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "6 members · seed, optimizer.learning_rate" in page
     assert '<h3>AUC</h3><p class="big">0.700 <span class="small">± 0.050</span>' in page
@@ -646,14 +645,13 @@ def test_damage_of_a_population_is_named(tmp_path, values, message):
     assert not (workdir / "report.html").exists()
 
 
-def test_command_line(run, tmp_path, capsys):
+def test_command_line(run, tmp_path):
     a, b = (shutil.copytree(run, tmp_path / name / "cnn") for name in "ab")
-    report._main([str(a), str(b)], None)
-    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "comparison.html")
+    assert report.report([str(a), str(b)]) == tmp_path / "a" / "comparison.html"
     page = (tmp_path / "a" / "comparison.html").read_text()
     assert f"<b>{b}</b>" in page  # two runs called cnn are told apart by their paths
     with pytest.raises(ValueError, match="RUN"):
-        report._main([], None)
+        report.report([])
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.json").write_text("{}")
     (tmp_path / "other").mkdir()
@@ -661,7 +659,7 @@ def test_command_line(run, tmp_path, capsys):
                           "a": r"a folder of runs: give \S+a/cnn$"}.items():  # fmt: skip
         for arguments in ([name], [name, "b/cnn"]):
             with pytest.raises(ValueError, match=message):
-                report._main([str(tmp_path / a) for a in arguments], None)
+                report.report([str(tmp_path / a) for a in arguments])
 
 
 def test_command_line_as_a_user_runs_it(run, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from pcgjax.runs.base_config import base
 from pcgjax.runtime.files import CheckpointError
 
 
@@ -28,14 +29,13 @@ Fields = dict[str, Any]  # "optimizer.learning_rate" -> value
 
 
 def with_fields(config: ml_collections.ConfigDict, changes: Fields) -> ml_collections.ConfigDict:
+    """A copy of the config with the fields `changes`, which may have other types."""
     one = config.copy_and_resolve_references()
     with one.ignore_type():
         one.update_from_flattened_dict(changes)
     return one
 
 
-# What `population` can sweep: parts of a config, and single fields.
-SWEPT = ("seed", "features", "model", "loss", "sapt", "optimizer")
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -51,8 +51,8 @@ def load_config(name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigD
         raise ValueError(f"{path}: not there; run this in a clone of the repository, which has configs/")
     config = runpy.run_path(str(path))["get_config"](*([variant] if variant else []))
     for field in changes:
-        part, _, own = field.partition(".")
-        if part not in config or own not in config[part]:
+        part, _, name_in_part = field.partition(".")
+        if part not in config or name_in_part not in config[part]:
             raise ValueError(f"configs/{name}.py: has no field {field}")
     with config.ignore_type():
         config.update_from_flattened_dict(dict(changes))
@@ -66,24 +66,40 @@ def plain_config(config: ml_collections.ConfigDict) -> dict:
     return plain
 
 
-def fields(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A config's `sweep`: every field that can be swept, as an empty string."""
-    names = {part: dict.fromkeys(config[part], "") for part in SWEPT if part in config and part != "seed"}
-    return ml_collections.ConfigDict({"seed": "", **names})
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config of the JAX trainer (config.json, a checkpoint's meta) with the fields that it lacks, all off.
+
+    So a run of an earlier version, whose config had fewer fields, is loaded and resumed as any other.
+    """
+    task = saved.get("task", {}).get("name", "")
+    return _filled(json.loads(base(task).to_json_best_effort()), saved)
+
+
+def _filled(whole: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**whole, **saved}
+    for name, inner in saved.items():
+        if isinstance(inner, Mapping) and isinstance(whole.get(name), Mapping):
+            filled[name] = _filled(whole[name], inner)
+    return filled
 
 
 def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Iterable[tuple[str, str]] = ()) -> None:
     """A resumed run may train longer and log or stream otherwise, but must be the same experiment.
 
-    also_free: more (part, field) that may change.
+    A run of an earlier version goes on with the command that began it: what its config lacks was off.
+
+    saved, now: plain configs; also_free: more (part, field) that may change.
+    Raises:
+      CheckpointError: naming the first field that differs.
     """
+    saved = completed(saved)
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
             ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from"),
             # Where it runs; the order of the data stays, and so does the arithmetic, up to rounding.
             ("parallel", "strategy"), ("parallel", "fsdp"), ("train", "accumulate"), ("train", "remat"),
             ("profile", "start"), ("profile", "steps")}  # fmt: skip
     free |= set(also_free)
-    if now["optimizer"].get("schedule", "constant") != "constant":
+    if now.get("optimizer", {}).get("schedule", "constant") != "constant":
         free.discard(("train", "epochs"))  # the schedule ends with them
     for part in now:
         old, new = saved.get(part), now[part]

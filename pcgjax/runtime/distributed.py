@@ -22,8 +22,6 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 
 # A host that lost its power closes no connection: the kernel asks after 10 s of silence, and gives up after 20 s more.
@@ -89,6 +87,9 @@ def stop_signal(got: int) -> int:
 
     got: this process's, 0 for none. A collective: all processes call it at the same steps, between which they train.
     """
+    import jax
+    import numpy as np
+
     if jax.process_count() == 1:
         return got
     from jax.experimental import multihost_utils
@@ -143,6 +144,8 @@ def _detected() -> tuple[str, int, int]:
 
 
 def _start_jax(address: str, count: int, process: int) -> None:
+    import jax
+
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler would take SIGTERM from a process that does not train yet or any more; `stop_signal` serves.
     jax.config.update("jax_enable_preemption_service", False)

@@ -36,7 +36,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """`absl.app.run`, where what bad input raises here ends in its message and status 1."""
+    """`absl.app.run`, where what bad input raises here ends in its message and status 1.
+
+    A door (a module that is run as a command) defines its flags and calls this; its `main` imports what is heavy, so
+    that --help answers at once.
+    """
 
     def quiet(argv: list[str]) -> Any:
         try:
@@ -47,26 +51,34 @@ def run(main: Callable[[list[str]], Any]) -> None:
             return 1
 
     logging.get_absl_handler().addFilter(own_or_warning)
+    # What was compiled once is not compiled again: not by a resumed run, nor by the next one of the same shapes.
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pcgjax", "xla")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # JAX looks there when `main` imports it, and no later
     if jax := sys.modules.get("jax"):
-        # What was compiled once is not compiled again: not by a resumed run, nor by the next one of the same shapes.
-        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pcgjax", "xla")
-        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache)
+        jax.config.update("jax_compilation_cache_dir", cache)
     app.run(quiet, flags_parser=_parsed)
 
 
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+
+
 def own_or_warning(record: std_logging.LogRecord) -> bool:
-    """A log filter: Orbax and JAX tell the story of every checkpoint and backend otherwise."""
-    return record.levelno > std_logging.INFO or "pcgjax" in record.pathname
+    """A log filter: this package's own lines, and warnings; Orbax and JAX report every checkpoint and backend."""
+    return record.levelno > std_logging.INFO or record.pathname.startswith(PACKAGE)
 
 
 def _parsed(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, OSError) as error:  # of config_flags: no such field or part, no such config
-        said = str(error) if isinstance(error, OSError) else f"the config has no part or field {error.args[0]}"
-        sys.exit(f"error: {' '.join(said.split())}{_fields_given(argv)}")
+        origin: Any = error
+        while isinstance(origin, AttributeError | KeyError) and origin.args:
+            origin = origin.args[0]
+        message = str(error) if isinstance(error, OSError) else f"the config has no part or field {origin}"
+        sys.exit(f"error: {' '.join(message.split())}{_config_flags(argv)}")
 
 
-def _fields_given(argv: list[str]) -> str:
-    given = [word.partition("=")[0] for word in argv if word.startswith("--config.")]
-    return f"; of {', '.join(given)}" if given else ""
+def _config_flags(argv: list[str]) -> str:
+    names = [word.partition("=")[0] for word in argv if word.startswith("--config.")]
+    return f"; of {', '.join(names)}" if names else ""

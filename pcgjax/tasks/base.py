@@ -185,8 +185,8 @@ def merge_model(task: Task, graphdef: Any, params: Any, rest: Any) -> Any:
 
 
 def arithmetic_dtype(model: ml_collections.ConfigDict) -> Any:
-    """Of the model's products; parameters stay float32. Runs of earlier versions have no field `bfloat16`."""
-    return jnp.bfloat16 if model.get("bfloat16", False) else jnp.float32
+    """Of the model's products; parameters stay float32."""
+    return jnp.bfloat16 if model.bfloat16 else jnp.float32
 
 
 class TrainState(NamedTuple):

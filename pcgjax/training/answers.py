@@ -18,6 +18,7 @@ from pcgjax import tasks
 from pcgjax.data import batches
 from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import evaluation_plan
+from pcgjax.runs.config import completed
 from pcgjax.runtime import checkpoint, sharding
 from pcgjax.tasks.base import Counts, Task, merge_model, split_model
 from pcgjax.tasks.segmenter_model import SegmenterModel
@@ -122,7 +123,7 @@ def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, 
     workdir = pathlib.Path(workdir)
     folder = workdir / "checkpoints" / "best"
     _, _, meta = checkpoint.require(folder)
-    config = ml_collections.ConfigDict(meta["config"])
+    config = ml_collections.ConfigDict(completed(meta["config"]))
     config.evaluation.threshold = meta["best"]["threshold"]
     task = tasks.make(config, meta["sample_rate_hz"])
     # Shapes alone: to draw parameters first would take longer than all the rest.

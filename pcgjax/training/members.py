@@ -127,7 +127,7 @@ class Program:
         models = {config.model.get("dropout"): one for config, (one, _) in zip(self.configs, built, strict=True)}
         models = {dropout: nnx.eval_shape(lambda one=one: one.init(nnx.Rngs(0))) for dropout, one in models.items()}
         self.graphdef = nnx.graphdef(models[self.configs[0].model.get("dropout")])
-        self.sapt = thresholds.init(self.config.evaluation.threshold, **self.config.get("sapt", {"interval": 0}))
+        self.sapt = thresholds.init(self.config.evaluation.threshold, **self.config.sapt)
         varied = [f for f in members[0] if f in TRACED and len({member[f] for member in members}) > 1]
         self.varied = {f: np.array([member[f] for member in members], np.float32) for f in varied}
         seeds = {"seed": np.array(self.seeds, np.uint32)} if self.own_seeds else {}
@@ -202,7 +202,7 @@ class Program:
         # One by one: LAPACK's batched QR, of orthogonal kernels, can wait forever for the threads that it runs on.
         for config in self.configs:
             state = make(np.uint32(config.seed))
-            if config.train.get("start_from"):
+            if config.train.start_from:
                 state = carried_over(state, config.train.start_from, tuple(config.optimizer.frozen))
             if config.model.get("checkpoint"):
                 state = with_encoder(state, self.graphdef, config.model.checkpoint)

@@ -64,7 +64,7 @@ def train_population(
     swept = swept_values(config)
     members = members_of(swept)
     text = " ".join(f"{field}={','.join(map(str, values))}" for field, values in swept.items())
-    stages = list(config.get("stages", {}).items()) or [("", {})]
+    stages = list(config.stages.items()) or [("", {})]
     start_from: list[Fields] = [{} for _ in members]
     for number, (name, overrides) in enumerate(stages, 1):
         folder = workdir if number == len(stages) else workdir / name

@@ -87,7 +87,7 @@ def compile_steps(config: ml_collections.ConfigDict, experiment: Experiment) -> 
     task, mesh, seed = experiment.task, experiment.mesh, config.seed
     update = optimizer.make(config.optimizer, config.train.epochs * experiment.steps_an_epoch)
     graphdef = nnx.graphdef(task.init(nnx.Rngs(seed)))
-    sapt = thresholds.init(config.evaluation.threshold, **config.get("sapt", {"interval": 0}))
+    sapt = thresholds.init(config.evaluation.threshold, **config.sapt)
     init = functools.partial(initial_state, task, update, seed, sapt)
     abstract = jax.eval_shape(init)
     shardings = sharding.state_sharding(mesh, abstract)
@@ -102,7 +102,7 @@ def compile_steps(config: ml_collections.ConfigDict, experiment: Experiment) -> 
 def first_state(config: ml_collections.ConfigDict, compiled: Compiled) -> TrainState:
     """The state before the first step, with what `train.start_from` and `model.checkpoint` give it."""
     state = jax.jit(compiled.init, out_shardings=compiled.shardings)()
-    if config.train.get("start_from"):
+    if config.train.start_from:
         carried = carried_over(state, config.train.start_from, tuple(config.optimizer.frozen))
         state = jax.device_put(carried, compiled.shardings)
     if config.model.get("checkpoint"):

@@ -31,7 +31,7 @@ def swept_values(config: ml_collections.ConfigDict) -> dict[str, list]:
       ValueError: values that the field cannot have, or one twice.
     """
     swept = {}
-    for field, text in flat_fields(config.get("sweep", {})).items():
+    for field, text in flat_fields(config.sweep).items():
         if not text:
             continue
         present = functools.reduce(operator.getitem, field.split("."), config)

@@ -1,0 +1,151 @@
+"""Commands: their help is light, their log is our own, what was compiled is kept; files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import pcgjax
+from pcgjax.runtime import files
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = pathlib.Path(pcgjax.__file__).parent
+# What no command needs to print its help.
+HEAVY = ("jax", "jaxlib", "orbax", "flax", "optax", "torch", "transformers", "sklearn", "librosa")
+DOORS = ("train", "prepare", "report", "splits")
+IN_A_COMMAND = """
+import json, os, pathlib, runpy, sys
+door, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(door, run_name="__main__", alter_sys=True)
+finally:
+    print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file=sys.stderr)
+"""
+
+
+def run_python(code: str, *words: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh process of `code`, which sees this tree."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, cwd=cwd, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_help_loads_nothing_heavy(door):
+    process = run_python(IN_A_COMMAND, f"pcgjax.{door}", "--help")
+    assert process.stdout.startswith(("\n", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")), process.stdout + process.stderr
+    assert f"python -m pcgjax.{door}" in process.stdout
+    assert not set(HEAVY) & set(json.loads(process.stderr.splitlines()[-1]))
+
+
+def test_a_field_that_is_not_there_is_one_line_and_loads_nothing_heavy():
+    words = ("--workdir=W", "--config=configs/cnn.py", "--config.train.epoch=2")
+    process = run_python(IN_A_COMMAND, "pcgjax.train", *words)
+    modules, error = process.stderr.splitlines()
+    assert process.returncode == 1
+    assert not set(HEAVY) & set(json.loads(modules))
+    assert error == (
+        "error: the config has no part or field 'epoch' Did you mean \"epochs\" instead of \"epoch\"?; "
+        "of --config.train.epoch"
+    )
+
+
+CACHED = """
+import sys
+from pcgjax.runtime import files
+
+def main(argv):
+    assert "jax" not in sys.modules
+    import jax
+    print(jax.config.jax_compilation_cache_dir)
+
+files.run(main)
+"""
+
+
+def test_what_is_compiled_is_cached_though_main_imports_jax(tmp_path):
+    unset = run_python(CACHED, JAX_COMPILATION_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert unset.stdout.strip() == str(tmp_path / "home" / "pcgjax" / "xla"), unset.stderr
+    given = run_python(CACHED, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "given"), XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert given.stdout.strip() == str(tmp_path / "given"), given.stderr
+    before = run_python(f"import jax\n{CACHED.replace('assert', '0 and')}", JAX_COMPILATION_CACHE_DIR="",
+                        XDG_CACHE_HOME=str(tmp_path / "home"))  # fmt: skip
+    assert before.stdout.strip() == str(tmp_path / "home" / "pcgjax" / "xla"), before.stderr
+
+
+def test_a_program_compiled_by_one_command_is_found_by_the_next(tmp_path):
+    code = """
+from pcgjax.runtime import files
+
+def main(argv):
+    import jax, jax.numpy as jnp
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).sum())
+
+files.run(main)
+"""
+    process = run_python(code, JAX_COMPILATION_CACHE_DIR="", XDG_CACHE_HOME=str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert list((tmp_path / "pcgjax" / "xla").iterdir())
+
+
+@pytest.mark.parametrize(("path", "level", "kept"), [
+    (PACKAGE / "training" / "loop.py", logging.INFO, True),
+    (PACKAGE / "train.py", logging.DEBUG, True),
+    # A clone in a folder of the package's name, its environment inside.
+    (PACKAGE.parent / "venv" / "site-packages" / "orbax" / "checkpoint.py", logging.INFO, False),
+    (pathlib.Path("/home/me/pcgjax/.venv/lib/jax/_src/compiler.py"), logging.INFO, False),
+    (pathlib.Path(f"{PACKAGE}_other") / "module.py", logging.INFO, False),
+    (pathlib.Path("/home/me/pcgjax/.venv/lib/jax/_src/compiler.py"), logging.WARNING, True),
+])  # fmt: skip
+def test_the_log_is_this_packages_own_and_warnings(path, level, kept):
+    record = logging.LogRecord("any", level, str(path), 1, "text", None, None)
+    assert files.own_or_warning(record) is kept
+
+
+def test_a_clone_in_a_folder_of_the_packages_name_logs_its_own_lines_only(tmp_path):
+    clone = tmp_path / "pcgjax"
+    clone.mkdir()
+    (clone / "pcgjax").symlink_to(PACKAGE)
+    (clone / "other.py").write_text("from absl import logging\ndef tell(): logging.info('of another package')\n")
+    code = """
+import sys
+from absl import logging
+from pcgjax.runtime import files, distributed
+import other
+
+def main(argv):
+    logging.set_verbosity(logging.INFO)
+    other.tell()
+    code = compile("logging.info('our own')", files.PACKAGE + "any.py", "exec")
+    exec(code)
+
+files.run(main)
+"""
+    process = run_python(code, cwd=clone, PYTHONPATH=str(clone))
+    assert process.returncode == 0, process.stderr
+    assert "our own" in process.stderr
+    assert "of another package" not in process.stderr
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "inner" / "a.txt"
+    files.write_text(path, "whole")
+
+    def interrupted() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "whole"
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
