@@ -281,12 +281,12 @@ def test_a_process_reads_its_own_recordings_alone():
     seen = []
     watched = Corpus(corpus.rows, 1000, corpus.lengths, lambda index: (seen.append(index), corpus.read(index))[1])
     labels = np.zeros(40, np.float32)
-    pieces = list(stream(watched, labels, made, 0, len(order), devices=4, mine=(2, 3), mib=0.03))
+    pieces = list(stream(watched, labels, made, 0, len(order), devices=4, local_devices=(2, 3), mib=0.03))
     assert sorted(seen) == sorted(order[:, 4:].reshape(-1))
     assert pieces[0][0]["samples"].shape[0] == 2
     assert pieces[0][1].shape[1:] == (4, 1)
     # All processes come to blocks of one shape, whatever they hold.
-    other = list(stream(corpus, labels, made, 0, len(order), devices=4, mine=(0, 1), mib=0.03))
+    other = list(stream(corpus, labels, made, 0, len(order), devices=4, local_devices=(0, 1), mib=0.03))
     shapes = lambda found: [str(jax.tree.map(np.shape, piece)) for piece in found]
     assert shapes(pieces) == shapes(other)
 

@@ -289,7 +289,7 @@ def test_command_line_is_idempotent_and_workers_do_not_matter(corpus: pathlib.Pa
         command(f"--source={corpus}", f"--out={out}", "--sample_rate_hz=500"), capture_output=True, text=True
     )
     assert run.returncode == 1
-    assert "sample_rate_hz is 1000 there, 500 asked" in run.stderr
+    assert "sample_rate_hz is 1000 there, 500 here" in run.stderr
     assert "--overwrite" in run.stderr
     assert "Traceback" not in run.stderr
 
@@ -299,10 +299,10 @@ def test_a_folder_with_other_content_is_kept(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
     first = prepare.prepare("cinc2016", source, out, workers=1)
     assert first is not None
-    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 500 asked"):
+    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 500 here"):
         prepare.prepare("cinc2016", source, out, 500, workers=1)
     other = shutil.copytree(source, tmp_path / "other")
-    with pytest.raises(PrepareError, match=r"source is .*source' there, .*other' asked"):
+    with pytest.raises(PrepareError, match=r"source is .*source' there, .*other' here"):
         prepare.prepare("cinc2016", other, out, workers=1)
     write_corpus(source, {"e00001": noise(77)})
     with pytest.raises(PrepareError, match=r"e00000 to e00002.*--overwrite"):
@@ -323,7 +323,7 @@ def test_a_folder_with_other_content_is_kept(tmp_path: pathlib.Path) -> None:
 
 def test_an_unfinished_folder_with_other_parameters_is_kept(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
     prepare.prepare("cinc2016", corpus, tmp_path, workers=1, num_shards=2, shard_index=0)
-    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 2000 asked"):
+    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 2000 here"):
         prepare.prepare("cinc2016", corpus, tmp_path, 2000, workers=1)
     manifest = prepare.prepare("cinc2016", corpus, tmp_path, 2000, workers=1, overwrite=True)
     assert manifest is not None
