@@ -13,8 +13,8 @@ from torch import nn
 
 from pcgjax import predict
 from pcgjax.models import image
-from pcgjax.models.image import ImageClassifier
-from pcgjax.models.imagenet import _STEMS, _positions, load_imagenet
+from pcgjax.models.image import ImageClassifier, load_imagenet
+from pcgjax.models.imagenet import _STEMS, _positions
 from pcgjax.tasks.base import split_model
 from pcgjax.training.answers import load_model
 from pcgjax.training.loop import train

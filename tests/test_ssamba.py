@@ -15,8 +15,7 @@ from flax import nnx
 
 from pcgjax.bench.ssamba import Peer, ssamba_suite, ssamba_summary
 from pcgjax.models import ssamba
-from pcgjax.models.ssamba import SSAMBA, Mixer
-from pcgjax.models.ssamba_checkpoint import load_torch_checkpoint, save_torch_checkpoint
+from pcgjax.models.ssamba import SSAMBA, Mixer, load_torch_checkpoint, save_torch_checkpoint
 
 torch = pytest.importorskip("torch")
 

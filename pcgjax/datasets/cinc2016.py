@@ -7,7 +7,19 @@ import os
 import pathlib
 import re
 
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, Span, audio, state_ans
+from pcgjax.datasets import (
+    DIASTOLE,
+    S1,
+    S2,
+    SYSTOLE,
+    UNANNOTATED,
+    DatasetError,
+    Problem,
+    Recording,
+    Span,
+    audio,
+    state_ans,
+)
 from pcgjax.datasets.tables import read_rows, read_table, relative
 
 LAYOUT = (
@@ -142,7 +154,7 @@ def _references(
                 else:
                     reason = f"mislabelled: line {line}, record {record}: sqi {values[1]!r}, allowed are 0 and 1"
                     problems.append(Problem(relative(path, source), reason))
-    comments = {path.stem: label for path in folder.glob("*.hea") if (label := _header_label(path))}
+    comments = {path.stem: verdict for path in folder.glob("*.hea") if (verdict := _header_label(path))}
     if not tables and not comments:
         raise DatasetError(
             f"{folder}: no labels; it needs REFERENCE.csv (rows such as a0001,1) or REFERENCE_withSQI.csv, "

@@ -24,7 +24,8 @@ def mel_filterbank(
     """Triangular mel bands of unit area over FFT bins, (n_mels, 1 + n_fft // 2) float32: `librosa.filters.mel`.
 
     In float64 and rounded once: librosa's float32 bank is rounded twice, and up to a quarter of its weights
-    differ in the last bit. librosa is imported here, when a system first asks for mel bands: the 1D CNN and SSAMBA train without it.
+    differ in the last bit. librosa is imported here, when a system first asks for mel bands: the 1D CNN and SSAMBA
+    train without it.
 
     Args:
       high_hz: None for half the sample rate.
