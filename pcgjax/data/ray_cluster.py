@@ -56,7 +56,7 @@ def over_ray(jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[int, st
             yield number, key
     except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        raise PrepareError(f"--engine=ray: {reason}; mend this and run again, what is done is kept") from error
+        raise PrepareError(f"--engine=ray: {reason}; fix this and run again; finished shards are reused") from error
     finally:
         if not connected:
             ray.shutdown()

@@ -104,7 +104,7 @@ def write_unit(job: Job) -> tuple[int, str]:
         files.write_text(side, "\n".join([_json(head), *lines, ""]))
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError when the disk is full
         raise PrepareError(
-            f"{shard}: could not be written: {error}; mend this and run again, what is done is kept"
+            f"{shard}: could not be written: {error}; fix this and run again; finished shards are reused"
         ) from None
     return number, key
 
@@ -233,7 +233,7 @@ def join_shards(
             path.unlink(missing_ok=True)  # of an unfinished run on a larger source
         files.write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise PrepareError(f"{out}: the manifest could not be written: {error}; mend this and run again") from None
+        raise PrepareError(f"{out}: the manifest could not be written: {error}; fix this and run again") from None
     shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
 

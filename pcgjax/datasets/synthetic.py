@@ -226,7 +226,7 @@ def _table(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[ob
 
 
 _STATE_WORDS = {S1: "S1", SYSTOLE: "systole", S2: "S2", DIASTOLE: "diastole"}
-_TRANSDUCER_SITES = {  # database a's own words
+_TRANSDUCER_SITES = {  # in the words of database a
     "AV": "2nd right intercostal space",
     "PV": "Superior of Parasternum",
     "TV": "Left of parasternum",
@@ -235,7 +235,7 @@ _TRANSDUCER_SITES = {  # database a's own words
 
 
 def _cinc_person(out: pathlib.Path, corpus: _Corpus, person_index: int) -> list[dict[str, Any]]:
-    # Clinics take turns, and each has its own quota of murmurs: the clinic tells nothing of the class.
+    # Clinics take turns, each with its quota of murmurs, so that the clinic is independent of the class.
     database = list(CLINICS)[person_index % len(CLINICS)]
     index = person_index // len(CLINICS)
     rng, recording_rng = _rngs(corpus, person_index)

@@ -354,8 +354,8 @@ class ViT(nnx.Module):
         # Between -1 and 1, as the published nets have their pictures.
         x = (2 * jnp.pad(x_BxFxT, missing) - 1).reshape(batch, bands, PATCH, steps, PATCH)
         h = self.patch_embed.proj(x.swapaxes(2, 3).reshape(batch, bands * steps, PATCH**2))
-        heard = jnp.tile(mask_BxT[:, ::PATCH] > 0, (1, bands))
-        attended = jnp.concatenate([jnp.ones((batch, 1), bool), heard], 1)
+        in_clip = jnp.tile(mask_BxT[:, ::PATCH] > 0, (1, bands))
+        attended = jnp.concatenate([jnp.ones((batch, 1), bool), in_clip], 1)
         token = jnp.broadcast_to(self.cls_token[...], (batch, 1, self.outputs))
         h = jnp.concatenate([token, h], 1) + self.pos_embed[...]
         for block in self.blocks:
