@@ -127,8 +127,7 @@ def test_silence(top_db):
 
 @pytest.mark.parametrize("top_db", [None, 80.0])
 def test_gradients_are_finite_and_right(top_db):
-    run = lambda x: spectrogram.log_mel(x, RATE_HZ, 128, 64, 16, top_db=top_db)
-    gradient = jax.jit(jax.grad(lambda x: run(x).sum()))
+    gradient = jax.jit(jax.grad(lambda x: spectrogram.log_mel(x, RATE_HZ, 128, 64, 16, top_db=top_db).sum()))
     half_silent = clips(600, items=1)[0] * (np.arange(600) < 300)
     for x in (np.zeros(600, np.float32), half_silent, clips(600, items=1)[0]):
         assert np.isfinite(gradient(x)).all()
@@ -136,7 +135,10 @@ def test_gradients_are_finite_and_right(top_db):
     x = clips(600, items=1)[0]
     direction = np.random.default_rng(3).standard_normal(600)
     step = 1e-5
-    value = lambda x: oracle(x, RATE_HZ, top_db=top_db, n_fft=128, hop_length=64, n_mels=16).sum()
+
+    def value(x):
+        return oracle(x, RATE_HZ, top_db=top_db, n_fft=128, hop_length=64, n_mels=16).sum()
+
     quotient = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
     assert float(gradient(x) @ direction) == pytest.approx(quotient, rel=1e-3)
 
@@ -230,11 +232,11 @@ def test_kaldi_fbank_refuses():
 @pytest.mark.parametrize(("n_fft", "hop", "samples"), [(128, 40, 1088), (64, 20, 1044), (100, 100, 999), (50, 7, 50)])
 def test_mel_of_frames_is_a_loop(n_fft, hop, samples):
     x = np.random.default_rng(0).standard_normal((2, samples)).astype(np.float32)
-    found = np.asarray(spectrogram.mel_of_frames(x, 2000, n_fft, hop, 8, 50.0, 900.0))
+    mel = np.asarray(spectrogram.mel_of_frames(x, 2000, n_fft, hop, 8, 50.0, 900.0))
     bank = spectrogram.mel_filterbank(2000, n_fft, 8, 50.0, 900.0)
     starts = range(0, samples - n_fft + 1, hop)
     window = scipy.signal.get_window("hann", n_fft)
     frames = np.stack([x[:, start : start + n_fft] for start in starts], axis=1) * window
     expected = abs(np.fft.rfft(frames)) ** 2 @ bank.T
-    assert found.shape == (2, len(starts), 8)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert mel.shape == (2, len(starts), 8)
+    np.testing.assert_allclose(mel, expected, rtol=1e-4, atol=1e-6)

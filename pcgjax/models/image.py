@@ -24,7 +24,7 @@ from pcgjax.models.hinf_lstm import BatchNorm, one_share
 from pcgjax.models.imagenet import load_imagenet
 from pcgjax.runtime.traced import is_on
 
-__all__ = ["GREY", "MOBILENET", "NETS", "ImageClassifier", "MobileNetV3", "ResNet", "ViT", "load_imagenet"]
+__all__ = ["GREY", "MOBILENET", "NETS", "ImageClassifier", "MobileNetV3", "ResNet", "ViT", "load_imagenet", "one_share"]
 
 NETS = ("resnet", "mobilenet_v3", "vit")
 GREY = 0.449, 0.226  # ImageNet's mean and deviation, its three channels' taken as one
