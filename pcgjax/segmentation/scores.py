@@ -59,8 +59,8 @@ def score_states(truth_T: ArrayLike, predicted_T: ArrayLike, step_s: float) -> d
     sums |= {"cycles": len(errors), "cycle_error_ms_sum": sum(errors) * step_s * 1000}
     true_cycles, cycles = whole_cycles(true_onsets, truth), whole_cycles(onsets, truth)
     both = len(true_cycles) > 0 and len(cycles) > 0
-    rates = [60 / (np.median(lengths) * step_s) for lengths in (true_cycles, cycles)] if both else [0, 0]
-    sums |= {"heart_rates": both, "heart_rate_error_sum": abs(rates[1] - rates[0])}
+    rate, true_rate = (60 / float(np.median(x) * step_s) if both else 0.0 for x in (cycles, true_cycles))
+    sums |= {"heart_rates": both, "heart_rate_error_sum": abs(rate - true_rate)}
     return {name: float(value) for name, value in sums.items()}
 
 
