@@ -21,10 +21,8 @@ from flax import nnx
 
 from pcgjax.models.cnn1d import larger
 from pcgjax.models.hinf_lstm import BatchNorm, one_share
-from pcgjax.models.imagenet import load_imagenet
+from pcgjax.models.imagenet import load_imagenet as load_imagenet  # callers import it from here
 from pcgjax.runtime.traced import is_on
-
-__all__ = ["GREY", "MOBILENET", "NETS", "ImageClassifier", "MobileNetV3", "ResNet", "ViT", "load_imagenet", "one_share"]
 
 NETS = ("resnet", "mobilenet_v3", "vit")
 GREY = 0.449, 0.226  # ImageNet's mean and deviation, its three channels' taken as one
