@@ -1,4 +1,4 @@
-"""Losses over whole recordings, and over clips."""
+"""Losses: over whole recordings cut into segments, and over clips. Axes: S segments, R recordings, B clips."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import jax.numpy as jnp
 from pcgjax.runtime.traced import is_known, is_on
 
 
+def one_share(x: jax.Array) -> jax.Array:
+    """The sum over all devices' shares of a batch that lies on one device: `x` itself."""
+    return x
+
+
 def recording_log_probabilities(
     logits: jax.Array, recording_ids: jax.Array, mask: jax.Array, recordings: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log of each recording's mean segment probability, and of its complement.
 
-    Kept in logs throughout, so that logits of any size stay finite.
+    Computed in logs throughout, so that the result is finite for logits of any size.
 
     Args:
       logits, recording_ids, mask: (S,) a segment's logit, the recording it is cut from, and 1 where it is real.
@@ -66,7 +71,7 @@ def penalty(
     alpha: float = 0.87,
     normalize: str = "counts",
     slope: float = 0.0,
-    total: Callable[[jax.Array], jax.Array] = lambda x: x,
+    total: Callable[[jax.Array], jax.Array] = one_share,
 ) -> tuple[jax.Array, jax.Array]:
     """The penalty of the penalty-weighted loss, P = 1 + alpha FN + (1 - alpha) FP (H-infinity paper, equations 9-11).
 
@@ -78,7 +83,7 @@ def penalty(
       slope: 0 for the indicator, through which no gradient flows; above it, each false call counts
         sigmoid(slope (p - tau)), whose gradient does.
       total: sums over all devices' shares of the batch.
-    Returns: (P of the whole batch, this share's own part of P - 1), the latter for gradients.
+    Returns: (P of the whole batch, this device's share of P - 1), scalars, the latter for gradients.
     Raises:
       ValueError: an unknown `normalize`, alpha outside [0, 1], or a negative slope.
     """
@@ -98,8 +103,8 @@ def penalty(
     missed, false = (positive * (1 - called)).sum(), (negative * called).sum()
     if normalize == "rates":
         missed, false = missed / jnp.maximum(total(positive.sum()), 1), false / jnp.maximum(total(negative.sum()), 1)
-    own = alpha * missed + (1 - alpha) * false
-    return 1 + total(own), own
+    share = alpha * missed + (1 - alpha) * false
+    return 1 + total(share), share
 
 
 def penalty_weighted_bce(
@@ -114,7 +119,10 @@ def penalty_weighted_bce(
     Args:
       probabilities: (B,) in [0, 1]; within 1e-7 of either end they count as that far from it.
       labels: (B,) 0 or 1.
+      threshold, alpha, normalize: as in `penalty`.
     Returns: scalar.
+    Raises:
+      ValueError: as `penalty`.
     """
     p = jnp.clip(probabilities, 1e-7, 1 - 1e-7)
     log_p, log_q = jnp.log(p), jnp.log1p(-p)

@@ -1,8 +1,8 @@
 """Scores of binary decisions on recordings, with intervals over people, and the official Challenge formulas.
 
-NumPy, and SciPy for one quantile. A score that is undefined (AUC of one class, precision without a positive decision,
-...) is NaN here and `None` (JSON null) in what `judge` returns: never a made-up 0. A recording is decided abnormal when
-its probability >= threshold. R axis: resamples; n: recordings; G: groups of recordings with equal probability.
+A score that is undefined (AUC of one class, precision without a positive decision, ...) is NaN here and `None` (JSON
+null) in what `judge` returns, never 0. A recording is decided abnormal when its probability >= threshold. Axes:
+R resamples; n recordings; G groups of recordings with equal probability.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-# The scores of one set of recordings, in the order in which tables show them. All lie in [0, 1]; of the Brier
-# score less is better. `mean_accuracy` is CinC 2016's MAcc.
+# The scores of one set of recordings, in the order in which tables show them. All lie in [0, 1]; a lower Brier score
+# is better. `mean_accuracy` is CinC 2016's MAcc.
 METRICS = (
     "accuracy", "auc", "auprc", "precision", "recall", "f1", "sensitivity", "specificity", "mean_accuracy", "brier",
 )  # fmt: skip
-_CHUNK = 2**21  # resamples x recordings held at once: 16 MB an array
+_CHUNK = 2**21  # resamples x recordings computed at once: 16 MB an array
 LEVEL = 0.95
 
 
@@ -230,16 +230,19 @@ def draw_people(persons: ArrayLike, databases: ArrayLike, resamples: int, seed: 
     """Recording weights (resamples, n) of a bootstrap over people: how often the recording's person was drawn.
 
     Drawn with replacement and stratified by database: each resample has as many people of a database as there
-    are. Names are taken to be unique within a database: ("circor", "1") and ("pascal-b", "1") are two people.
+    are. Names are unique within a database: ("circor", "1") and ("pascal-b", "1") are two people.
+
+    Args: persons, databases: (n,) of each recording.
     """
     people, person_of = np.unique(_pairs(persons, databases), axis=0, return_inverse=True)
     person_of = person_of.reshape(-1)  # NumPy 2.0 alone returns another shape here
     times = np.zeros((resamples, len(people)))
     rng = np.random.default_rng(seed)
     for database in np.unique(people[:, 0]):
-        own = np.flatnonzero(people[:, 0] == database)
-        drawn = rng.integers(len(own), size=(resamples, len(own))) + len(own) * np.arange(resamples)[:, None]
-        times[:, own] = np.bincount(drawn.ravel(), minlength=resamples * len(own)).reshape(resamples, len(own))
+        members = np.flatnonzero(people[:, 0] == database)
+        count = len(members)
+        drawn = rng.integers(count, size=(resamples, count)) + count * np.arange(resamples)[:, None]
+        times[:, members] = np.bincount(drawn.ravel(), minlength=resamples * count).reshape(resamples, count)
     return times[:, person_of]
 
 
@@ -253,29 +256,29 @@ def judge(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What a run's answers are worth: scores with 95 % intervals, per database and class, beside trivial answers.
+    """The scores of a run: with 95 % intervals, of each database and class, and beside those of baselines.
 
     Intervals are percentiles over `draw_people`: people are drawn, not recordings, because recordings of one
     person are alike. A resample in which a score is undefined is left out of its interval; when that is more than
     half of them, or when there is one person only, the interval is null.
 
     Args:
-      labels, probabilities, persons, databases, classes: (n,) each; `classes` the data set's own words
-        ("murmur", "MVP"), which need not be two.
+      labels, probabilities, persons, databases, classes: (n,) each, of a recording: 0 or 1, in [0, 1], and text;
+        `classes` are the data set's own words ("murmur", "MVP"), which need not be two.
       resamples: 0 for no intervals.
 
     Returns a JSON-ready dict, undefined numbers None; S = {"value", "low", "high"}:
       overall              {metric of METRICS: S}
       counts               tp, fp, fn, tn
-      mean_database_auc    S with "databases": how many have both classes; plain mean of their AUC. Every answer
-                           that knows only the database gets 0.5 here. No interval when one of them has one person
+      mean_database_auc    S with "databases": how many have both classes; plain mean of their AUC. A classifier
+                           that knows only the database scores 0.5. No interval when one of them has one person
       per_database         {database: {metric: S, "recordings", "people", "positives"}}
       per_class            {class: {"recordings", "mean_probability", "share_abnormal"}}, of `share` decided abnormal
       report               as `class_report`
       calibration          as `calibration`
       trivial              {"all_abnormal" | "all_normal" | "majority" | "database_prior": {metric: number}};
-                           majority and database_prior (probability = the database's share of positives) are told
-                           the judged recordings' own labels, so they are the best of their kind
+                           baselines; majority and database_prior (probability = the database's share of
+                           positives) are fitted on the judged recordings themselves: upper bounds of their kind
       recordings, people, threshold
       intervals            {"level", "resamples", "seed", "unit"}
 
@@ -293,43 +296,14 @@ def judge(
     weights = draw_people(persons, databases, resamples, seed)
     decided = p >= threshold
 
-    database_of = pairs[:, 0]
-    per_database: dict[str, Any] = {}
-    auc, resampled_auc = [], []
-    for database in np.unique(database_of):
-        own = database_of == database
-        people = len(np.unique(pairs[own], axis=0))
-        # One person drawn again and again would give an interval of no width: no interval then.
-        value, drawn = _values_and_draws(y[own], p[own], weights[: resamples if people > 1 else 0, own], threshold)
-        per_database[str(database)] = {
-            **{k: with_interval(value[k], drawn[k]) for k in METRICS},
-            "recordings": int(own.sum()),
-            "people": people,
-            "positives": int(y[own].sum()),
-        }
-        if not np.isnan(value["auc"]):
-            auc.append(value["auc"])
-            resampled_auc.append(drawn["auc"] if people > 1 else np.full(resamples, np.nan))
-
+    per_database, mean_database_auc = _per_database(y, p, pairs, weights, threshold)
     people = len(np.unique(pairs, axis=0))
     value, drawn = _values_and_draws(y, p, weights if people > 1 else weights[:0], threshold)
-    mean_auc = float(np.mean(auc)) if auc else float("nan")
-    drawn_mean_auc = np.mean(resampled_auc, axis=0) if auc else []
-    prior = {database: y[database_of == database].mean() for database in per_database}
-    majority = float(y.mean() >= 0.5)
-    trivial = {
-        "all_abnormal": np.ones(len(y)),
-        "all_normal": np.zeros(len(y)),
-        "majority": np.full(len(y), majority),
-        "database_prior": np.array([prior[database] for database in database_of]),
-    }
-    # A constant answer is a decision, not a probability: at any threshold "all normal" stays all normal.
-    cut = {name: threshold if name == "database_prior" else 0.5 for name in trivial}
     return json_ready(
         {
             "overall": {k: with_interval(value[k], drawn[k]) for k in METRICS},
             "counts": {k: int(value[k]) for k in ("tp", "fp", "fn", "tn")},
-            "mean_database_auc": {**with_interval(mean_auc, drawn_mean_auc), "databases": len(auc)},
+            "mean_database_auc": mean_database_auc,
             "per_database": per_database,
             "per_class": {
                 str(word): {
@@ -341,10 +315,7 @@ def judge(
             },
             "report": class_report(y, decided),
             "calibration": calibration(y, p),
-            "trivial": {
-                name: {k: v for k, v in binary(y, answer, cut[name]).items() if k in METRICS}
-                for name, answer in trivial.items()
-            },
+            "trivial": _baselines(y, pairs[:, 0], threshold),
             "recordings": len(y),
             "people": people,
             "threshold": float(threshold),
@@ -354,9 +325,52 @@ def judge(
     )  # fmt: skip
 
 
+def _per_database(
+    y: np.ndarray, p: np.ndarray, pairs: np.ndarray, weights: np.ndarray, threshold: float
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """`per_database` and `mean_database_auc` of `judge`; weights (R, n)."""
+    per_database: dict[str, Any] = {}
+    auc, resampled_auc = [], []
+    for database in np.unique(pairs[:, 0]):
+        inside = pairs[:, 0] == database
+        people = len(np.unique(pairs[inside], axis=0))
+        # One person drawn again and again would give an interval of no width: no interval then.
+        resamples = len(weights) if people > 1 else 0
+        value, drawn = _values_and_draws(y[inside], p[inside], weights[:resamples, inside], threshold)
+        per_database[str(database)] = {
+            **{k: with_interval(value[k], drawn[k]) for k in METRICS},
+            "recordings": int(inside.sum()),
+            "people": people,
+            "positives": int(y[inside].sum()),
+        }
+        if not np.isnan(value["auc"]):
+            auc.append(value["auc"])
+            resampled_auc.append(drawn["auc"] if people > 1 else np.full(len(weights), np.nan))
+    mean = float(np.mean(auc)) if auc else float("nan")
+    drawn_mean = np.mean(resampled_auc, axis=0) if auc else []
+    return per_database, {**with_interval(mean, drawn_mean), "databases": len(auc)}
+
+
+def _baselines(y: np.ndarray, database_of: np.ndarray, threshold: float) -> dict[str, dict[str, float]]:
+    """`trivial` of `judge`: the METRICS of each baseline."""
+    prior = {database: y[database_of == database].mean() for database in np.unique(database_of)}
+    probabilities = {
+        "all_abnormal": np.ones(len(y)),
+        "all_normal": np.zeros(len(y)),
+        "majority": np.full(len(y), float(y.mean() >= 0.5)),
+        "database_prior": np.array([prior[database] for database in database_of]),
+    }
+    # A constant baseline is a decision, not a probability: at any threshold "all normal" stays all normal.
+    cut = {name: threshold if name == "database_prior" else 0.5 for name in probabilities}
+    return {
+        name: {k: v for k, v in binary(y, p, cut[name]).items() if k in METRICS} for name, p in probabilities.items()
+    }
+
+
 def _values_and_draws(
     y: np.ndarray, p: np.ndarray, weights: ArrayLike, threshold: float
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The scores of the recordings as they are, and of each resample (R,)."""
     scores = binary_weighted(y, p, np.concatenate([np.ones((1, len(y))), weights]), threshold)
     return {k: float(v[0]) for k, v in scores.items()}, {k: v[1:] for k, v in scores.items()}
 
@@ -378,6 +392,10 @@ def interval(values: ArrayLike) -> dict[str, float]:
 
 
 def with_interval(value: float, drawn: ArrayLike) -> dict[str, float]:
+    """{"value", "low", "high"}: a score and the 95 % percentile interval of its resampled values `drawn` (R,).
+
+    The bounds are NaN where the score is, or where more than half of the resampled values are.
+    """
     drawn = np.asarray(drawn, np.float64)
     defined = drawn[np.isfinite(drawn)]
     if np.isnan(value) or not len(drawn) or len(defined) < len(drawn) / 2:
@@ -388,6 +406,7 @@ def with_interval(value: float, drawn: ArrayLike) -> dict[str, float]:
 
 
 def json_ready(value: Any) -> Any:
+    """The same dicts and lists with plain numbers, and None for each that is not finite."""
     if isinstance(value, dict):
         return {k: json_ready(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -443,14 +462,18 @@ def _pairs(persons: ArrayLike, databases: ArrayLike) -> np.ndarray:
 
 
 def same_length(**arrays: Any) -> None:
+    """Raises ValueError, naming them, where the arrays' lengths differ."""
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError("lengths differ: " + ", ".join(f"{name} {length}" for name, length in lengths.items()))
 
 
 def finite(score: Any, key: str = "value") -> float | None:
-    """The finite number of a score, which is a number or {"value", "low", "high"}."""
-    value = score.get(key) if isinstance(score, Mapping) else score if key == "value" else None
+    """The finite number `key` of a score, which is a number or {"value", "low", "high"}; None where there is none."""
+    if isinstance(score, Mapping):
+        value = score.get(key)
+    else:
+        value = score if key == "value" else None
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None

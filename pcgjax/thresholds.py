@@ -24,7 +24,7 @@ GRID = tuple(round(0.01 * i, 2) for i in range(1, 100))
 )
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A pytree: three arrays, and the settings as static fields. Made by `init`."""
+    """A pytree of three arrays, its settings static fields; `init` makes it. K candidates in the grid."""
 
     threshold: jax.Array  # () in use until the next update
     epoch: jax.Array  # () int32, how many epochs were seen
@@ -76,13 +76,14 @@ def init(
 
 
 def sapt_update(state: State, probabilities: jax.Array, labels: jax.Array) -> State:
-    """The state after an epoch whose validation gave these answers; `state.threshold` is in use from the next one on.
+    """The state after an epoch's validation gave these probabilities; its `threshold` is in use from the next epoch on.
 
-    Of equally good candidates the one nearest to the threshold in use counts. Where the validation set lacks a class,
-    nothing but the count of epochs changes.
+    Of equally good candidates the one nearest to the threshold in use is taken. Where the validation set lacks a class,
+    only the count of epochs changes.
 
     Args:
-      probabilities, labels: (n,) in [0, 1]; 0 or 1, or NaN for one that counts as neither.
+      probabilities: (n,) in [0, 1].
+      labels: (n,) 0 or 1, or NaN for a recording that counts as neither.
     """
     grid = jnp.asarray(state.grid, jnp.float32)
     called = probabilities[None] >= grid[:, None]

@@ -233,10 +233,10 @@ def test_pieces_are_the_whole(
     if rate_hz != wanted_hz:
         whole = soxr.resample(whole, rate_hz, wanted_hz, quality="HQ")
     for piece_s in (10.0, 1.07, 0.1):
-        found = list(audio.pieces(tmp_path / name, wanted_hz, piece_s))
-        assert all(piece.dtype == np.float32 for piece in found)
-        assert max(map(len, found)) <= (piece_s + 1) * wanted_hz
-        joined = np.concatenate(found)
+        samples_of_pieces = list(audio.pieces(tmp_path / name, wanted_hz, piece_s))
+        assert all(piece.dtype == np.float32 for piece in samples_of_pieces)
+        assert max(map(len, samples_of_pieces)) <= (piece_s + 1) * wanted_hz
+        joined = np.concatenate(samples_of_pieces)
         if rate_hz == wanted_hz:
             np.testing.assert_array_equal(joined, whole)
         assert abs(len(joined) - len(whole)) <= 1

@@ -51,8 +51,8 @@ def test_coefficients_are_librosas(ragged, order):
         expected_k, expected = lattice(row[:n], order)
         np.testing.assert_allclose(own_k, expected_k, atol=2e-4)
         np.testing.assert_allclose(own_variance, expected, rtol=2e-3)
-        theirs = librosa.lpc(row[:n], order=order)
-        np.testing.assert_allclose(own_a, theirs, atol=3e-4 * np.abs(theirs).max())
+        expected_a = librosa.lpc(row[:n], order=order)
+        np.testing.assert_allclose(own_a, expected_a, atol=3e-4 * np.abs(expected_a).max())
 
 
 @pytest.mark.parametrize("nfft", [512, 511])
@@ -60,16 +60,16 @@ def test_spectrum_is_float64s(ragged, nfft):
     x, lengths = ragged
     order = 10
     k, variance = burg.burg(x.astype(np.float32), jnp.asarray(lengths), order)
-    found = np.asarray(burg.power_spectrum(k, variance, nfft, 4000.0))
-    assert found.shape == (len(x), nfft // 2 + 1)
-    for row, n, own in zip(x, lengths, found, strict=True):
+    spectra = np.asarray(burg.power_spectrum(k, variance, nfft, 4000.0))
+    assert spectra.shape == (len(x), nfft // 2 + 1)
+    for row, n, spectrum in zip(x, lengths, spectra, strict=True):
         _, expected = lattice(row[:n], order)
         power = expected / 4000 * 2 / np.abs(np.fft.rfft(librosa.lpc(row[:n], order=order), nfft)) ** 2
         power[0] /= 2
         if nfft % 2 == 0:
             power[-1] /= 2
         assert np.ptp(10 * np.log10(power)) > 40
-        np.testing.assert_allclose(10 * np.log10(own), 10 * np.log10(power), atol=0.05)
+        np.testing.assert_allclose(10 * np.log10(spectrum), 10 * np.log10(power), atol=0.05)
 
 
 def test_spectrum_integrates_to_the_power():

@@ -637,8 +637,8 @@ def drop(circor: pathlib.Path, keys: tuple[str, ...]) -> None:
         lines = path.read_text().splitlines()
         path.write_text("\n".join(line for line in lines if not line.startswith(tuple(f"#{key}:" for key in keys))))
     rows = [line.split(",") for line in (circor / "training_data.csv").read_text().splitlines()]
-    kept = [column for column, name in enumerate(rows[0]) if name not in keys]
-    table = "\n".join(",".join(row[column] for column in kept) for row in rows)
+    columns = [column for column, name in enumerate(rows[0]) if name not in keys]
+    table = "\n".join(",".join(row[column] for column in columns) for row in rows)
     (circor / "training_data.csv").write_text(table)
 
 
@@ -911,8 +911,8 @@ def test_pascal_labels(pascal: pathlib.Path) -> None:
         "b_extrastole__127_1306764300147_C2": ("extrastole", "1", None),
     }
     for record, labels in expected.items():
-        found = recordings[record].labels
-        assert (found["class"], found.get("abnormal"), found.get("murmur")) == labels
+        read = recordings[record].labels
+        assert (read["class"], read.get("abnormal"), read.get("murmur")) == labels
 
 
 def test_pascal_noisy_clips(pascal: pathlib.Path) -> None:
@@ -1087,11 +1087,11 @@ def test_pascal_refuses_a_malformed_table(pascal: pathlib.Path, kind: str) -> No
         load("pascal", pascal)
 
 
-# -------------------------------------------------------------------------------------------- a folder of one's own
+# --------------------------------------------------------------------------------------- a folder of unlabelled files
 
 
 @pytest.fixture
-def own(tmp_path: pathlib.Path) -> pathlib.Path:
+def unlabelled(tmp_path: pathlib.Path) -> pathlib.Path:
     for name, rate_hz in (("ann/a.wav", 4000), ("ann/later/b.flac", 2000), ("bob/A.WAV", 8000), ("c.wav", 1000)):
         sound(tmp_path / name, rate_hz)
     (tmp_path / "ann" / "a.tsv").write_text("0\t0.5\t0\n0.5\t0.6\t1\n0.6\t0.8\t2\n")
@@ -1099,8 +1099,8 @@ def own(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def test_folder(own: pathlib.Path) -> None:
-    recordings, problems = load("folder", own)
+def test_folder(unlabelled: pathlib.Path) -> None:
+    recordings, problems = load("folder", unlabelled)
     assert problems == []
     assert list(recordings) == ["ann/a", "ann/later/b", "bob/A", "c"]
     assert {r.person for r in recordings.values() if r.person_known} == {"folder-ann", "folder-bob"}
@@ -1108,19 +1108,19 @@ def test_folder(own: pathlib.Path) -> None:
     assert (recordings["c"].person, recordings["c"].person_known) == ("c", False)
     assert [r.rate_hz for r in recordings.values()] == [4000, 2000, 8000, 1000]
     assert all(r.database == "folder" and r.labels == {} for r in recordings.values())
-    assert recordings["ann/later/b"].path == own / "ann" / "later" / "b.flac"
+    assert recordings["ann/later/b"].path == unlabelled / "ann" / "later" / "b.flac"
     assert recordings["ann/a"].annotations == ((0.0, 0.5, UNANNOTATED), (0.5, 0.6, S1), (0.6, 0.8, SYSTOLE))
     assert [r.annotations for r in list(recordings.values())[1:]] == [()] * 3
 
 
-def test_folder_lists_what_cannot_be_used(own: pathlib.Path) -> None:
-    sound(own / "ann" / "a.flac", 4000)
-    (own / "bob" / "text.wav").write_text("no sound")
-    (own / "bob" / "A.tsv").write_text("0\t9\t1\n")
-    (own / "bob" / "folder.wav").mkdir()
-    whole = (own / "c.wav").read_bytes()
-    (own / "cut.wav").write_bytes(whole[:900])
-    recordings, problems = load("folder", own)
+def test_folder_lists_what_cannot_be_used(unlabelled: pathlib.Path) -> None:
+    sound(unlabelled / "ann" / "a.flac", 4000)
+    (unlabelled / "bob" / "text.wav").write_text("no sound")
+    (unlabelled / "bob" / "A.tsv").write_text("0\t9\t1\n")
+    (unlabelled / "bob" / "folder.wav").mkdir()
+    whole = (unlabelled / "c.wav").read_bytes()
+    (unlabelled / "cut.wav").write_bytes(whole[:900])
+    recordings, problems = load("folder", unlabelled)
     assert list(recordings) == ["ann/a", "ann/later/b", "bob/A", "c"]
     assert recordings["ann/a"].path.name == "a.flac"
     assert recordings["bob/A"].annotations == ()
@@ -1132,14 +1132,14 @@ def test_folder_lists_what_cannot_be_used(own: pathlib.Path) -> None:
     assert reasons(problems, "cut.wav")[0].startswith("truncated: ")
 
 
-def test_folder_is_prepared_and_divided(own: pathlib.Path, run_command: Callable) -> None:
-    out = own.parent / f"{own.name}-prepared"
+def test_folder_is_prepared_and_divided(unlabelled: pathlib.Path, run_command: Callable) -> None:
+    out = unlabelled.parent / f"{unlabelled.name}-prepared"
     for i in range(8):
         noise = np.random.default_rng(i + 1).standard_normal(3000) / 10
-        (own / f"p{i // 2}").mkdir(exist_ok=True)
-        soundfile.write(own / f"p{i // 2}" / f"{i}.wav", noise, 1000)
-    sound(own / "ann" / "other.wav", 4000, 0.2)
-    done = run_command("prepare", "--dataset=folder", f"--source={own}", f"--out={out}")
+        (unlabelled / f"p{i // 2}").mkdir(exist_ok=True)
+        soundfile.write(unlabelled / f"p{i // 2}" / f"{i}.wav", noise, 1000)
+    sound(unlabelled / "ann" / "other.wav", 4000, 0.2)
+    done = run_command("prepare", "--dataset=folder", f"--source={unlabelled}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     manifest, rows = read_rows(out)
     assert [row["id"] for row in rows][:2] == ["ann/a", "ann/later/b"]

@@ -39,61 +39,61 @@ def otsu(e):
 
 
 @pytest.fixture(scope="module")
-def heard():
+def simulated():
     """[(samples, states)] of simulated people at rest, lengths odd and even."""
     rng = np.random.default_rng(0)
-    found = []
+    recordings = []
     for i, duration_s in enumerate((3.0, 5.237, 8.001, 6.4)):
         person = draw_person(rng, i)
         wave, states = simulate_person(person, "MV", rng, duration_s, RATE_HZ)
-        found.append((np.asarray(wave, np.float64), states))
-    return found
+        recordings.append((np.asarray(wave, np.float64), states))
+    return recordings
 
 
 @pytest.fixture(scope="module")
-def analysed(heard):
-    """envelope (B, F), counts, thresholds and cycles of `heard` in one padded batch, with an unused place."""
-    lengths = np.array([*(len(x) for x, _ in heard), 0])
+def analysed(simulated):
+    """envelope (B, F), counts, thresholds and cycles of `simulated` in one padded batch, with an unused place."""
+    lengths = np.array([*(len(x) for x, _ in simulated), 0])
     x = np.zeros((len(lengths), 8203), np.float32)
-    for row, (samples, _) in zip(x, heard, strict=False):
+    for row, (samples, _) in zip(x, simulated, strict=False):
         row[: len(samples)] = 250 * samples
     e = jax.jit(lambda x, n: envelope.shannon_envelope(x, n, SOS, FRAMES))(x, lengths)
     counts = jnp.asarray(FRAMES.count(lengths))
     return e, counts, envelope.threshold(np.asarray(e), np.asarray(counts)), envelope.cycle_s(e, counts, FRAMES.step_s)
 
 
-def test_envelope_is_the_loops(heard, analysed):
+def test_envelope_is_the_loops(simulated, analysed):
     e, counts, _, _ = analysed
-    for own, n, (samples, _) in zip(e, counts, heard, strict=False):
+    for frames, n, (samples, _) in zip(e, counts, simulated, strict=False):
         expected = loop(samples)
         assert n == len(expected)
-        np.testing.assert_allclose(own[:n], expected, atol=2e-4)
-        assert not own[n:].any()
+        np.testing.assert_allclose(frames[:n], expected, atol=2e-4)
+        assert not frames[n:].any()
     assert counts[-1] == 0
     assert not e[-1].any()
 
 
-def test_threshold_is_otsus(heard, analysed):
-    for own, (samples, _) in zip(analysed[2], heard, strict=False):
-        assert own == pytest.approx(otsu(loop(samples)), abs=2e-3)
+def test_threshold_is_otsus(simulated, analysed):
+    for level, (samples, _) in zip(analysed[2], simulated, strict=False):
+        assert level == pytest.approx(otsu(loop(samples)), abs=2e-3)
 
 
-def test_cycle_is_the_simulated_one(heard, analysed):
-    for own, (_, states) in zip(analysed[3], heard, strict=False):
+def test_cycle_is_the_simulated_one(simulated, analysed):
+    for cycle, (_, states) in zip(analysed[3], simulated, strict=False):
         onsets = np.array([start for start, _, state in states if state == S1])
-        assert own == pytest.approx(np.median(np.diff(onsets)), rel=0.08)
+        assert cycle == pytest.approx(np.median(np.diff(onsets)), rel=0.08)
     assert np.isnan(analysed[3][-1])
 
 
-def test_sounds_are_found_and_told_apart(heard, analysed):
+def test_sounds_are_found_and_told_apart(simulated, analysed):
     e, counts, thresholds, cycles = map(np.asarray, analysed)
     scores = []
-    for i, (samples, states) in enumerate(heard):
+    for i, (samples, states) in enumerate(simulated):
         sounds = envelope.pick(e[i, : counts[i]], FRAMES.step_s, thresholds[i], cycles[i])
         frames = int(len(samples) / RATE_HZ / 0.005)
         truth = frame_states(states, frames, 0.005)
-        found = frame_states(envelope.states(sounds, cycles[i]), frames, 0.005)
-        scores.append(score_states(truth, found, 0.005))
+        picked = frame_states(envelope.states(sounds, cycles[i]), frames, 0.005)
+        scores.append(score_states(truth, picked, 0.005))
     rates = score_rates({k: sum(s[k] for s in scores) for k in scores[0]})
     assert rates["onset_f1_60ms"] > 0.9
 

@@ -85,10 +85,10 @@ def test_gradient_is_the_transpose(name, zero_phase):
     length = 203
     sos = filters.butterworth(*DESIGNS[name])
     oracle = scipy.signal.sosfiltfilt if zero_phase else scipy.signal.sosfilt
-    own = filters.sosfiltfilt if zero_phase else filters.sosfilt
+    ours = filters.sosfiltfilt if zero_phase else filters.sosfilt
     w, x = np.random.default_rng(1).standard_normal((2, length)).astype(np.float32)
     matrix = oracle(sos, np.eye(length), axis=0)
-    close(jax.jit(jax.grad(lambda x: (w * own(sos, x)).sum()))(x), matrix.T @ w.astype(np.float64), 1e-5)
+    close(jax.jit(jax.grad(lambda x: (w * ours(sos, x)).sum()))(x), matrix.T @ w.astype(np.float64), 1e-5)
 
 
 def packed(recordings, lead, gap, extra_rows=0):
@@ -124,9 +124,9 @@ def test_packing_says_where_everything_is():
     assert int(where.inside.sum()) == 294
     whose = np.repeat(np.asarray(where.recording)[:, None], filters.ALIGN, axis=1)
     for i in (0, 2, 3, 4):
-        own = np.asarray(where.inside) & (whose == i)
-        np.testing.assert_array_equal(buffer[own], recordings[i])
-        np.testing.assert_array_equal(np.asarray(where.offset)[own], np.arange(len(recordings[i])))
+        samples = np.asarray(where.inside) & (whose == i)
+        np.testing.assert_array_equal(buffer[samples], recordings[i])
+        np.testing.assert_array_equal(np.asarray(where.offset)[samples], np.arange(len(recordings[i])))
 
 
 @pytest.mark.parametrize("zero_phase", [False, True])

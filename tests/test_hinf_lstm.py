@@ -43,9 +43,9 @@ def test_convolution_equals_the_library_s(shape):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     np.testing.assert_allclose(conv3x3(x, kernel), library(x, kernel), rtol=1e-4, atol=1e-5)
-    ours = jax.grad(lambda *a: (conv3x3(*a) * weights).sum(), (0, 1))(x, kernel)
-    theirs = jax.grad(lambda *a: (library(*a) * weights).sum(), (0, 1))(x, kernel)
-    for a, b in zip(ours, theirs, strict=True):
+    gradients = jax.grad(lambda *a: (conv3x3(*a) * weights).sum(), (0, 1))(x, kernel)
+    expected = jax.grad(lambda *a: (library(*a) * weights).sum(), (0, 1))(x, kernel)
+    for a, b in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -55,9 +55,9 @@ def test_batch_norm_equals_the_library_s():
     for part in (ours, theirs):
         part.scale[...], part.bias[...] = jnp.arange(5.0), jnp.ones(5)
     for train_ in (True, True, False):
-        own = ours(x, mask, train_, lambda x: x)
+        normed = ours(x, mask, train_, lambda x: x)
         other = theirs(x, use_running_average=not train_, mask=jnp.broadcast_to(mask, x.shape) > 0)
-        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(normed, other, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-5)
         np.testing.assert_allclose(ours.var[...], theirs.var[...], rtol=1e-4)
 
@@ -152,9 +152,9 @@ def test_loss_in_shares_equals_the_loss_of_the_whole(slope, normalize, make_conf
         return objective.sum() / 7, counts.loss.sum() / 7
 
     value, gradient = jax.value_and_grad(whole)(logits)
-    (objective, told), own = jax.value_and_grad(shares, has_aux=True)(logits)
-    assert [float(objective), float(told)] == pytest.approx([float(value)] * 2, rel=1e-5)
-    np.testing.assert_allclose(own, gradient, rtol=1e-4, atol=1e-6)
+    (objective, mean_loss), gradient_of_shares = jax.value_and_grad(shares, has_aux=True)(logits)
+    assert [float(objective), float(mean_loss)] == pytest.approx([float(value)] * 2, rel=1e-5)
+    np.testing.assert_allclose(gradient_of_shares, gradient, rtol=1e-4, atol=1e-6)
     if not slope and normalize == "counts":
         p, y = np.asarray(jax.nn.sigmoid(logits))[real], np.asarray(labels)[real]
         assert float(value) == pytest.approx(float(losses.penalty_weighted_bce(p, y, 0.4)), rel=1e-5)

@@ -13,8 +13,8 @@ from torch import nn
 
 from pcgjax import predict
 from pcgjax.models import image
-from pcgjax.models.image import ImageClassifier
-from pcgjax.models.imagenet import _STEMS, _positions, load_imagenet
+from pcgjax.models.image import ImageClassifier, load_imagenet
+from pcgjax.models.imagenet import _STEMS, _positions
 from pcgjax.tasks.base import split_model
 from pcgjax.training.answers import load_model
 from pcgjax.training.loop import train
@@ -24,7 +24,6 @@ F, T = 45, 70  # pixels, odd at one or another of the strides
 SIZES = {"resnet": (4, (2, 1, 1, 1)), "mobilenet_v3": (0.5, 3), "vit": (128, 2)}
 # Of each kind of MobileNetV3's blocks one: kernel, expanded, out, squeeze and excite, hard swish, stride.
 KINDS = ((3, 16, 16, False, False, 1), (5, 72, 40, True, False, 2), (3, 80, 40, False, True, 1))
-ALONE = lambda x: x
 
 
 @pytest.fixture
@@ -39,8 +38,8 @@ def compiled(function):
 
 def make(name, n_mels=F, frames=T, blocks=None):
     """A model as after some training; drawn here, since a first value of each shape takes long to compile."""
-    width, own = SIZES[name]
-    model = nnx.eval_shape(lambda: ImageClassifier(name, n_mels, frames, width, blocks or own, rngs=nnx.Rngs(0)))
+    width, published = SIZES[name]
+    model = nnx.eval_shape(lambda: ImageClassifier(name, n_mels, frames, width, blocks or published, rngs=nnx.Rngs(0)))
     drawn = []
     for place, variable in nnx.to_flat_state(nnx.state(model)):
         positive = place[-1] in ("scale", "var")
@@ -151,8 +150,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
-        apart = lambda y: y.unflatten(-1, (-1, 64)).transpose(1, 2)
-        heads = map(apart, self.attn["qkv"](self.norm1(x)).chunk(3, -1))
+        heads = (y.unflatten(-1, (-1, 64)).transpose(1, 2) for y in self.attn["qkv"](self.norm1(x)).chunk(3, -1))
         h = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         x = x + self.attn["proj"](h)
         return x + self.mlp["fc2"](nn.functional.gelu(self.mlp["fc1"](self.norm2(x))))
@@ -193,14 +191,14 @@ def on_paper(model, train_):
 
     def answer(params, rest, x, mask):
         trunk = nnx.merge(graphdef, params, rest)
-        return trunk(x, mask, train_, ALONE), split_model(trunk)[2]
+        return trunk(x, mask, train_, image.one_share), split_model(trunk)[2]
 
     return answer
 
 
-def assert_near(ours, theirs, tolerance=1e-3):
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    np.testing.assert_allclose(ours, theirs, atol=tolerance * max(np.abs(theirs).max(), 1e-2), rtol=0)
+def assert_near(values, expected, tolerance=1e-3):
+    values, expected = np.asarray(values), np.asarray(expected)
+    np.testing.assert_allclose(values, expected, atol=tolerance * max(np.abs(expected).max(), 1e-2), rtol=0)
 
 
 @pytest.mark.usefixtures("few_kinds")
@@ -224,9 +222,9 @@ def test_net_equals_pytorch_s(name, tmp_path):
         return (h * weights).sum(), (h, after)
 
     grads, (h, after) = compiled(jax.grad(loss, has_aux=True))(params)
-    theirs = net.train()(picture)
-    (theirs * torch.tensor(np.asarray(weights))).sum().backward()
-    assert_near(h, theirs.detach())
+    features = net.train()(picture)
+    (features * torch.tensor(np.asarray(weights))).sum().backward()
+    assert_near(h, features.detach())
     # Their gradients go the weights' way, through a file; a channel of the stem has a third of ours.
     state = net.state_dict() | {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
     stem = next(key for key in _STEMS if key in state)
@@ -258,7 +256,10 @@ def test_convolution_equals_the_library_s(size, stride, depthwise):
         )  # fmt: skip
 
     def answer(function):
-        loss = lambda *a: (jnp.sin(function(*a)).sum(), function(*a))
+        def loss(params, x):
+            y = function(params, x)
+            return jnp.sin(y).sum(), y
+
         return compiled(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
     x = normal(2, 7, 10, 4)
@@ -316,10 +317,14 @@ def test_batch_norm_of_shares_is_that_of_the_whole():
         return nnx.merge(graphdef, params, rest)(x, mask, jax.random.key(0), total)
 
     def shares(params):
-        each = lambda x, mask: logits(params, x, mask, lambda x: jax.lax.psum(x, "groups"))
+        def each(x, mask):
+            return logits(params, x, mask, lambda x: jax.lax.psum(x, "groups"))
+
         return jnp.sin(jax.vmap(each, axis_name="groups")(x.reshape(2, 2, 20, 30), mask.reshape(2, 2, 30))).sum()
 
-    together = lambda params: jnp.sin(logits(params, x, mask, ALONE)).sum()
+    def together(params):
+        return jnp.sin(logits(params, x, mask, image.one_share)).sum()
+
     (whole, expected), (value, grads) = (compiled(jax.value_and_grad(f))(params) for f in (together, shares))
     assert float(value) == pytest.approx(float(whole), rel=1e-4, abs=1e-5)
     jax.tree.map(lambda a, b: assert_near(a, b, 2e-3), grads, expected)
@@ -327,8 +332,8 @@ def test_batch_norm_of_shares_is_that_of_the_whole():
 
 def test_dropout_is_of_training_only():
     model, x, mask = make("vit", 16, 16, 1), jnp.asarray(RNG.random((2, 16, 16)), jnp.float32), jnp.ones((2, 16))
-    asked, not_asked = compiled(lambda: (model(x, mask, dropout=0.5), model(x, mask)))()
-    np.testing.assert_array_equal(asked, not_asked)
+    evaluated, without_dropout = compiled(lambda: (model(x, mask, dropout=0.5), model(x, mask)))()
+    np.testing.assert_array_equal(evaluated, without_dropout)
     dropped = compiled(lambda key: model(x, mask, key, dropout=0.5))
     assert np.abs(dropped(jax.random.key(0)) - dropped(jax.random.key(1))).max() > 1e-3
 
@@ -341,9 +346,9 @@ def test_positions_are_interpolated_as_images_are():
     table = torch.randn(1, 1 + 36, 8)
     grid = table[:, 1:].reshape(1, 6, 6, 8).permute(0, 3, 1, 2)
     wanted = nn.functional.interpolate(grid, (3, 8), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
-    ours = _positions(table.numpy(), (3, 8))
-    assert_near(ours[:, 1:], wanted.reshape(1, 24, 8), 1e-5)
-    np.testing.assert_array_equal(ours[:, :1], table[:, :1])
+    positions = _positions(table.numpy(), (3, 8))
+    assert_near(positions[:, 1:], wanted.reshape(1, 24, 8), 1e-5)
+    np.testing.assert_array_equal(positions[:, :1], table[:, :1])
 
 
 def test_safetensors_in_bfloat16_and_a_grey_stem(tmp_path):

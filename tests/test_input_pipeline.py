@@ -234,10 +234,10 @@ def batches_of(corpus, labels, made, geometry, pipeline, start=0):
         for ids, choice in list(zip(made.ids, made.capacity, strict=True))[start:]:
             yield [gather(data, of_group, made.capacities[choice], geometry) for of_group in ids]
     else:
-        mine = range(devices)
-        pieces = stream(corpus, labels, made, start, len(made.ids), devices, mine, mib=0.03, steps=3)
+        local_devices = range(devices)
+        pieces = stream(corpus, labels, made, start, len(made.ids), devices, local_devices, mib=0.03, steps=3)
         for data, ids, capacity, steps in pieces:
-            blocks = [jax.tree.map(lambda x, d=d: x[d], data) for d in mine]
+            blocks = [jax.tree.map(lambda x, d=d: x[d], data) for d in local_devices]
             for i in range(steps):
                 yield [
                     gather(blocks[g * devices // len(ids[i])], ids[i, g], made.capacities[capacity[i]], geometry)
@@ -281,14 +281,14 @@ def test_a_process_reads_its_own_recordings_alone():
     seen = []
     watched = Corpus(corpus.rows, 1000, corpus.lengths, lambda index: (seen.append(index), corpus.read(index))[1])
     labels = np.zeros(40, np.float32)
-    pieces = list(stream(watched, labels, made, 0, len(order), devices=4, mine=(2, 3), mib=0.03))
+    pieces = list(stream(watched, labels, made, 0, len(order), devices=4, local_devices=(2, 3), mib=0.03))
     assert sorted(seen) == sorted(order[:, 4:].reshape(-1))
     assert pieces[0][0]["samples"].shape[0] == 2
     assert pieces[0][1].shape[1:] == (4, 1)
     # All processes come to blocks of one shape, whatever they hold.
-    other = list(stream(corpus, labels, made, 0, len(order), devices=4, mine=(0, 1), mib=0.03))
-    shapes = lambda found: [str(jax.tree.map(np.shape, piece)) for piece in found]
-    assert shapes(pieces) == shapes(other)
+    other = list(stream(corpus, labels, made, 0, len(order), devices=4, local_devices=(0, 1), mib=0.03))
+    shapes, other_shapes = ([str(jax.tree.map(np.shape, piece)) for piece in p] for p in (pieces, other))
+    assert shapes == other_shapes
 
 
 def test_packed_samples_are_where_the_filters_look():
@@ -301,8 +301,8 @@ def test_packed_samples_are_where_the_filters_look():
         where = filters.packing(jnp.asarray(batch["lengths"]), len(buffer), FILTERED.lead, FILTERED.gap)
         recording, inside = np.asarray(where.recording), np.asarray(where.inside)
         for place, index in enumerate(ids):
-            own = inside & (recording == place)[:, None]
-            np.testing.assert_array_equal(buffer[own], corpus.read(index) if index >= 0 else [])
+            samples = inside & (recording == place)[:, None]
+            np.testing.assert_array_equal(buffer[samples], corpus.read(index) if index >= 0 else [])
         assert not buffer[~inside].any()
 
 

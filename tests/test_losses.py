@@ -17,16 +17,16 @@ def by_loop(logits, recording_ids, labels, mask):
     logits = np.asarray(logits, np.float64)
     total, present, gradient = 0.0, 0, np.zeros(len(logits))
     for r, label in enumerate(labels):
-        own = np.flatnonzero((np.asarray(recording_ids) == r) & (np.asarray(mask) > 0))
-        if not len(own):
+        segments = np.flatnonzero((np.asarray(recording_ids) == r) & (np.asarray(mask) > 0))
+        if not len(segments):
             continue
         present += 1
-        z = logits[own] if label else -logits[own]
+        z = logits[segments] if label else -logits[segments]
         log_p = -np.logaddexp(0, -z)  # log of the probability of the true class
         log_sum = np.logaddexp.reduce(log_p)
-        total -= log_sum - np.log(len(own))
+        total -= log_sum - np.log(len(segments))
         # d log sum p / dz = p (1 - p) / sum p
-        gradient[own] -= np.exp(log_p - log_sum - np.logaddexp(0, z)) * (1 if label else -1)
+        gradient[segments] -= np.exp(log_p - log_sum - np.logaddexp(0, z)) * (1 if label else -1)
     return total / max(present, 1), gradient / max(present, 1)
 
 
@@ -113,7 +113,9 @@ BCE = -np.log([0.9, 0.4, 0.2, 0.3, 0.9]).mean()
     ],
 )
 def test_penalty_weighted_by_hand(threshold, normalize, factor):
-    loss = lambda p: penalty_weighted_bce(p, LABELS, threshold, normalize=normalize)
+    def loss(p):
+        return penalty_weighted_bce(p, LABELS, threshold, normalize=normalize)
+
     assert float(jax.jit(loss)(PROBABILITIES)) == pytest.approx(factor * BCE, rel=1e-5)
     # The indicators carry no gradient: the loss' gradient is that of the cross-entropy, times the factor.
     slope = factor * np.where(LABELS > 0, -1 / PROBABILITIES, 1 / (1 - PROBABILITIES)) / 5
@@ -128,9 +130,9 @@ def test_penalty_with_a_surrogate():
     log_p = jnp.log(PROBABILITIES)
     called = 1 / (1 + np.exp(-4 * (PROBABILITIES - 0.5)))
     expected = 1 + 0.87 * (LABELS * (1 - called)).sum() + 0.13 * ((1 - LABELS) * called).sum()
-    value, own = penalty(log_p, LABELS, np.ones(5), 0.5, slope=4.0)
+    value, share = penalty(log_p, LABELS, np.ones(5), 0.5, slope=4.0)
     assert float(value) == pytest.approx(expected, rel=1e-5)
-    assert float(own) == pytest.approx(expected - 1, rel=1e-5)
+    assert float(share) == pytest.approx(expected - 1, rel=1e-5)
     gradient = jax.grad(lambda z: penalty(z, LABELS, np.ones(5), 0.5, slope=4.0)[0])(log_p)
     signs = np.where(LABELS > 0, -0.87, 0.13)
     np.testing.assert_allclose(gradient, signs * 4 * called * (1 - called) * PROBABILITIES, rtol=1e-4)

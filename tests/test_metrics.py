@@ -84,10 +84,10 @@ def test_ambiguous_outputs_count_as_present_and_abnormal():
         assert metrics.weighted_murmur_accuracy([unknown], [row]) == 0
     # 5 of 5 + 3 + 1 when all are called Present
     assert metrics.weighted_murmur_accuracy([present, unknown, absent], np.ones((3, 3))) == pytest.approx(5 / 9)
-    missed, found = metrics.challenge_cost([[1, 0]], [[0, 1]]), metrics.challenge_cost([[1, 0]], [[1, 0]])
+    missed, referred = metrics.challenge_cost([[1, 0]], [[0, 1]]), metrics.challenge_cost([[1, 0]], [[1, 0]])
     assert missed == 10 + 25 + 50_000
-    assert found == 10 + 25 + 397 - 1718 + 11296 + 10_000
-    assert metrics.challenge_cost([[1, 0]], [[1, 1]]) == metrics.challenge_cost([[1, 0]], [[0, 0]]) == found
+    assert referred == 10 + 25 + 397 - 1718 + 11296 + 10_000
+    assert metrics.challenge_cost([[1, 0]], [[1, 1]]) == metrics.challenge_cost([[1, 0]], [[0, 0]]) == referred
 
 
 def test_mean_accuracy_is_balanced_accuracy():
@@ -178,10 +178,10 @@ def test_curves_equal_sklearn():
     for got, want in zip(metrics.roc_curve(y, p), sk.roc_curve(y, p, drop_intermediate=False), strict=True):
         np.testing.assert_allclose(got, want)
     precision, recall, threshold = sk.precision_recall_curve(y, p)
-    ours = metrics.pr_curve(y, p)
-    np.testing.assert_allclose(ours[0], recall[::-1])
-    np.testing.assert_allclose(ours[1], precision[::-1])
-    np.testing.assert_allclose(ours[2][1:], threshold[::-1])
+    curve = metrics.pr_curve(y, p)
+    np.testing.assert_allclose(curve[0], recall[::-1])
+    np.testing.assert_allclose(curve[1], precision[::-1])
+    np.testing.assert_allclose(curve[2][1:], threshold[::-1])
 
 
 def test_class_report_equals_sklearn():
@@ -189,9 +189,9 @@ def test_class_report_equals_sklearn():
     y, d = rng.integers(2, size=(2, 50))
     want = sk.classification_report(y, d, output_dict=True)
     got = metrics.class_report(y, d)
-    for ours, theirs in (("normal", "0"), ("abnormal", "1"), ("mean", "macro avg")):
+    for name, sklearn_name in (("normal", "0"), ("abnormal", "1"), ("mean", "macro avg")):
         for key in ("precision", "recall", "f1", "support"):
-            assert got[ours][key] == pytest.approx(want[theirs]["f1-score" if key == "f1" else key])
+            assert got[name][key] == pytest.approx(want[sklearn_name]["f1-score" if key == "f1" else key])
 
 
 def test_calibration_by_hand():
@@ -274,8 +274,8 @@ def test_people_are_drawn_whole_and_within_their_database(run):
     for i, key in enumerate(keys):
         np.testing.assert_array_equal(weights[:, i], weights[:, first[key]])
     for database in "abc":
-        own = [i for key, i in first.items() if key.startswith(database)]
-        np.testing.assert_array_equal(weights[:, own].sum(1), len(own))
+        members = [i for key, i in first.items() if key.startswith(database)]
+        np.testing.assert_array_equal(weights[:, members].sum(1), len(members))
     np.testing.assert_array_equal(weights, metrics.draw_people(run["persons"], run["databases"], 50, 0))
     assert (weights != metrics.draw_people(run["persons"], run["databases"], 50, 1)).any()
 

@@ -181,8 +181,8 @@ def test_two_machines_share_the_work(corpus: pathlib.Path, tmp_path: pathlib.Pat
 
 def same_files(one: pathlib.Path, other: pathlib.Path) -> bool:
     """Whether two prepared folders hold the same files, byte for byte."""
-    found = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, other)]
-    return found[0] == found[1] and "manifest.json" in found[0]
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, other)]
+    return contents[0] == contents[1] and "manifest.json" in contents[0]
 
 
 @pytest.fixture
@@ -259,8 +259,8 @@ def test_a_ray_machine_that_sees_something_else_says_what(tmp_path: pathlib.Path
     os.utime(source / "training-e" / "e00000.wav", (0, 0))
     assert re.search(r"e00000.wav to .*e00002.wav: other sizes or times on ", there(decoder_versions()))
     (source / "training-e" / "e00001.wav").unlink()
-    found = there(decoder_versions())
-    assert re.search(r"training-e/e00001.wav: not there on .*--source must be a folder that all machines share", found)
+    problem = there(decoder_versions())
+    assert re.search(r"e00001.wav: not there on .*--source must be a folder that all machines share", problem)
     assert not list(out.glob("shard*"))
 
 
@@ -289,7 +289,7 @@ def test_command_line_is_idempotent_and_workers_do_not_matter(corpus: pathlib.Pa
         command(f"--source={corpus}", f"--out={out}", "--sample_rate_hz=500"), capture_output=True, text=True
     )
     assert run.returncode == 1
-    assert "sample_rate_hz is 1000 there, 500 asked" in run.stderr
+    assert "sample_rate_hz is 1000 there, 500 here" in run.stderr
     assert "--overwrite" in run.stderr
     assert "Traceback" not in run.stderr
 
@@ -299,10 +299,10 @@ def test_a_folder_with_other_content_is_kept(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
     first = prepare.prepare("cinc2016", source, out, workers=1)
     assert first is not None
-    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 500 asked"):
+    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 500 here"):
         prepare.prepare("cinc2016", source, out, 500, workers=1)
     other = shutil.copytree(source, tmp_path / "other")
-    with pytest.raises(PrepareError, match=r"source is .*source' there, .*other' asked"):
+    with pytest.raises(PrepareError, match=r"source is .*source' there, .*other' here"):
         prepare.prepare("cinc2016", other, out, workers=1)
     write_corpus(source, {"e00001": noise(77)})
     with pytest.raises(PrepareError, match=r"e00000 to e00002.*--overwrite"):
@@ -323,7 +323,7 @@ def test_a_folder_with_other_content_is_kept(tmp_path: pathlib.Path) -> None:
 
 def test_an_unfinished_folder_with_other_parameters_is_kept(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
     prepare.prepare("cinc2016", corpus, tmp_path, workers=1, num_shards=2, shard_index=0)
-    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 2000 asked"):
+    with pytest.raises(PrepareError, match="sample_rate_hz is 1000 there, 2000 here"):
         prepare.prepare("cinc2016", corpus, tmp_path, 2000, workers=1)
     manifest = prepare.prepare("cinc2016", corpus, tmp_path, 2000, workers=1, overwrite=True)
     assert manifest is not None
@@ -363,8 +363,8 @@ def test_damaged_files_are_left_out_and_listed(tmp_path: pathlib.Path) -> None:
     damaged = damaged_corpus(tmp_path / "source")
     manifest = prepare.prepare("cinc2016", tmp_path / "source", tmp_path / "out", workers=1)
     assert manifest is not None
-    found = {pathlib.Path(problem["path"]).stem: problem["reason"].split(":")[0] for problem in manifest["problems"]}
-    assert found == damaged
+    reasons = {pathlib.Path(problem["path"]).stem: problem["reason"].split(":")[0] for problem in manifest["problems"]}
+    assert reasons == damaged
     assert all(problem["path"].startswith("training-e/") for problem in manifest["problems"])
     assert manifest["counts"]["left_out"] == {kind: 1 for kind in sorted(damaged.values())}
     _, rows = read_rows(tmp_path / "out")
@@ -482,9 +482,9 @@ def test_decode_all_is_in_order_with_reasons(corpus: pathlib.Path) -> None:
     recordings, _ = datasets.load("cinc2016", corpus)
     gone = recording(corpus / "training-e" / "gone.wav")
     wanted = [*recordings[:50], gone, *recordings[50:90]]
-    found = list(decode_all(wanted, 500, workers=2))
-    assert [got.id for got, *_ in found] == [want.id for want in wanted]
-    for got, row, samples, reason in found:
+    decoded = list(decode_all(wanted, 500, workers=2))
+    assert [got.id for got, *_ in decoded] == [want.id for want in wanted]
+    for got, row, samples, reason in decoded:
         if got is gone:
             assert (row, samples, reason) == (None, None, "missing: no such file")
         else:

@@ -95,7 +95,10 @@ def test_viterbi_follows_a_rhythm_that_changes():
     truth = np.array(list(itertools.chain(*states)), np.int8)
     log_p = noisy(truth, 1.2, np.random.default_rng(0))
     both = np.stack([bell(slow, 30), bell(fast, 30)])
-    right = lambda log_duration: (viterbi(log_p, log_duration, 1.0) == truth).mean()
+
+    def right(log_duration):
+        return (viterbi(log_p, log_duration, 1.0) == truth).mean()
+
     assert right(both) > 0.95
     assert right(both) > max(right(both[0]), right(both[1])) + 0.02
 
@@ -105,9 +108,9 @@ def test_viterbi_finds_a_rhythm_in_noise():
     truth = rhythm(20)[9:-3]  # cut in the middle of a systole and of a diastole
     log_p = noisy(truth, 1.5, rng)
     alone = (log_p.argmax(1) + 1 == truth).mean()
-    found = viterbi(log_p, bell(BEAT, 30), duration_weight=1.0)
+    states = viterbi(log_p, bell(BEAT, 30), duration_weight=1.0)
     assert alone < 0.75
-    assert (found == truth).mean() > 0.95
+    assert (states == truth).mean() > 0.95
     assert (viterbi(log_p, bell(BEAT, 30), duration_weight=0.0) == truth).mean() < 0.9
 
 
@@ -186,10 +189,10 @@ def test_durations_of_each_rhythm():
         return [(a, b, i % 4 + 1) for i, (a, b) in enumerate(itertools.pairwise(edges.tolist()))]
 
     slow, fast = (6, 10, 5, 29), (5, 7, 4, 9)
-    found = durations([beats(*slow), beats(*fast)], STEP_S, rhythms=3)
-    assert (found[0].argmax(1) + 1).tolist() == list(fast)
-    assert (found[2].argmax(1) + 1).tolist() == list(slow)
-    assert found[0, 3, 8] - found[2, 3, 8] > 2
+    log_duration = durations([beats(*slow), beats(*fast)], STEP_S, rhythms=3)
+    assert (log_duration[0].argmax(1) + 1).tolist() == list(fast)
+    assert (log_duration[2].argmax(1) + 1).tolist() == list(slow)
+    assert log_duration[0, 3, 8] - log_duration[2, 3, 8] > 2
 
 
 def test_durations_need_whole_states():
@@ -239,9 +242,9 @@ def test_spans_undo_frames():
     ],
 )
 def test_targets(target, expected):
-    found = target_frames(np.arange(5, dtype=np.int8), target)
-    assert found.tolist() == expected
-    assert found.dtype == np.int8
+    frames = target_frames(np.arange(5, dtype=np.int8), target)
+    assert frames.tolist() == expected
+    assert frames.dtype == np.int8
 
 
 def test_unknown_target():
@@ -291,8 +294,8 @@ def test_any_state_may_follow_a_gap(tmp_path):
 
 def test_the_truth_gets_everything():
     truth = np.r_[[0] * 10, rhythm(6)[2:], [0] * 10, rhythm(4)]
-    found = score_rates(score_states(truth, truth, STEP_S))
-    for name, value in found.items():
+    scores = score_rates(score_states(truth, truth, STEP_S))
+    for name, value in scores.items():
         assert value == (0 if "error" in name else 1), name
 
 
@@ -313,9 +316,9 @@ def test_scores_by_hand():
     s = score_states(truth, late, STEP_S)
     assert [s[f"S1_onset_60ms_{k}"] for k in ("right", "called", "true")] == [0, 4, 3]  # the cut one is too far in
     assert [s[f"S1_onset_100ms_{k}"] for k in ("right", "called", "true")] == [3, 3, 3]
-    found = score_rates(s)
-    assert found["onset_f1_60ms"] == 0
-    assert found["onset_f1_100ms"] == 1
+    scores = score_rates(s)
+    assert scores["onset_f1_60ms"] == 0
+    assert scores["onset_f1_100ms"] == 1
 
 
 def test_onsets_match_their_own_sound_and_once():
@@ -353,9 +356,9 @@ def test_rhythm_errors():
     # Onsets drift by one frame a beat: 5 are within 100 ms, with 4 cycles between them each 20 ms too long.
     assert s["cycles"] == 4
     assert s["cycle_error_ms_sum"] == pytest.approx(4 * 20)
-    found = score_rates(s)
-    assert found["cycle_error_ms"] == pytest.approx(20)
-    assert found["heart_rate_error"] == pytest.approx(60 / 0.56 - 60 / 0.58)
+    scores = score_rates(s)
+    assert scores["cycle_error_ms"] == pytest.approx(20)
+    assert scores["heart_rate_error"] == pytest.approx(60 / 0.56 - 60 / 0.58)
     assert math.isnan(score_rates(score_states(truth, np.full_like(truth, 4), STEP_S))["cycle_error_ms"])
 
 
@@ -407,10 +410,10 @@ def test_best_median_worst():
 def test_metronome_knows_the_rate_and_nothing_else():
     log_duration = bell((10, 14, 8, 24), 40, width=0.3)  # half as fast as the truth
     truth = rhythm(10)[6:]
-    told = metronome(truth, STEP_S, log_duration)
-    assert told.tolist() == rhythm(10)[: len(truth)].tolist()
-    found = score_rates(score_states(truth, told, STEP_S))
-    assert found["heart_rate_error"] == 0
-    assert found["onset_f1_60ms"] == 0
-    untold = metronome(truth[:20], STEP_S, log_duration)
-    assert untold.tolist() == rhythm(1, (10, 14, 8, 24))[:20].tolist()
+    baseline = metronome(truth, STEP_S, log_duration)
+    assert baseline.tolist() == rhythm(10)[: len(truth)].tolist()
+    scores = score_rates(score_states(truth, baseline, STEP_S))
+    assert scores["heart_rate_error"] == 0
+    assert scores["onset_f1_60ms"] == 0
+    without_a_cycle = metronome(truth[:20], STEP_S, log_duration)
+    assert without_a_cycle.tolist() == rhythm(1, (10, 14, 8, 24))[:20].tolist()

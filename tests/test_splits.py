@@ -52,8 +52,8 @@ def corpora(draw: st.DrawFn) -> list[dict[str, Any]]:
         for i in range(draw(st.integers(30, 60))):
             label = int(i % 3 == 0)
             for j in range(draw(st.integers(1, 4))):
-                said = None if draw(st.integers(0, 19)) == 0 and j else label
-                rows.append(row(f"{database}{i:03d}_{j}", f"{database}-{i}", database, said))
+                recorded = None if draw(st.integers(0, 19)) == 0 and j else label
+                rows.append(row(f"{database}{i:03d}_{j}", f"{database}-{i}", database, recorded))
     return rows
 
 
@@ -89,8 +89,8 @@ def test_classes_and_databases_are_spread(rows: list[dict[str, Any]], seed: int)
         for label in ("0", "1"):
             all_of = [r["id"] for r in rows if r["database"] == database and r["labels"].get("abnormal") == label]
             for part, fraction in zip(splits.PARTS, (0.7, 0.15, 0.15), strict=True):
-                found = len(set(all_of) & set(split[part]))
-                assert abs(found - fraction * len(all_of)) <= 2 * 4  # two people with the most recordings
+                count = len(set(all_of) & set(split[part]))
+                assert abs(count - fraction * len(all_of)) <= 2 * 4  # two people with the most recordings
     total = sum(len(split[part]) for part in splits.PARTS)
     assert abs(len(split["test"]) / total - 0.15) < 0.06
     assert split["counts"]["test"]["all"]["recordings"] == len(split["test"])
@@ -103,9 +103,9 @@ def test_people_with_recordings_of_both_classes_do_not_starve_a_part() -> None:
     for seed in range(5):
         counts = splits.make(rows, "person", "abnormal", seed)["counts"]
         for part, share in zip(splits.PARTS, (0.7, 0.15, 0.15), strict=True):
-            found = counts[part]["all"]
-            assert abs(found["positives"] - share * 110) <= 6
-            assert abs(found["recordings"] - found["positives"] - share * 70) <= 6
+            test_counts = counts[part]["all"]
+            assert abs(test_counts["positives"] - share * 110) <= 6
+            assert abs(test_counts["recordings"] - test_counts["positives"] - share * 70) <= 6
 
 
 @pytest.mark.parametrize("kind", ["person", "person_kfold", "leave_database_out"])
@@ -169,8 +169,8 @@ def test_paper301_draws_recordings_as_published() -> None:
     assert split["counts"]["test"]["all"]["recordings"] == 301
     assert split["counts"]["test"]["all"]["positives"] == 151
     assert splits.make(rows[::-1], "paper301", "abnormal", 0) == split
-    found = splits.check(split, rows, allow=True)
-    assert any(message.startswith("person a-") for message in found)
+    messages = splits.check(split, rows, allow=True)
+    assert any(message.startswith("person a-") for message in messages)
     with pytest.raises(splits.LeakError, match="THE SPLIT LEAKS"):
         splits.check(split, rows)
 

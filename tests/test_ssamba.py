@@ -15,8 +15,7 @@ from flax import nnx
 
 from pcgjax.bench.ssamba import Peer, ssamba_suite, ssamba_summary
 from pcgjax.models import ssamba
-from pcgjax.models.ssamba import SSAMBA, Mixer
-from pcgjax.models.ssamba_checkpoint import load_torch_checkpoint, save_torch_checkpoint
+from pcgjax.models.ssamba import SSAMBA, Mixer, load_torch_checkpoint, save_torch_checkpoint
 
 torch = pytest.importorskip("torch")
 
@@ -137,16 +136,18 @@ def test_value_and_every_gradient_in_float64(model, peer64, tmp_path):
     (logits * torch.tensor(weights)).sum().backward()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     with jax.enable_x64(True):
-        objective = lambda params: (nnx.merge(graphdef, params, rest)(jnp.asarray(x)) * weights).sum()
+        def objective(params):
+            return (nnx.merge(graphdef, params, rest)(jnp.asarray(x)) * weights).sum()
+
         value, gradient = jit(jax.value_and_grad(objective))(double(params))
         assert abs(value - (logits.detach().numpy() * weights).sum()) < 1e-9
     save_torch_checkpoint(nnx.merge(graphdef, gradient, rest), tmp_path / "gradient.pth")
-    ours = torch.load(tmp_path / "gradient.pth", weights_only=True)
+    gradients = torch.load(tmp_path / "gradient.pth", weights_only=True)
     largest = max(weight.grad.abs().max() for weight in peer64.weights.values())
-    assert set(ours) == {"module." + name for name in peer64.weights}
+    assert set(gradients) == {"module." + name for name in peer64.weights}
     for name, weight in peer64.weights.items():
         # Written as float32; a gradient that ends in nothing is held against the largest one.
-        error = (ours["module." + name] - weight.grad).abs().max()
+        error = (gradients["module." + name] - weight.grad).abs().max()
         assert error < 1e-6 * max(weight.grad.abs().max(), 1e-3 * largest), name
 
 
@@ -364,8 +365,8 @@ def test_losses_are_the_published_ones(pretrained):
     tokens = np.asarray(encode(pretrained, bank(), flags), np.float64)
     patches = np.asarray(pretrained.patches(bank()), np.float64)
     infonce, mse, correct = [], [], []
-    for i, own in enumerate(np.asarray(masked)):
-        target, seen = patches[i, own], jnp.asarray(tokens[i, 1 + own], jnp.float32)
+    for i, patches_of_clip in enumerate(np.asarray(masked)):
+        target, seen = patches[i, patches_of_clip], jnp.asarray(tokens[i, 1 + patches_of_clip], jnp.float32)
         scores = target @ np.asarray(pretrained.contrast(seen), np.float64).T
         probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
         infonce += [-math.log(probabilities[j, j]) for j in range(11)]

@@ -99,8 +99,8 @@ def test_whatever_bytes_are_changed_both_agree() -> None:
         changed[position] = rng.integers(256)
         packed = zlib.compress(bytes(changed))
         file = content[:132] + len(packed).to_bytes(4, "little") + packed
-        if (found := state_ans._as_published(file)) is not None:
-            assert found == by_scipy(file)
+        if (quickly_read := state_ans._as_published(file)) is not None:
+            assert quickly_read == by_scipy(file)
             quick += 1
     assert quick > 20  # an index may take many values
     for position in range(len(content)):  # of the packed file: nothing but ValueError

@@ -240,13 +240,13 @@ def test_musical_blowing_and_harsh_differ_in_bandwidth():
 def test_murmur_is_heard_at_some_sites_and_loudest_at_its_own():
     murmur = dataclasses.replace(HOLOSYSTOLIC, grading="I/VI")
     person = dataclasses.replace(PERSON, murmurs=(murmur,), murmur_site="AV")
-    heard = audible_sites(person)
+    audible = audible_sites(person)
     level = {site: rms(heart(person, site)[0] - heart(PERSON, site)[0]) for site in SITES}
-    assert {site for site in level if level[site] > 0} == set(heard)
-    assert 1 <= len(heard) < 4
+    assert {site for site in level if level[site] > 0} == set(audible)
+    assert 1 <= len(audible) < 4
     assert max(level, key=level.__getitem__) == "AV"
     loud = dataclasses.replace(person, murmurs=(dataclasses.replace(murmur, grading="III/VI"),))
-    assert len(audible_sites(loud)) > len(heard)
+    assert len(audible_sites(loud)) > len(audible)
     assert audible_sites(PERSON) == []
 
 

@@ -15,8 +15,8 @@ def oracle(x, level=4):
     """One recording: universal soft threshold by PyWavelets and NumPy, float64."""
     approximation, *details = pywt.wavedec(np.asarray(x, np.float64), "db4", "symmetric", level)
     threshold = np.median(np.abs(details[-1])) / 0.6745 * np.sqrt(2 * np.log(len(x)))
-    kept = [np.sign(detail) * np.maximum(np.abs(detail) - threshold, 0) for detail in details]
-    return pywt.waverec([approximation, *kept], "db4", "symmetric")[: len(x)]
+    shrunk = [np.sign(detail) * np.maximum(np.abs(detail) - threshold, 0) for detail in details]
+    return pywt.waverec([approximation, *shrunk], "db4", "symmetric")[: len(x)]
 
 
 def beats(samples, seed=0, loudness=1.0):
@@ -61,9 +61,9 @@ gradient = jax.jit(jax.grad(lambda b, where, w: (w * wavelet.denoise_packed(b, w
 
 
 def test_the_wavelet_is_daubechies_4():
-    own, low = pywt.Wavelet("db4"), np.array(wavelet._LOW)
-    np.testing.assert_allclose(low, own.rec_lo, rtol=0, atol=1e-16)
-    np.testing.assert_allclose(wavelet._HIGH, own.rec_hi, rtol=0, atol=1e-16)
+    db4, low = pywt.Wavelet("db4"), np.array(wavelet._LOW)
+    np.testing.assert_allclose(low, db4.rec_lo, rtol=0, atol=1e-16)
+    np.testing.assert_allclose(wavelet._HIGH, db4.rec_hi, rtol=0, atol=1e-16)
     # What defines it: orthonormal to its even shifts, and four vanishing moments of the high-pass.
     np.testing.assert_allclose([low[: 8 - s] @ low[s:] for s in (0, 2, 4, 6)], [1, 0, 0, 0], atol=1e-12)
     moments = [np.arange(8.0) ** k @ np.array(wavelet._HIGH) for k in range(4)]
@@ -107,13 +107,13 @@ def test_median_is_numpys(counts):
     widths, rows, recording, values = 8, [], [], []
     for r, count in enumerate(counts):
         # Ties, zeros and a wide range of sizes.
-        own = np.abs(rng.standard_normal(count) * 10.0 ** rng.integers(-30, 30, count)).astype(np.float32)
-        own[::5], own[1::4] = 0, own[:1]
+        sizes = np.abs(rng.standard_normal(count) * 10.0 ** rng.integers(-30, 30, count)).astype(np.float32)
+        sizes[::5], sizes[1::4] = 0, sizes[:1]
         table = np.full(-(-count // widths) * widths + widths, np.inf, np.float32)
-        table[rng.permutation(len(table))[:count]] = own
+        table[rng.permutation(len(table))[:count]] = sizes
         rows.append(table.reshape(-1, widths))
         recording += [r] * len(rows[-1])
-        values.append(own)
+        values.append(sizes)
     got = jax.jit(wavelet._median)(np.concatenate(rows), np.array(recording), np.array(counts))
     np.testing.assert_array_equal(got, [np.median(v) if len(v) else 0 for v in values])
 
@@ -188,11 +188,11 @@ def test_gradients_are_right_and_stay_within_a_recording():
     got = np.asarray(gradient(buffer, where, w))
     assert not got[~np.asarray(where.inside)].any()
     rng, step = np.random.default_rng(6), 1e-6
-    for own, weights, x in zip(unpacked(got, where), unpacked(w, where), filter(len, recordings), strict=True):
+    for gradient_T, weights, x in zip(unpacked(got, where), unpacked(w, where), filter(len, recordings), strict=True):
         direction = rng.standard_normal(len(x))
-        value = lambda x, weights=weights: (weights * oracle(x, 2)).sum()
-        quotient = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
-        assert own @ direction == pytest.approx(quotient, rel=1e-3, abs=1e-3)
+        above, below = ((weights * oracle(x + side * direction, 2)).sum() for side in (step, -step))
+        quotient = (above - below) / (2 * step)
+        assert gradient_T @ direction == pytest.approx(quotient, rel=1e-3, abs=1e-3)
 
 
 def test_inside_vmap_and_scan():

@@ -3,11 +3,12 @@
 A batch holds whole recordings, packed end to end in one int16 buffer (`features.filters` has the layout). Its shape
 depends only on its capacity, the room for windows; a few capacities, chosen for the corpus, keep padding small and
 every shape compiled once. A step's recordings are dealt out to G groups, one or several a device: a recording is never
-split across devices.
+split across devices. Labels are (N,) or (N, ...), one for each recording of the corpus.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,11 @@ from pcgjax.runtime import sharding
 
 
 def pack(corpus: Corpus, labels: np.ndarray, ids: np.ndarray, capacity: int, geometry: Geometry) -> dict:
-    """A group's batch, made on the host one recording at a time: what `gather` must equal. ids: (R,)."""
+    """A group's batch, made on the host one recording at a time: the oracle of `gather_batch`.
+
+    Args: ids: (R,) indices into the corpus, -1 for an unused place.
+    Returns: {samples (M, ALIGN) int16, lengths (R,), labels (R, ...), ids (R,)}.
+    """
     used = np.where(ids >= 0, corpus.lengths[ids], 0).astype(np.int32)
     buffer = np.zeros(geometry.buffer_rows(capacity, len(ids)) * ALIGN, np.int16)
     starts, _ = starts_of(used, geometry.lead, geometry.gap)
@@ -76,9 +81,9 @@ def gather_batch(data: dict, ids: jax.Array, capacity: int, geometry: Geometry) 
     starts, _ = starts_of(lengths, geometry.lead, geometry.gap)
     place = jnp.searchsorted(starts // ALIGN, row, side="right", method="compare_all") - 1
     offset = row - starts[place] // ALIGN
-    own = (place >= 0) & (offset * ALIGN < lengths[place])
+    filled = (place >= 0) & (offset * ALIGN < lengths[place])
     return {
-        "samples": data["samples"][jnp.where(own, data["first"][ids[place]] + offset, len(data["samples"]) - 1)],
+        "samples": data["samples"][jnp.where(filled, data["first"][ids[place]] + offset, len(data["samples"]) - 1)],
         "lengths": lengths,
         "labels": jnp.where((ids >= 0).reshape(ids.shape + (1,) * (data["labels"].ndim - 1)), data["labels"][ids], 0),
         "ids": ids,
@@ -95,15 +100,21 @@ def at_capacity(
 ) -> Any:
     """compute(batch, capacity) of a group's batch, at the capacity that its step was given.
 
-    data: a `block` that all share, or one that leads with this device (1, ...), its own.
-
     Each capacity is a branch of the program, since shapes differ. What a branch returns is copied, so `compute` should
     return what the caller adds to its carry, not the carry.
+
+    Args:
+      data: a `block` that all devices share, or this device's, with a leading axis of 1.
+      ids: (R,) places in the block.
+      choice: () index into `capacities`.
     """
     if data["samples"].ndim == 3:
         data = jax.tree.map(lambda x: x[0], data)
-    branches = [lambda i, size=size: compute(gather_batch(data, i, size, geometry), size) for size in capacities]
-    return jax.lax.switch(choice, branches, ids)
+
+    def branch(capacity: int, ids: jax.Array) -> Any:
+        return compute(gather_batch(data, ids, capacity, geometry), capacity)
+
+    return jax.lax.switch(choice, [functools.partial(branch, capacity) for capacity in capacities], ids)
 
 
 def stream(
@@ -113,25 +124,26 @@ def stream(
     start: int,
     stop: int,
     devices: int = 1,
-    mine: Sequence[int] = (0,),
+    local_devices: Sequence[int] = (0,),
     mib: float = 8,
     steps: int = 256,
 ) -> Iterator[tuple[dict, np.ndarray, np.ndarray, int]]:
     """The steps [start, stop) of a plan in blocks, read by Grain's threads while the device works on earlier ones.
 
-    Of the `devices` that share a plan's groups, `mine` are this process': it reads what they need and nothing else.
+    Of the `devices` that share a plan's groups, `local_devices` belong to this process: it reads what they need and
+    nothing else.
 
     Yields (blocks (D, ...), ids (steps, G, R), capacity (steps,), steps in it), D and G of this process' devices. The
-    ids count within their device's block, all of fixed shape (at most `steps` steps and about `mib` MiB in all), so
-    that one compiled program runs them, with the very arithmetic that it applies to a resident corpus.
+    ids count within their device's block. All are of fixed shape (at most `steps` steps and about `mib` MiB in all),
+    so that one compiled program runs them, with the same arithmetic as on a resident corpus.
     """
     import grain
 
     of_device = plan_.ids.reshape(len(plan_.ids), devices, -1)
     needed = np.where(of_device >= 0, -(-corpus.lengths[of_device] // ALIGN), 0).sum(-1)
-    # Every process finds the same stretches and shapes, by the fullest of all devices.
+    # By the fullest of all devices, so that every process has the same stretches and shapes.
     rows_of = needed.max(1)
-    rows = max(int(mib * 2**20 / (2 * ALIGN * len(mine))), int(rows_of.max())) + 1
+    rows = max(int(mib * 2**20 / (2 * ALIGN * len(local_devices))), int(rows_of.max())) + 1
     stretches, begin = [], start
     while begin < stop:
         fits = int(np.searchsorted(np.cumsum(rows_of[begin:stop]), rows - 1, side="right"))
@@ -140,13 +152,15 @@ def stream(
         begin = end
 
     class Blocks:
+        """The stretches as a data source for Grain."""
+
         def __len__(self):
             return len(stretches)
 
         def __getitem__(self, number):
             begin, end = stretches[int(number)]
             blocks, places = [], []
-            for device in mine:
+            for device in local_devices:
                 ids = np.full((steps, of_device.shape[-1]), -1, np.int32)
                 ids[: end - begin] = of_device[begin:end, device]
                 used = ids >= 0
@@ -158,7 +172,10 @@ def stream(
             capacity[: end - begin] = plan_.capacity[begin:end]
             groups = np.stack(places, 1).reshape(steps, -1, plan_.ids.shape[-1])
             # One device's block is not copied again.
-            data = {k: blocks[0][k][None] if len(mine) == 1 else np.stack([b[k] for b in blocks]) for k in blocks[0]}
+            if len(blocks) == 1:
+                data = {name: array[None] for name, array in blocks[0].items()}
+            else:
+                data = {name: np.stack([block_[name] for block_ in blocks]) for name in blocks[0]}
             return data, groups, capacity, end - begin
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)

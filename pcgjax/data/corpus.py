@@ -1,4 +1,4 @@
-"""A prepared corpus in memory or on disk: rows, lengths, samples."""
+"""A corpus: the rows of its recordings, their lengths, and their samples in memory or read from disk on demand."""
 
 from __future__ import annotations
 
@@ -11,30 +11,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pcgjax import datasets
-
-
-def decode_recordings(
-    recordings: list[datasets.Recording], sample_rate_hz: int
-) -> tuple[Corpus, list[datasets.Problem]]:
-    """Recordings decoded to memory, and those left out."""
-    from pcgjax.data.decode import decode_all
-
-    rows, samples, problems = [], [], []
-    for recording, row, audio, reason in decode_all(recordings, sample_rate_hz, None, "decode"):
-        if row is None or audio is None:
-            problems.append(datasets.Problem(str(recording.path), str(reason)))
-        else:
-            rows.append(row)
-            samples.append(audio)
-    return in_memory(rows, samples, sample_rate_hz), problems
+from pcgjax.data import Row
+from pcgjax.data.decode import decode_all
+from pcgjax.data.shards import open_records, read_rows
+from pcgjax.datasets import Problem, Recording
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Decoded recordings at one rate: `rows` as `prepare` writes them, and their samples on demand."""
 
-    rows: list[dict]
+    rows: list[Row]
     sample_rate_hz: int
     lengths: np.ndarray  # (N,) int32 samples
     read: Callable[[int], np.ndarray]  # index -> (n,) int16
@@ -45,22 +32,26 @@ class Corpus:
 
     @property
     def bytes(self) -> int:
+        """What all samples take as int16."""
         return int(self.lengths.sum()) * 2
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Corpus:
         """These recordings, in this order."""
+
+        def read(place: int) -> np.ndarray:
+            return self.read(int(indices[place]))
+
         rows = [self.rows[i] for i in indices]
-        return Corpus(rows, self.sample_rate_hz, self.lengths[indices], lambda i: self.read(int(indices[i])))
+        return Corpus(rows, self.sample_rate_hz, self.lengths[indices], read)
 
 
 def from_prepared(folders: str | pathlib.Path) -> Corpus:
     """The corpus that `prepare` wrote to a folder, or to several of one rate, named with commas between them.
 
     Raises:
+      PrepareError: as `shards.read_rows`.
       ValueError: folders of different rates, or a recording that two of them hold.
     """
-    from pcgjax.data.shards import open_records, read_rows
-
     corpora = []
     for folder in map(str.strip, str(folders).split(",")):
         manifest, rows = read_rows(folder)
@@ -83,18 +74,30 @@ def from_prepared(folders: str | pathlib.Path) -> Corpus:
     return Corpus(rows, rates[0], np.concatenate([c.lengths for c in corpora]), read)
 
 
-def in_memory(rows: list[dict], samples: Sequence[np.ndarray], sample_rate_hz: int) -> Corpus:
+def in_memory(rows: list[Row], samples: Sequence[np.ndarray], sample_rate_hz: int) -> Corpus:
     """A corpus of arrays already decoded."""
     lengths = np.array([len(s) for s in samples], np.int32)
     return Corpus(rows, sample_rate_hz, lengths, samples.__getitem__)
 
 
-def in_rows(corpus: Corpus, rows: list[dict]) -> Corpus:
+def decode_recordings(recordings: list[Recording], sample_rate_hz: int) -> tuple[Corpus, list[Problem]]:
+    """(recordings decoded to memory, those that cannot be used and why)."""
+    rows, samples, problems = [], [], []
+    for recording, row, audio, reason in decode_all(recordings, sample_rate_hz, None, "decode"):
+        if row is None or audio is None:
+            problems.append(Problem(str(recording.path), str(reason)))
+        else:
+            rows.append(row)
+            samples.append(audio)
+    return in_memory(rows, samples, sample_rate_hz), problems
+
+
+def in_rows(corpus: Corpus, rows: list[Row]) -> Corpus:
     """The same samples under changed rows."""
     return dataclasses.replace(corpus, rows=rows)
 
 
-def order_digest(corpus: Corpus, **facts) -> str:
-    """A digest of all that the order of the data depends on: a resumed run must find it unchanged."""
+def order_digest(corpus: Corpus, **settings) -> str:
+    """A digest of the recordings and of the settings on which their order depends; it is the same on resuming."""
     content = [[row["id"], row["sha256"]] for row in corpus.rows]
-    return hashlib.sha256(json.dumps([content, facts], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([content, settings], sort_keys=True, default=str).encode()).hexdigest()

@@ -1,18 +1,17 @@
-"""One recording decoded, checked, resampled and fingerprinted."""
+"""Audio files decoded, checked, resampled and fingerprinted: one recording, or many over processes."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
+from pcgjax.data import Row
 from pcgjax.data.workers import in_order, progress_bar
 from pcgjax.datasets import Recording, audio
 from pcgjax.datasets.audio import AudioError
 
-Row = dict[str, Any]
 Decoded = tuple[Row | None, np.ndarray | None, str | None]  # row, samples, or the reason why there are none
 _FULL_SCALE = 32767
 DATASET_FIELDS = ("id", "person", "person_known", "database", "labels", "annotations")
@@ -26,9 +25,10 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
 
     Returns: (row, int16 samples (row["num_samples"],)). A row is what json can hold: id, person, person_known,
       database, labels, annotations [[start_s, end_s, state], ...], path, source_rate_hz, sample_rate_hz,
-      channels, num_samples, scale, sha256 (of the int16 samples), fingerprint (see there).
+      channels, num_samples, scale, sha256 (of the int16 samples), fingerprint (as the function gives it).
     Raises:
-      AudioError: as `audio.read`, or nothing is left below half the new rate.
+      AudioError: as `audio.read`, or the recording is silent below half the new rate.
+      OSError: the file cannot be read.
     """
     import soxr
 
@@ -77,15 +77,15 @@ _HASH = np.frombuffer(hashlib.shake_256(b"any odd numbers").digest(128), "<u8") 
 def fingerprint(samples: np.ndarray, rate_hz: int) -> str:
     """Hashes of some 32 ms windows, chosen by what they hold: excerpts of one recording share theirs.
 
-    About 8 windows a second are kept, wherever an excerpt begins. A second of shared audio gives 8 common
-    hashes on average (fewer than 3 in 1 of 70 cases), two seconds 16. Only equal samples are found: not
-    another gain, rate or channel. Windows that hardly change (silence, clipping) are left out.
+    About 8 windows a second are hashed, wherever an excerpt begins. A second of shared audio gives 8 common
+    hashes on average (fewer than 3 in 1 of 70 cases), two seconds 16. Only equal samples have equal hashes: not
+    the same audio at another gain, rate or channel. Windows that hardly change (silence, clipping) are left out.
 
     Args:
       samples: int16 (n,), as they are in the file.
-    Returns: the hashes in order, 8 hexadecimal digits each, with blanks between.
+    Returns: the hashes in rising order, 8 hexadecimal digits each, separated by blanks.
     """
-    # Oversampled audio changes little from sample to sample, so the window's length in seconds is kept instead.
+    # Oversampled audio changes little from sample to sample, so a window has the same length in seconds at every rate.
     step = max(1, round(rate_hz / 2000))
     samples = np.ascontiguousarray(samples, "<i2")
     if len(samples) < _WINDOW * step:
@@ -128,6 +128,7 @@ def _decode_many(job: tuple[Sequence[Recording], int]) -> list[Decoded]:
 
 
 def try_decode(recording: Recording, sample_rate_hz: int) -> Decoded:
+    """As `decode`: (row, samples, None), or (None, None, reason) where the file cannot be used."""
     try:
         return *decode(recording, sample_rate_hz), None
     except AudioError as error:

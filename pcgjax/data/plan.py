@@ -1,4 +1,8 @@
-"""Which recordings make which batch, in which order and shape."""
+"""Which recordings make which batch, in which order and shape.
+
+A batch's capacity is the room it has for windows. Axes: G groups of a step, one or several a device; R recordings of
+a group.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +28,11 @@ class Geometry(NamedTuple):
         return self.window == 2 * self.hop and self.window % 4 == 0
 
     def windows(self, lengths):
-        """How many windows recordings of these lengths give; one that is too short gives one, padded with zeros."""
+        """How many windows recordings of these lengths in samples give; too short ones give one, padded with zeros."""
         return ((lengths - self.window) // self.hop + 1).clip(1) * (lengths > 0)
 
     def units(self, lengths):
-        """What they take of a batch's capacity: rows of one window when shared, else windows."""
+        """What recordings of these lengths take of a batch's capacity: rows of one window when shared, else windows."""
         windows = self.windows(lengths)
         return (windows + 2) // 2 * (lengths > 0) if self.shared else windows
 
@@ -36,9 +40,10 @@ class Geometry(NamedTuple):
         """Rows of a buffer that holds any `recordings` whose units add up to at most `capacity`."""
         # A recording of w windows is shorter than (w + 2) hops where they overlap by half, else than (w - 1) hops and
         # a window and a hop.
-        samples = (
-            self.hop * (2 * capacity + recordings) if self.shared else self.hop * capacity + recordings * self.window
-        )
+        if self.shared:
+            samples = self.hop * (2 * capacity + recordings)
+        else:
+            samples = self.hop * capacity + recordings * self.window
         return -(-(samples + recordings * (self.lead + self.gap + 3 * ALIGN)) // BLOCK) * (BLOCK // ALIGN)
 
 
@@ -56,6 +61,10 @@ def epoch_order(
     """Shuffles `indices` into (steps, G, R) batches of `batch` recordings, the last one filled up with -1.
 
     With `groups` (one label an index), each group is drawn equally often: the smaller ones repeat within the epoch.
+    `devices` is G.
+
+    Raises:
+      ValueError: `batch` is no multiple of G.
     """
     if batch % devices:
         raise ValueError(
@@ -77,13 +86,16 @@ def epoch_order(
 
 
 def batch_units(order: np.ndarray, lengths: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """(steps,) the capacity that each batch needs: its fullest device's."""
+    """(steps,) the capacity that each batch needs: that of its fullest group."""
     used = np.where(order >= 0, lengths[order], 0)
     return geometry.units(used).sum(-1).max(-1)
 
 
 def choose_capacities(needed: np.ndarray, most: int = 8) -> tuple[int, ...]:
-    """At most `most` capacities for batches that need these, wasting the least: dynamic programming over the sizes."""
+    """At most `most` capacities, rising, that pad batches which need `needed` (steps,) the least in all.
+
+    By dynamic programming over the sizes that occur.
+    """
     sizes, counts = np.unique(needed, return_counts=True)
     if len(sizes) > 256:  # the finest steps add nothing but time
         edges = np.quantile(needed, np.linspace(0, 1, 257)[1:], method="higher")
@@ -114,7 +126,7 @@ def plan_batches(order: np.ndarray, lengths: np.ndarray, geometry: Geometry, cap
 def evaluation_plan(
     indices: np.ndarray, lengths: np.ndarray, geometry: Geometry, batch: int, devices: int = 1, shapes: int = 6
 ) -> Plan:
-    """Every recording once, sorted by length so that batches are even."""
+    """Every recording once, sorted by length so that a batch's recordings are alike, in at most `shapes` capacities."""
     batch = -(-min(batch, max(len(indices), 1)) // devices) * devices
     ordered = indices[np.argsort(lengths[indices], kind="stable")]
     steps = -(-len(ordered) // batch)
@@ -130,8 +142,9 @@ def padding_waste(plan_: Plan, lengths: np.ndarray, geometry: Geometry) -> float
     """Share of the samples that the network computes on which lie in no window of any recording."""
     used = np.where(plan_.ids >= 0, lengths[plan_.ids], 0)
     windows = geometry.windows(used)
-    useful = (
-        ((windows - 1) * geometry.hop + geometry.window) * (used > 0) if geometry.shared else windows * geometry.window
-    )
+    if geometry.shared:
+        useful = ((windows - 1) * geometry.hop + geometry.window) * (used > 0)
+    else:
+        useful = windows * geometry.window
     computed = np.asarray(plan_.capacities)[plan_.capacity].sum() * plan_.ids.shape[1] * geometry.window
     return 1 - float(useful.sum()) / float(computed)

@@ -1,4 +1,4 @@
-"""Preparation over a Ray cluster."""
+"""Preparation over the machines of a Ray cluster: each writes whole shards."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def over_ray(jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[int, st
     The cluster is the one the caller is connected to, the one that RAY_ADDRESS names or that `ray start` began on
     this machine; without one, this machine alone. Each machine needs this package, the source and `out` at the
     same paths. `workers` limits how many shards are written at once; default: one a core of the cluster.
+
+    Raises:
+      PrepareError: Ray is missing, a shard could not be written, or a machine sees another source or `out`.
     """
     if not jobs:
         return
@@ -29,11 +32,9 @@ def over_ray(jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[int, st
     except ImportError as error:
         fix = "pip install -c constraints.txt -e '.[ray]'"
         raise PrepareError(f"--engine=ray needs Ray Data ({error}): {fix}, on every machine") from None
-    # with -m this module is __main__, which the workers would get by value
-
     out, versions = jobs[0][0], decoder_versions()
     rows = [{"job": pickle.dumps((job, unit_key(job[2], job[3]), versions))} for job in jobs]
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised below
     ray.data.DataContext.get_current().enable_progress_bars = False
     connected = ray.is_initialized()
     try:
@@ -48,19 +49,21 @@ def over_ray(jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[int, st
             number, key = row["number"], row["key"]
             if not unit_done(out, number, key):
                 shard, _ = unit_paths(out, number)
-                found = f"written on {row['machine']}, not found here"
-                raise PrepareError(f"{shard}: {found}: --out must be a folder that all machines share")
+                machine = row["machine"]
+                raise PrepareError(
+                    f"{shard}: written on {machine}, not found here: --out must be a folder that all machines share"
+                )
             yield number, key
     except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
-        why = (str(error).strip() or repr(error)).splitlines()[-1]
-        raise PrepareError(f"--engine=ray: {why}; mend this and run again, what is done is kept") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
+        raise PrepareError(f"--engine=ray: {reason}; fix this and run again; finished shards are reused") from error
     finally:
         if not connected:
             ray.shutdown()
 
 
 def _write_unit_there(row: dict[str, Any]) -> dict[str, Any]:
-    """`_write_unit` on a machine of a cluster, when that machine sees and has what the one that asks does."""
+    """`write_unit` on a machine of the cluster, if that machine has the same versions and sees the same files."""
     job, key, versions = pickle.loads(row["job"])
     out, number, recordings, parameters = job
     machine, problem = socket.gethostname(), ""

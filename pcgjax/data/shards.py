@@ -1,4 +1,8 @@
-"""ArrayRecord shards and their manifest: written a unit at a time, joined, read."""
+"""A prepared folder: ArrayRecord shards, their rows and the manifest; written a shard at a time, joined, read.
+
+A unit is the recordings of one shard. Its rows lie in parts/ until all shards are there and `join_shards` writes
+records.jsonl and manifest.json.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from pcgjax import __version__
-from pcgjax.data import PrepareError
-from pcgjax.data.decode import DATASET_FIELDS, Row, dataset_fields, try_decode
+from pcgjax.data import PrepareError, Row
+from pcgjax.data.decode import DATASET_FIELDS, dataset_fields, try_decode
 from pcgjax.datasets import Problem, Recording
 from pcgjax.runtime import files
 
@@ -31,10 +35,13 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access, as ArrayRecord advises
 
 
-def unit_key(recordings: Sequence[Recording], parameters: dict[str, Any], said: list[str] | None = None) -> str:
-    """Changes with the parameters and with anything about the recordings: files, labels, annotations."""
+def unit_key(recordings: Sequence[Recording], parameters: dict[str, Any], texts: list[str] | None = None) -> str:
+    """A digest that changes with the parameters and with the recordings' files, labels and annotations.
+
+    Args: texts: the recordings' `dataset_fields` as JSON, where the caller has them.
+    """
     digest = hashlib.sha256(json.dumps([FORMAT, parameters], sort_keys=True).encode())
-    for recording, text in zip(recordings, said or map(_json, map(dataset_fields, recordings)), strict=True):
+    for recording, text in zip(recordings, texts or map(_json, map(dataset_fields, recordings)), strict=True):
         try:
             stat = os.stat(recording.path)
             file = f"{recording.path} {stat.st_size} {stat.st_mtime_ns}"
@@ -50,6 +57,7 @@ def unit_paths(out: pathlib.Path, number: int) -> tuple[pathlib.Path, pathlib.Pa
 
 
 def unit_done(out: pathlib.Path, number: int, key: str) -> bool:
+    """Whether the shard is there as a whole, written from recordings and parameters of this `unit_key`."""
     shard, side = unit_paths(out, number)
     if not side.exists():
         return False
@@ -60,12 +68,16 @@ def unit_done(out: pathlib.Path, number: int, key: str) -> bool:
 
 
 def write_unit(job: Job) -> tuple[int, str]:
-    """Writes one shard and its rows, unless a run before this one has; returns its number and key."""
+    """Writes one shard and its rows, unless an earlier run has; returns its number and key.
+
+    Raises:
+      PrepareError: the shard could not be written.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     out, number, recordings, parameters = job
-    said = [_json(dataset_fields(recording)) for recording in recordings]
-    key = unit_key(recordings, parameters, said)
+    texts = [_json(dataset_fields(recording)) for recording in recordings]
+    key = unit_key(recordings, parameters, texts)
     if unit_done(out, number, key):
         return number, key
     shard, side = unit_paths(out, number)
@@ -74,31 +86,31 @@ def write_unit(job: Job) -> tuple[int, str]:
         side.unlink(missing_ok=True)
         with files.replacing(shard) as temporary:
             writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-            for recording, text in zip(recordings, said, strict=True):
+            for recording, text in zip(recordings, texts, strict=True):
                 row, samples, reason = try_decode(recording, parameters["sample_rate_hz"])
                 if row is None or samples is None:
                     lines.append(_json({"problem": {"path": str(recording.path), "reason": reason}}) + "\t")
                     continue
                 writer.write(samples.tobytes())
-                heard = {name: value for name, value in row.items() if name not in DATASET_FIELDS}
-                heard |= {"shard": shard.name, "index": count}
+                audio_fields = {name: value for name, value in row.items() if name not in DATASET_FIELDS}
+                audio_fields |= {"shard": shard.name, "index": count}
                 # What the join needs stands before the whole row, which it need not parse.
                 short = {name: row[name] for name in _FOR_JOIN}
                 short["content"] = hashlib.sha256(f"{text} {row['sha256']}".encode()).hexdigest()
-                lines.append(f"{_json(short)}\t{text[:-1]},{_json(heard)[1:]}")
+                lines.append(f"{_json(short)}\t{text[:-1]},{_json(audio_fields)[1:]}")
                 count += 1
             writer.close()
         head = {"key": key, "parameters": parameters, "bytes": shard.stat().st_size, "records": count}
         files.write_text(side, "\n".join([_json(head), *lines, ""]))
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError when the disk is full
         raise PrepareError(
-            f"{shard}: could not be written: {error}; mend this and run again, what is done is kept"
+            f"{shard}: could not be written: {error}; fix this and run again; finished shards are reused"
         ) from None
     return number, key
 
 
 def _json(value: Any) -> str:
-    """One line. Annotations are most of a row, and `json` takes half as long for them as resampling the samples."""
+    """JSON in one line: with the standard library it would take half as long as resampling the recording."""
     import orjson
 
     return orjson.dumps(value).decode()
@@ -113,28 +125,32 @@ def remove_prepared(out: pathlib.Path) -> None:
 
 
 def _shards(out: pathlib.Path) -> list[pathlib.Path]:
-    """All shards in the folder, and what a killed run left of others."""
+    """All shards in the folder, and the temporary files of those that a killed run did not finish."""
     return sorted([*out.glob("shard-*.array_record"), *out.glob(".shard-*.tmp")])
 
 
 def finished_manifest(
     out: pathlib.Path, source: str, parameters: dict[str, Any], units: list[list[Recording]]
 ) -> dict[str, Any] | None:
-    """The manifest of this very preparation where `out` holds it. Raises PrepareError where it holds another."""
-    asked: dict[str, Any] = {"source": source, **parameters}
+    """The manifest where `out` holds this very preparation, finished; else None.
+
+    Raises:
+      PrepareError: `out` holds another preparation, its source has changed since, or a shard is missing or cut.
+    """
+    settings: dict[str, Any] = {"source": source, **parameters}
     fix = "prepare into another --out, or replace it with --overwrite"
     if (out / "manifest.json").exists():
         manifest = _read_manifest(out)
-        there: dict[str, Any] = {"source": manifest["source"], **manifest["parameters"]}
+        present: dict[str, Any] = {"source": manifest["source"], **manifest["parameters"]}
     else:
-        manifest, there = None, asked
+        manifest, present = None, settings
         for side in sorted((out / "parts").glob("shard-*.jsonl"))[:1]:
             with side.open(encoding="utf-8") as file:
-                there = {"source": source, **json.loads(file.readline())["parameters"]}
+                present = {"source": source, **json.loads(file.readline())["parameters"]}
     differ = [
-        f"{name} is {there.get(name)!r} there, {value!r} asked"
-        for name, value in asked.items()
-        if there.get(name) != value
+        f"{name} is {present.get(name)!r} there, {value!r} here"
+        for name, value in settings.items()
+        if present.get(name) != value
     ]
     if differ:
         raise PrepareError(f"{out}: holds another preparation ({'; '.join(differ)}): {fix}")
@@ -160,7 +176,15 @@ def finished_manifest(
 def join_shards(
     out: pathlib.Path, source: str, parameters: dict[str, Any], problems: list[Problem], keys: list[str], strict: bool
 ) -> dict[str, Any]:
-    """All shards are there: finds doubles, writes records.jsonl and the manifest, returns the manifest."""
+    """Leaves out doubled audio, writes records.jsonl and the manifest, and returns the manifest; all shards are there.
+
+    Args:
+      problems: files that the data set's loader left out.
+      keys: `unit_key` of each shard.
+      strict: files that cannot be used are an error.
+    Raises:
+      PrepareError: `strict` and there are problems, no recording is left, or the folder cannot be written.
+    """
     import orjson
 
     problems = list(problems)
@@ -209,33 +233,38 @@ def join_shards(
             path.unlink(missing_ok=True)  # of an unfinished run on a larger source
         files.write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise PrepareError(f"{out}: the manifest could not be written: {error}; mend this and run again") from None
+        raise PrepareError(f"{out}: the manifest could not be written: {error}; fix this and run again") from None
     shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
 
 
 def _doubles(rows: list[Row]) -> dict[str, Problem]:
-    """What to leave out where several recordings are the same audio: all but the first by id.
+    """The recordings to leave out, by id, where several are the same audio: all but the first by id.
 
     All of them where labels or people contradict each other, since nobody knows which is right.
     """
     same = collections.defaultdict(list)
     for row in rows:
         same[row["sha256"]].append(row)
-    found = {}
+    doubles = {}
     for first, *others in same.values():
         group = [first, *others]
         labels = {tuple(row["labels"].get(name) for name in ("abnormal", "murmur", "class")) for row in group}
         people = {row["person"] for row in group if row["person_known"]}
-        clash = " with another label" * (len(labels) > 1) + " of another person" * (len(people) > 1)
-        for row in group if clash else others:
+        clash = ""
+        if len(labels) > 1:
+            clash += " with another label"
+        if len(people) > 1:
+            clash += " of another person"
+        left_out = group if clash else others
+        for row in left_out:
             other = first if row is not first else others[0]
-            found[row["id"]] = Problem(row["path"], f"doubled: same audio as {other['id']}{clash}")
-    return found
+            doubles[row["id"]] = Problem(row["path"], f"doubled: same audio as {other['id']}{clash}")
+    return doubles
 
 
 def _counts(rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
-    def of(rows: list[Row]) -> dict[str, Any]:
+    def count(rows: list[Row]) -> dict[str, Any]:
         known = {row["person"] for row in rows if row["person_known"]}
         hours = sum(row["num_samples"] / row["sample_rate_hz"] for row in rows) / 3600
         return {
@@ -251,14 +280,15 @@ def _counts(rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
 
     databases = sorted({row["database"] for row in rows})
     return {
-        **of(rows),
-        "databases": {name: of([row for row in rows if row["database"] == name]) for name in databases},
+        **count(rows),
+        "databases": {name: count([row for row in rows if row["database"] == name]) for name in databases},
         "several_channels": sum(row["channels"] > 1 for row in rows),
         "left_out": dict(sorted(collections.Counter(p.reason.split(":")[0] for p in problems).items())),
     }
 
 
 def decoder_versions() -> dict[str, str]:
+    """The versions on which the prepared samples depend; all machines of a cluster must agree on them."""
     import soxr
 
     return {"pcgjax": __version__, "numpy": np.__version__, "soxr": soxr.__version__,
@@ -266,13 +296,15 @@ def decoder_versions() -> dict[str, str]:
 
 
 def problem_list(problems: list[Problem]) -> str:
+    """The files and rows that are left out, a line each, for messages."""
     return f"{len(problems)} files or rows cannot be used:" + "".join(f"\n  {p.path}: {p.reason}" for p in problems)
 
 
 def _read_manifest(prepared: pathlib.Path) -> dict[str, Any]:
     path = prepared / "manifest.json"
     if not path.exists():
-        state = "an unfinished preparation" if (prepared / "parts").exists() else "no prepared data set"
+        unfinished = (prepared / "parts").exists()
+        state = "an unfinished preparation" if unfinished else "no prepared data set"
         raise PrepareError(f"{prepared}: {state} (no manifest.json): run python -m pcgjax.prepare --out={prepared}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -286,7 +318,7 @@ def _read_manifest(prepared: pathlib.Path) -> dict[str, Any]:
 
 
 def read_rows(prepared: str | pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
-    """(manifest, rows sorted by id) of a prepared folder; a row is as `decode` says, and `shard` and `index`.
+    """(manifest, rows sorted by id) of a prepared folder; a row is as `decode.decode` says, with `shard` and `index`.
 
     Raises:
       PrepareError: not prepared, unfinished, of another format, or records.jsonl does not belong to the manifest.
@@ -310,8 +342,10 @@ def read_rows(prepared: str | pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
 class Records:
     """Random access to prepared samples: records[i], or records(i), is the int16 (num_samples,) of rows[i].
 
-    A data source as Grain wants it. Threads may share it; pickled, it opens its shards again.
-    Raises PrepareError where a shard is missing, cut or corrupt.
+    A data source as Grain wants it. Threads may share it; unpickled, it opens its shards again.
+
+    Raises:
+      PrepareError: on reading, a shard is missing, cut or corrupt.
     """
 
     def __init__(self, prepared: str | pathlib.Path, rows: Sequence[Row]):
@@ -332,8 +366,9 @@ class Records:
         except (RuntimeError, IndexError, ValueError) as error:
             raise PrepareError(f"{path}: missing, cut or corrupt ({error}): {fix}") from None
         if len(samples) != num_samples:
-            found = f"record {position} holds {len(samples)} samples, records.jsonl says {num_samples}"
-            raise PrepareError(f"{path}: {found}: {fix}")
+            raise PrepareError(
+                f"{path}: record {position} holds {len(samples)} samples, records.jsonl says {num_samples}: {fix}"
+            )
         return samples
 
     __call__ = __getitem__
@@ -353,7 +388,7 @@ class Records:
         with self._lock:
             if path.name not in self._readers:
                 reader = ArrayRecordReader(str(path), _READER_OPTIONS)
-                if not reader.ok():  # reading is what gives the reason
+                if not reader.ok():  # a read raises the reason
                     reader.read([0])
                 self._readers[path.name] = reader
             return self._readers[path.name]

@@ -1,7 +1,8 @@
-"""python -m pcgjax.splits: which recordings train, validate and test, and the check that nothing leaks between them.
+"""Which recordings train, validate and test, and the check that nothing leaks between them.
 
-A split is a dict, saved as JSON: lists of recording ids under train, validation, test and unlabelled, what they
-were made from, notes in plain words, and counts. It is made from the rows of a prepared folder.
+A split is a dict, saved as JSON: lists of recording ids under train, validation, test and unlabelled, the arguments
+it was made with, notes, and counts. It is made from the rows of a prepared folder; `python -m pcgjax.splits` is its
+command.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from pcgjax.data import Row
 from pcgjax.runtime import files
 
-Row = dict[str, Any]
 Split = dict[str, Any]
 KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301")
-# Each with its classes, the last of which is called positive; "": no label, every recording counts as class 0.
+# Target -> its classes, of which the last counts as positive; "": no label, every recording is of class 0.
 CLASSES = {
     "abnormal": ("0", "1"),
     "murmur": ("0", "1"),
@@ -31,9 +32,9 @@ CLASSES = {
 }
 TARGETS = tuple(CLASSES)
 PARTS = ("train", "validation", "test")
-# Hashes have 32 bits, so two of a corpus' 10^5 are equal by chance now and then: of the 8 * 10^5 pairs within
-# CinC 2016, CirCor and PASCAL, 6 share one hash and none shares two. Two seconds of common audio share 16 on
-# average.
+# Recordings with so many fingerprint hashes in common share audio. Hashes have 32 bits, so two of a corpus' 10^5 are
+# now and then equal by chance: of the 8 * 10^5 pairs of recordings within CinC 2016, CirCor and PASCAL, 6 share one
+# hash and none shares two. Two seconds of common audio share 16 on average.
 COMMON_HASHES = 3
 
 
@@ -94,13 +95,15 @@ def make(
         parts, notes = _paper301(labelled, target, fractions, names, rng)
     else:
         parts, notes = _by_person(labelled, kind, target, fractions, fold, folds, database, rng)
-    for name in databases if kind != "paper301" else ():
-        if any(row["database"] == name and not row["person_known"] for row in labelled):
-            notes.append(f"{name}: people are not known for all recordings, and one person may be in several parts")
+        unknown = {row["database"] for row in labelled if not row["person_known"]}
+        notes += [
+            f"{name}: people are not known for all recordings, and one person may be in several parts"
+            for name in sorted(unknown)
+        ]
     for part, members in parts.items():
         if lacking := set(CLASSES[target]) - {_label(row, target) for row in members}:
-            what = f" with {target} {', '.join(sorted(lacking))}" if target else ""
-            raise SplitError(f"{part} has no recording{what}: choose other fractions, seed or kind")
+            condition = f" with {target} {', '.join(sorted(lacking))}" if target else ""
+            raise SplitError(f"{part} has no recording{condition}: choose other fractions, seed or kind")
     return {
         "kind": kind,
         "target": target,
@@ -154,13 +157,15 @@ def _by_person(
         first, second, *others = dealt[fold:] + dealt[:fold]
         return {"train": [row for part in others for row in part], "validation": second, "test": first}, notes
     if kind == "leave_database_out":
-        heard = [group for group in groups if any(row["database"] == database for row in group)]
-        unheard = [group for group in groups if all(row["database"] != database for row in group)]
-        aside = sorted(row["id"] for group in heard for row in group if row["database"] != database)
-        if aside:
-            notes.append(f"left out: {len(aside)} recordings of people who are also in {database}: {_some(aside)}")
+        inside = [group for group in groups if any(row["database"] == database for row in group)]
+        outside = [group for group in groups if all(row["database"] != database for row in group)]
+        left_out = sorted(row["id"] for group in inside for row in group if row["database"] != database)
+        if left_out:
+            notes.append(
+                f"left out: {len(left_out)} recordings of people who are also in {database}: {_some(left_out)}"
+            )
         both = fractions[0] + fractions[1]
-        train, validation = _deal(unheard, target, [fractions[0] / both, fractions[1] / both], rng)
+        train, validation = _deal(outside, target, [fractions[0] / both, fractions[1] / both], rng)
         test = [row for row in rows if row["database"] == database]
         return {"train": train, "validation": validation, "test": test}, notes
     if kind == "person_250":
@@ -170,15 +175,15 @@ def _by_person(
         if each < 250:
             notes.append(f"validation: {each} of each class are wanted, as 250 would leave too few to train")
         share = np.array([each / count for count in counts])
-        kept = {row["id"] for row in rest}
-        left = [group for group in groups if group[0]["id"] in kept]
-        train, validation = _deal(left, target, [1 - share, share], rng)
+        rest_ids = {row["id"] for row in rest}
+        rest_groups = [group for group in groups if group[0]["id"] in rest_ids]
+        train, validation = _deal(rest_groups, target, [1 - share, share], rng)
         return {"train": train, "validation": validation, "test": test}, notes
     return dict(zip(PARTS, _deal(groups, target, fractions, rng), strict=True)), notes
 
 
 def _groups(rows: list[Row]) -> tuple[list[list[Row]], list[str]]:
-    """Recordings by person; people whose recordings share audio are taken as one."""
+    """(recordings by person, notes); people whose recordings share audio count as one."""
     leader: dict[str, str] = {}
 
     def find(person: str) -> str:
@@ -200,7 +205,7 @@ def _groups(rows: list[Row]) -> tuple[list[list[Row]], list[str]]:
 
 
 def _deal(groups: list[list[Row]], target: str, fractions: Sequence[Any], rng: np.random.Generator) -> list[list[Row]]:
-    """Deals whole groups into parts, database by database: each to the part that lacks most of its classes.
+    """Deals whole groups into parts, database by database: each group to the part that lacks most of its classes.
 
     All classes are counted in recordings, for a person may have recordings of several. A part's fraction is one
     number, or one for each class.
@@ -222,8 +227,8 @@ def _deal(groups: list[list[Row]], target: str, fractions: Sequence[Any], rng: n
     lacking = np.zeros((len(fractions), len(classes)))
     for _, stratum in sorted(strata.items()):
         total = np.maximum(sum(counts for _, counts in stratum), 1)
-        # What the databases before could not even out is made up here, but by one person at most,
-        # or a person with very many recordings would turn the next database upside down.
+        # The imbalance that earlier databases left is made up here, but by one person at most: otherwise a person
+        # with very many recordings would distort the next database.
         person = total / np.maximum(sum(counts > 0 for _, counts in stratum), 1)
         lacking = np.clip(lacking, -person, person) + wanted * total
         order = [stratum[i] for i in rng.permutation(len(stratum))]
@@ -275,17 +280,19 @@ def _read_names(path: str | pathlib.Path) -> set[str]:
 
 
 def _content(rows: Iterable[Row]) -> str:
-    said = sorted([row["id"], sorted(row["labels"].items())] for row in rows)
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    """A digest of the recordings and their labels."""
+    labels = sorted([row["id"], sorted(row["labels"].items())] for row in rows)
+    return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
 
 def _counts(rows: list[Row], target: str) -> dict[str, dict[str, int]]:
-    def of(rows: list[Row]) -> dict[str, int]:
+    def count(rows: list[Row]) -> dict[str, int]:
         positives = sum(_label(row, target) == CLASSES[target][-1] for row in rows if target)
         return {"recordings": len(rows), "people": len({row["person"] for row in rows}), "positives": positives}
 
     databases = sorted({row["database"] for row in rows})
-    return {name: of([row for row in rows if row["database"] == name]) for name in databases} | {"all": of(rows)}
+    counts = {name: count([row for row in rows if row["database"] == name]) for name in databases}
+    return counts | {"all": count(rows)}
 
 
 def overlaps(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
@@ -302,10 +309,10 @@ def overlaps(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
 
 
 def leaks(split: Split, rows: Sequence[Row]) -> list[str]:
-    """What train, validation and test have in common; each message names the recordings. Empty: nothing.
+    """Messages about what two parts of a split have in common, each naming the recordings; [] where nothing leaks.
 
-    Looked for: an id in two parts, a person in two parts, the same audio in two parts, overlapping audio
-    (see `prepare.fingerprint` for what it can find) in two parts.
+    Checked: an id, a person, the same audio, or overlapping audio (as far as `decode.fingerprint` detects it) in two
+    parts.
     """
     messages = []
     part_of: dict[str, str] = {}
@@ -323,12 +330,12 @@ def leaks(split: Split, rows: Sequence[Row]) -> list[str]:
             shared[row[field]].append(row["id"])
         for value, ids in sorted(shared.items()):
             by_part = {part: sorted(name for name in ids if part_of[name] == part) for part in PARTS}
-            found = [f"{part} ({_some(members)})" for part, members in by_part.items() if members]
+            places = [f"{part} ({_some(members)})" for part, members in by_part.items() if members]
             if what == "audio":
                 same_audio.update(itertools.combinations(sorted(ids), 2))
-            if len(found) > 1:
-                whose = f"person {value}" if what == "person" else "the same audio"
-                messages.append(f"{whose} is in {' and in '.join(found)}")
+            if len(places) > 1:
+                subject = f"person {value}" if what == "person" else "the same audio"
+                messages.append(f"{subject} is in {' and in '.join(places)}")
     for one, other, count in overlaps(used):
         if part_of[one] != part_of[other] and (one, other) not in same_audio:
             messages.append(f"{one} in {part_of[one]} and {other} in {part_of[other]} share audio ({count} windows)")
@@ -341,12 +348,12 @@ def check(split: Split, rows: Sequence[Row], allow: bool = False) -> list[str]:
     Raises:
       LeakError: listing the first ten.
     """
-    found = leaks(split, rows)
-    if found and not allow:
-        more = f"\n  and {len(found) - 10} more" if len(found) > 10 else ""
-        listed = "".join(f"\n  {message}" for message in found[:10])
-        raise LeakError(f"THE SPLIT LEAKS, scores on it would be too good: {len(found)} findings{listed}{more}")
-    return found
+    messages = leaks(split, rows)
+    if messages and not allow:
+        more = f"\n  and {len(messages) - 10} more" if len(messages) > 10 else ""
+        listed = "".join(f"\n  {message}" for message in messages[:10])
+        raise LeakError(f"THE SPLIT LEAKS, scores on it would be too good: {len(messages)} findings{listed}{more}")
+    return messages
 
 
 def _some(ids: Sequence[str]) -> str:
@@ -383,13 +390,13 @@ def load(path: str | pathlib.Path, rows: Sequence[Row]) -> Split:
 
 
 def summary(split: Split) -> str:
-    """Counts and notes, for people."""
+    """Counts and notes, for a terminal."""
     lines = []
     for part in PARTS:
-        for name, of in split["counts"][part].items():
+        for name, counts in split["counts"][part].items():
             lines.append(
-                f"{part:10s} {name:12s} {of['recordings']:5d} recordings {of['people']:5d} people "
-                f"{of['positives']:5d} {split['target']}"
+                f"{part:10s} {name:12s} {counts['recordings']:5d} recordings {counts['people']:5d} people "
+                f"{counts['positives']:5d} {split['target']}"
             )
     lines.append(f"unlabelled {len(split['unlabelled'])}")
     return "\n".join(lines + [f"note: {note}" for note in split["notes"]])

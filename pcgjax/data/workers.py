@@ -1,4 +1,4 @@
-"""Work over processes in order, with progress."""
+"""A function over many jobs: in worker processes, its results in order, with a progress bar."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from pcgjax.data import PrepareError
 
 
 def in_order(function: Callable, jobs: Sequence, recordings: int, workers: int | None) -> Iterator:
-    """function(job) for each job, in order, over `workers` processes (default: one a core where that pays)."""
-    # A fork copies only the calling thread, so locks that another one holds stay locked for ever.
+    """function(job) for each job, in order, over `workers` processes (default: one a core where that pays).
+
+    Args: recordings: how many the jobs hold together, by which the default number of workers is chosen.
+    Raises:
+      PrepareError: a worker process was killed.
+    """
+    # A fork copies only the calling thread, so a lock that another thread holds would stay locked for ever.
     fork = sys.platform == "linux" and "jax" not in sys.modules and threading.active_count() == 1
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -47,7 +52,7 @@ def in_order(function: Callable, jobs: Sequence, recordings: int, workers: int |
 
 
 def keep_memory() -> None:
-    """Has the C library keep the memory of freed arrays for the next ones.
+    """Makes the C library reuse the memory of freed arrays for the next ones.
 
     Otherwise it maps each array of 128 KiB or more anew, and the kernel's page faults take longer than decoding.
     Freeing one large array, never touched, is what raises glibc's threshold (mallopt(3), M_MMAP_THRESHOLD).
@@ -56,7 +61,7 @@ def keep_memory() -> None:
 
 
 def _begin_worker(parent: int) -> None:
-    """Ends the worker when its parent was killed, which otherwise leaves it waiting for ever."""
+    """Ends the worker when its parent was killed; otherwise it would wait for ever."""
     keep_memory()
 
     def watch() -> None:
@@ -69,7 +74,7 @@ def _begin_worker(parent: int) -> None:
 
 @contextlib.contextmanager
 def progress_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Yields what to call with the number of recordings done; what takes longer than a second gets a bar."""
+    """Yields advance(recordings done since the last call); work that takes longer than a second gets a bar."""
     started, done, bar = time.monotonic(), 0, None
 
     def advance(count: int) -> None:
@@ -81,7 +86,7 @@ def progress_bar(total: int, description: str) -> Iterator[Callable[[int], None]
         elif elapsed > 1:
             import tqdm  # later than this, as a small data set is prepared in the time of the import
 
-            tqdm.tqdm.monitor_interval = 0  # no thread beside this one: see _in_order
+            tqdm.tqdm.monitor_interval = 0  # no thread beside this one: see in_order
             interval = 0.2 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then
             bar = tqdm.tqdm(total=total, desc=description, unit="recording", mininterval=interval, smoothing=0.1)
             bar.start_t -= elapsed

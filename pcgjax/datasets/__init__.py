@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 # The states of a cardiac cycle, numbered as in CirCor's .tsv files.
 UNANNOTATED, S1, SYSTOLE, S2, DIASTOLE = range(5)
+Span = tuple[float, float, int]  # start_s, end_s, state
 NAMES = ("cinc2016", "circor", "pascal", "synthetic", "folder")
 
 
@@ -35,7 +36,7 @@ class Recording:
     database: str  # e.g. "cinc2016-a", "circor", "pascal-b": what "per database" means everywhere
     rate_hz: int
     labels: Mapping[str, str]
-    annotations: tuple[tuple[float, float, int], ...]
+    annotations: tuple[Span, ...]
     path: pathlib.Path
 
 

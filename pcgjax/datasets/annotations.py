@@ -1,4 +1,4 @@
-"""CirCor's .tsv annotations: read, checked and named."""
+"""CirCor's .tsv annotations, read and checked: a line an interval, with start, end (seconds) and state."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import math
 import operator
 import pathlib
 
+from pcgjax.datasets import Span
+
 STATES = frozenset(range(5))
 SLACK_S = 0.005  # neighbours in the published .tsv files overlap by up to 1 ms, from rounding
 
 
-def read_annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float, float, int], ...]:
-    """Intervals from a .tsv file with start, end (seconds) and state, 0 where not annotated.
+def read_annotations(path: pathlib.Path, duration_s: float) -> tuple[Span, ...]:
+    """The intervals of a .tsv file, state 0 where not annotated, clipped to the recording's `duration_s`.
 
     Raises:
-      FileNotFoundError, or ValueError: what is wrong with the file.
+      FileNotFoundError: no such file.
+      ValueError: what is wrong with the file, and in which line.
     """
     raw = read_bytes(path)
     if (quick := _sound_annotations(raw, duration_s)) is not None:
         return quick
     text = raw.decode("latin-1")
     lines = text.splitlines()
-    intervals: list[tuple[float, float, int]] = []
+    intervals: list[Span] = []
     before_s = 0.0
     for number, line in enumerate(lines, 1):
         cells = line.split()
@@ -33,7 +36,7 @@ def read_annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float
             raise ValueError(f"line {number} must be start, end and state as numbers, is {line.strip()!r}") from None
         if state not in STATES:
             raise ValueError(f"line {number}: unknown state {cells[2]!r}; known are 0 to 4")
-        # A comparison with nan is false, so one chain refuses all that is wrong.
+        # A comparison with nan is false, so this chain refuses that too.
         if not before_s - SLACK_S <= start_s <= end_s <= duration_s + SLACK_S:
             if start_s < before_s - SLACK_S:
                 why = f"it starts at {start_s} s, before the previous end at {before_s} s"
@@ -52,8 +55,11 @@ def read_annotations(path: pathlib.Path, duration_s: float) -> tuple[tuple[float
     return tuple(intervals)
 
 
-def _sound_annotations(raw: bytes, duration_s: float) -> tuple[tuple[float, float, int], ...] | None:
-    """The intervals of a file in which nothing is odd, all lines at once; None for the careful reading line by line."""
+_COMMAS = bytes.maketrans(b"\t\n", b",,")
+
+
+def _sound_annotations(raw: bytes, duration_s: float) -> tuple[Span, ...] | None:
+    """The intervals of a file without irregularities, all lines at once; None for any other."""
     import orjson
 
     raw = raw.rstrip(b"\n")
@@ -74,11 +80,12 @@ def _sound_annotations(raw: bytes, duration_s: float) -> tuple[tuple[float, floa
     return tuple(zip(map(float, starts), map(float, ends), map(int, states), strict=True))
 
 
-_COMMAS = bytes.maketrans(b"\t\n", b",,")
-
-
 def read_bytes(path: pathlib.Path) -> bytes:
-    """The file's bytes, without the layers of buffers and text that take longer than reading it."""
+    """The file's bytes, read without buffering, which would take longer than reading them.
+
+    Raises:
+      FileNotFoundError: no such file.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()

@@ -56,7 +56,7 @@ def read_steps(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
         wav = _wav(file)
         rate_hz, frames, channels = _header(file, wav)
         if _plain(wav):
-            # What nearly all heart sounds are: libsndfile would take longer to open the file than this to read it.
+            # Nearly all heart sounds come so: libsndfile would take longer to open the file than this to read it.
             file.seek(wav.begin)
             samples = np.ascontiguousarray(np.frombuffer(file.read(2 * frames * channels), "<i2")[::channels])
         else:
@@ -74,6 +74,7 @@ def read_steps(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
 def pieces(path: str | pathlib.Path, sample_rate_hz: int, piece_s: float = 10.0) -> Iterator[np.ndarray]:
     """A file's first channel at another rate, float32 with full scale at 1, a piece at a time: for files of any length.
 
+    Yields: (n,) samples of about `piece_s` seconds.
     Raises:
       AudioError: as `header`, and `not finite`, `too short`; with the last piece `silent`.
     """
@@ -136,9 +137,9 @@ def _header(file: BinaryIO, wav: _Wav | None) -> tuple[int, int, int]:
     length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise AudioError("empty: the file has no bytes")
-    if wav and wav.size > length - wav.begin:  # libsndfile reads a cut file without a word
-        found = length - wav.begin
-        raise AudioError(f"truncated: the header declares {wav.size} bytes of samples, there are {found}")
+    if wav and wav.size > length - wav.begin:  # libsndfile reads a cut file without an error
+        present = length - wav.begin
+        raise AudioError(f"truncated: the header declares {wav.size} bytes of samples, there are {present}")
     if _plain(wav):
         rate_hz, frames, channels = wav.rate_hz, wav.size // (2 * wav.channels), wav.channels
     else:

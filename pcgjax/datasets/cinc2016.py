@@ -7,7 +7,19 @@ import os
 import pathlib
 import re
 
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, audio, state_ans
+from pcgjax.datasets import (
+    DIASTOLE,
+    S1,
+    S2,
+    SYSTOLE,
+    UNANNOTATED,
+    DatasetError,
+    Problem,
+    Recording,
+    Span,
+    audio,
+    state_ans,
+)
 from pcgjax.datasets.tables import read_rows, read_table, relative
 
 LAYOUT = (
@@ -65,9 +77,9 @@ def _database(
         path = folder / f"{record}.wav"
         if label is None:
             continue  # its row is among the problems
-        says = {name: table[record] for name, table in tables.items() if table.get(record)}
-        if len(set(says.values())) > 1:
-            verdicts = ", ".join(f"{name} says {label}" for name, label in says.items())
+        label_of_table = {name: table[record] for name, table in tables.items() if table.get(record)}
+        if len(set(label_of_table.values())) > 1:
+            verdicts = ", ".join(f"{name} says {label}" for name, label in label_of_table.items())
             problems.append(Problem(relative(path, source), f"mislabelled: {verdicts} (1 abnormal, -1 normal)"))
             continue
         try:
@@ -80,7 +92,7 @@ def _database(
         if row.get(APPENDIX_CLASS, label) not in (label, ""):
             reason = f"mislabelled: {record} is {row[APPENDIX_CLASS]!r} here and {label} in {primary}, which counts"
             problems.append(Problem(APPENDIX, reason))
-        annotations: tuple[tuple[float, float, int], ...] = ()
+        annotations: tuple[Span, ...] = ()
         if record in states:
             try:
                 annotations = _annotations(states[record], rate_hz, frames)
@@ -142,7 +154,7 @@ def _references(
                 else:
                     reason = f"mislabelled: line {line}, record {record}: sqi {values[1]!r}, allowed are 0 and 1"
                     problems.append(Problem(relative(path, source), reason))
-    comments = {path.stem: said for path in folder.glob("*.hea") if (said := _header_label(path))}
+    comments = {path.stem: verdict for path in folder.glob("*.hea") if (verdict := _header_label(path))}
     if not tables and not comments:
         raise DatasetError(
             f"{folder}: no labels; it needs REFERENCE.csv (rows such as a0001,1) or REFERENCE_withSQI.csv, "
@@ -153,17 +165,18 @@ def _references(
 
 
 def _check_labels(path: pathlib.Path, rows: list[tuple[int, list[str]]]) -> None:
+    """Raises DatasetError where a reference table as a whole does not hold the published labels."""
     if all(len(fields) < 2 for _, fields in rows):
         raise DatasetError(f"{path}: no row has two fields with a comma between; expected record,label as in a0001,1")
-    found = {fields[1] for _, fields in rows if len(fields) > 1}
-    if found <= {"0", "1"} and "0" in found:
+    labels = {fields[1] for _, fields in rows if len(fields) > 1}
+    if labels <= {"0", "1"} and "0" in labels:
         raise DatasetError(
             f"{path}: column 2 (label) holds 0 and 1, so it was re-coded and may be inverted; "
             "put the published table back: 1 is abnormal, -1 is normal"
         )
-    if not found & CLASSES.keys():
+    if not labels & CLASSES.keys():
         raise DatasetError(
-            f"{path}: column 2 (label) holds {', '.join(map(repr, sorted(found)[:4]))} and neither 1 nor -1; "
+            f"{path}: column 2 (label) holds {', '.join(map(repr, sorted(labels)[:4]))} and neither 1 nor -1; "
             "put the published table back: 1 is abnormal, -1 is normal"
         )
 
@@ -178,7 +191,7 @@ def _header_label(path: pathlib.Path) -> str | None:
 
 
 def _appendix(source: pathlib.Path, problems: list[Problem]) -> dict[str, dict[str, str]] | None:
-    """The rows of the online appendix by record; None where it is not found, which is a problem."""
+    """The rows of the online appendix by record; None, and a problem, where there is no such file."""
     for folder in (source / "annotations", source, source.parent / "annotations"):
         path = folder / APPENDIX
         if path.is_file():
@@ -191,6 +204,7 @@ def _appendix(source: pathlib.Path, problems: list[Problem]) -> dict[str, dict[s
 
 
 def _person(database: str, row: dict[str, str]) -> str | None:
+    """Who was recorded, by the appendix: the subject of database b or the tape of a; None where it does not say."""
     subject = row.get("subject id", "")
     tape = re.match(r"(C\d+)S\d", row.get("original record name", ""))  # C45S1: tape 45, its recording 1
     if database == "b" and subject:
@@ -201,12 +215,12 @@ def _person(database: str, row: dict[str, str]) -> str | None:
 
 
 def _same_person(database: str, row: dict[str, str]) -> str | None:
-    """Who it must have been where the appendix does not say it, by our own inference from its other columns.
+    """Who was recorded where the appendix does not say, inferred from its other columns; None where they do not tell.
 
     e: recordings of one class with one raw record's number agree in gender, age and state (at rest, after climbing
-    steps), and their original names are at most a dozen numbers apart; normal and abnormal ones are numbered by
-    themselves. d: C014PRAU and C014PRAU2 are one person, and the names of the six men of Mars-500 do not tell them
-    apart, so they count as one.
+    steps), and their original names are at most a dozen numbers apart; normal and abnormal ones are numbered
+    separately. d: C014PRAU and C014PRAU2 are one person, and the names of the six men of Mars-500 do not distinguish
+    them, so they count as one.
     """
     raw = row.get("# raw record", "")
     if database == "e" and raw:
@@ -220,14 +234,14 @@ def _same_person(database: str, row: dict[str, str]) -> str | None:
 
 def _state_files(source: pathlib.Path, folders: list[pathlib.Path]) -> dict[str, pathlib.Path]:
     """The hand-corrected state files by record, from `annotations` next to, above or inside the training folders."""
-    found: dict[str, pathlib.Path] = {}
+    paths: dict[str, pathlib.Path] = {}
     for base in dict.fromkeys((source.parent, source, *folders)):
         for path in sorted((base / "annotations" / "hand_corrected").glob("*/*_StateAns.mat"), key=str):
-            found[path.name.removesuffix("_StateAns.mat")] = path
-    return found
+            paths[path.name.removesuffix("_StateAns.mat")] = path
+    return paths
 
 
-def _annotations(path: pathlib.Path, rate_hz: int, frames: int) -> tuple[tuple[float, float, int], ...]:
+def _annotations(path: pathlib.Path, rate_hz: int, frames: int) -> tuple[Span, ...]:
     """Intervals from a file of (1-based sample index, state name) pairs; each state lasts until the next begins.
 
     Raises:

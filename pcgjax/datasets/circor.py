@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 
-from pcgjax.datasets import DatasetError, Problem, Recording, audio
+from pcgjax.datasets import DatasetError, Problem, Recording, Span, audio
 from pcgjax.datasets.annotations import read_annotations, read_bytes
 from pcgjax.datasets.tables import column_name, read_table, relative
 
@@ -45,7 +45,7 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     """
     source = pathlib.Path(os.path.abspath(source))
     folder = source / "training_data" if (source / "training_data").is_dir() else source
-    # One look at the folder instead of one a file.
+    # The folder is listed once; asking for each file takes longer.
     with os.scandir(folder) as entries:
         there = sorted(entry.name for entry in entries if entry.is_file())
     problems: list[Problem] = []
@@ -59,10 +59,10 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
             continue  # LICENSE.txt, SHA256SUMS.txt
         path = folder / name
         try:
-            found, fields = _patient(path)
+            names_of_recordings, fields = _patient(path)
             patients[path.stem] = _merged(fields, table.get(path.stem, {}))
-            files[path.stem] = [names for names in found if names[2] not in listed]
-            for _, _, wav, _ in found:
+            files[path.stem] = [names for names in names_of_recordings if names[2] not in listed]
+            for _, _, wav, _ in names_of_recordings:
                 if wav in listed:
                     reason = f"duplicate: {wav} is listed in {listed[wav]} already, which counts"
                     problems.append(Problem(relative(path, source), reason))
@@ -91,7 +91,7 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
 
 
 def _table(source: pathlib.Path, folder: pathlib.Path, problems: list[Problem]) -> dict[str, dict[str, str]]:
-    """`training_data.csv` by patient; empty when there is none, as the .txt files say the same."""
+    """The rows of `training_data.csv` by patient; empty where there is no such file: the .txt files say the same."""
     for parent in dict.fromkeys((source, folder, folder.parent)):
         path = parent / "training_data.csv"
         if not path.is_file():
@@ -143,7 +143,7 @@ def _patient(path: pathlib.Path) -> tuple[list[list[str]], dict[str, str]]:
 
 
 def _merged(text: dict[str, str], row: dict[str, str]) -> dict[str, str]:
-    """What is known of a patient from <patient>.txt and from the row in training_data.csv, checked.
+    """A patient's fields from <patient>.txt and from the row in training_data.csv, checked against each other.
 
     Raises:
       ValueError: they contradict each other, or hold a value that does not exist.
@@ -193,7 +193,7 @@ def _recording(
     person: str,
     problems: list[Problem],
 ) -> Recording | None:
-    """One recording from [site, .hea, .wav, .tsv]; None, and a line in `problems`, when it cannot be used."""
+    """One recording from [site, .hea, .wav, .tsv]; None, and an entry in `problems`, where it cannot be used."""
     site, (header, path, tsv) = names[0], map(folder.joinpath, names[1:])
     try:
         rate_hz, frames, _ = audio.header(path)
@@ -212,7 +212,7 @@ def _recording(
     if tsv.name not in there:
         # 50782_MV_1.wav: one of two recordings was dropped, the annotation kept the name without a number.
         tsv = folder / f"{patient}_{site}.tsv"
-    annotations: tuple[tuple[float, float, int], ...] = ()
+    annotations: tuple[Span, ...] = ()
     try:
         annotations = read_annotations(tsv, frames / rate_hz)
     except FileNotFoundError:
@@ -232,6 +232,7 @@ def _recording(
 
 
 def _labels(fields: dict[str, str], site: str) -> dict[str, str]:
+    """`Recording.labels` of a recording at `site`, as `load` describes them."""
     known = {key: value for key, value in fields.items() if _known(value)}
     murmur, outcome = known["murmur"], known.get("outcome")
     labels = {"class": (outcome or murmur).lower(), "murmur_status": murmur, "site": site}

@@ -1,11 +1,11 @@
-"""Any folder of audio files without labels: one's own heart sounds, to train without labels on, or to segment."""
+"""Any folder of audio files without labels, for pre-training or to be segmented."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 
-from pcgjax.datasets import Problem, Recording, audio
+from pcgjax.datasets import Problem, Recording, Span, audio
 from pcgjax.datasets.annotations import read_annotations
 from pcgjax.datasets.tables import relative
 
@@ -16,8 +16,8 @@ SUFFIXES = (".wav", ".flac")
 def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     """The recordings of `source` and the folders below it: no labels, `id` the path from `source` without suffix.
 
-    A person is a folder directly in `source`, with all that it holds; whose the files in `source` itself are is not
-    known. Annotations: of a .tsv file beside the audio file, in CirCor's layout.
+    Each folder directly in `source` is one person, with all files below it; who was recorded in the files of `source`
+    itself is not known. Annotations: of a .tsv file beside the audio file, in CirCor's layout.
     """
     source = pathlib.Path(os.path.abspath(source))
     recordings: dict[str, Recording] = {}
@@ -36,7 +36,7 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
         except (audio.AudioError, OSError) as error:
             problems.append(Problem(str(where), str(error)))
             continue
-        annotations: tuple[tuple[float, float, int], ...] = ()
+        annotations: tuple[Span, ...] = ()
         tsv = path.with_suffix(".tsv")
         try:
             annotations = read_annotations(tsv, frames / rate_hz)

@@ -7,7 +7,7 @@ import itertools
 import os
 import pathlib
 
-from pcgjax.datasets import S1, S2, Problem, Recording, audio
+from pcgjax.datasets import S1, S2, Problem, Recording, Span, audio
 from pcgjax.datasets.tables import read_table, relative
 
 LAYOUT = "set_a.csv with the folder set_a/, or set_b.csv with set_b/, or both, and set_a_timing.csv"
@@ -32,8 +32,8 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     for letter in "ab":
         table = source / f"set_{letter}.csv"
         if table.is_file():
-            found, skipped = _set(table, letter, source, problems)
-            recordings += found
+            labelled, skipped = _set(table, letter, source, problems)
+            recordings += labelled
             unlabelled += skipped
     if unlabelled:
         reason = f"unlabelled: {unlabelled} recordings have no label (the challenge kept them for its test)"
@@ -132,7 +132,7 @@ def _parts(name: str) -> tuple[str, bool, str]:
 
 def _timing(
     source: pathlib.Path, problems: list[Problem]
-) -> dict[tuple[str, bool, str], list[tuple[float, float, int]]]:
+) -> dict[tuple[str, bool, str], list[Span]]:
     """`set_a_timing.csv` by `_parts` of the file name: S1 and S2 in order; files with a bad row are left out."""
     path = source / "set_a_timing.csv"
     if not path.is_file():

@@ -1,4 +1,8 @@
-"""A simulated heart: beats, murmurs, noise and a stethoscope's response."""
+"""A simulated heart: beats, murmurs, noise and a stethoscope's response.
+
+Amplitudes are relative to the mitral component of S1 at the apex, which is 1. Times are in seconds, frequencies in Hz;
+axes: n samples, k beats.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy.fft
 
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, Span
 
-Annotations = list[tuple[float, float, int]]  # (start_s, end_s, state) as in `Recording.annotations`
+Response = Callable[[np.ndarray], np.ndarray]  # magnitude at frequencies f > 0 in Hz
 # Loudness of (mitral, tricuspid, aortic, pulmonary) closure under each auscultation site.
 SITES = {
     "AV": (0.55, 0.35, 1.00, 0.35),
@@ -35,10 +39,24 @@ TIMINGS = {
     "Mid-diastolic": (DIASTOLE, 0.25, 0.7),
     "Holodiastolic": (DIASTOLE, 0.0, 1.0),
 }
-SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # envelope over the murmur's own time, 0 to 1
-    "Crescendo": lambda x: x,
-    "Decrescendo": lambda x: 1 - x,
-    "Diamond": lambda x: 1 - abs(2 * x - 1),
+
+
+def _crescendo(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _decrescendo(x: np.ndarray) -> np.ndarray:
+    return 1 - x
+
+
+def _diamond(x: np.ndarray) -> np.ndarray:
+    return 1 - abs(2 * x - 1)
+
+
+SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # envelope over the murmur's duration, x from 0 to 1
+    "Crescendo": _crescendo,
+    "Decrescendo": _decrescendo,
+    "Diamond": _diamond,
     "Plateau": np.ones_like,
 }
 GRADES = {  # phase -> grading -> RMS amplitude at the envelope's peak, at the site where it is loudest
@@ -69,6 +87,7 @@ class Murmur:
 
     @property
     def phase(self) -> int:
+        """SYSTOLE or DIASTOLE."""
         return TIMINGS[self.timing][0]
 
 
@@ -89,7 +108,7 @@ class Person:
     s2_split_s: tuple[float, float]  # A2-P2 at full expiration, at full inspiration
     s2_loudness: float
     brightness: float  # loudness of the sounds' overtones
-    murmur_site: str  # where a murmur is loudest; drawn for everybody, so that a site tells nothing of the class
+    murmur_site: str  # where a murmur is loudest; drawn for everybody, so that the site is independent of the class
     murmurs: tuple[Murmur, ...] = ()  # none, systolic, diastolic, or both
     extrasystoles: float = 0.0  # share of premature beats; above 0 each recording holds one at least
 
@@ -129,7 +148,12 @@ CLINICS = {
 def draw_person(
     rng: np.random.Generator, index: int, murmur_fraction: float = 0.5, extrasystoles: float = 0.0
 ) -> Person:
-    """Draws one person; of persons 0 ... n-1 the share `murmur_fraction` has a murmur, to within one person."""
+    """Draws one person; of persons 0 ... n-1 the share `murmur_fraction` has a murmur, to within one person.
+
+    Args:
+      index: the person's number.
+      extrasystoles: share of premature beats.
+    """
     shares = np.array([share for share, _, _ in AGES.values()])
     age = str(rng.choice(list(AGES), p=shares / shares.sum()))
     _, rate_bpm, height_cm = AGES[age]
@@ -158,10 +182,10 @@ def draw_person(
 
 
 def draw_murmur(rng: np.random.Generator, phase: int) -> Murmur:
-    """Draws each feature by itself, so that no word can be guessed from another; `phase` is SYSTOLE or DIASTOLE."""
+    """Draws each feature independently of the others; `phase` is SYSTOLE or DIASTOLE."""
     pitch = str(rng.choice(list(PITCHES)))
     return Murmur(
-        timing=str(rng.choice([timing for timing, (of, _, _) in TIMINGS.items() if of == phase])),
+        timing=str(rng.choice([timing for timing, (its_phase, _, _) in TIMINGS.items() if its_phase == phase])),
         shape=str(rng.choice(list(SHAPES))),
         grading=str(rng.choice(list(GRADES[phase]))),
         pitch=pitch,
@@ -213,7 +237,7 @@ def simulate_person(
     rate_hz: int,
     noise: Noise | None = None,
     stethoscope: Stethoscope | None = None,
-) -> tuple[np.ndarray, Annotations]:
+) -> tuple[np.ndarray, list[Span]]:
     """One recording at `site` (of SITES). The heart is drawn first, so the same rng state gives it for any noise.
 
     Returns: (samples float32 (n,) with full scale at 1, annotations without a gap from the first complete sound to
@@ -224,7 +248,11 @@ def simulate_person(
     duration_s = len(time_s) / rate_hz
     breath_phase = rng.uniform(0, 2 * np.pi)
     breath_hz = person.breaths_per_minute / 60
-    beats = _beats(person, rng, duration_s, lambda t: np.sin(2 * np.pi * breath_hz * t + breath_phase))
+
+    def breath(t: np.ndarray) -> np.ndarray:
+        return np.sin(2 * np.pi * breath_hz * t + breath_phase)
+
+    beats = _beats(person, rng, duration_s, breath)
 
     heart = _sounds(person, site, beats, rng, time_s, rate_hz)
     for murmur in person.murmurs:
@@ -232,8 +260,7 @@ def simulate_person(
     filtered = functools.partial(_filtered, rate_hz=rate_hz, response=functools.partial(_response, stethoscope))
     samples = heart = filtered(heart)
 
-    inspiration = np.sin(2 * np.pi * breath_hz * time_s + breath_phase)
-    room = noise.breathing * _breathing(inspiration, rng, rate_hz)
+    room = noise.breathing * _breathing(breath(time_s), rng, rate_hz)
     if noise.speech:
         room += noise.speech * _speech(rng, time_s, rate_hz)
     if noise.rubs_per_s:
@@ -288,7 +315,7 @@ def _beats(
     )
 
 
-def _annotations(beats: _Beats, duration_s: float, rate_hz: int) -> Annotations:
+def _annotations(beats: _Beats, duration_s: float, rate_hz: int) -> list[Span]:
     starts = np.stack([beats.s1[:, 0], beats.s1[:, 1], beats.s2[:, 0], beats.s2[:, 1]], 1).ravel()
     states = np.tile([S1, SYSTOLE, S2, DIASTOLE], len(beats.s1))
     first = np.flatnonzero((starts >= 0) & np.isin(states, [S1, S2]))[0]
@@ -345,16 +372,27 @@ def _murmur(murmur: Murmur, beats: _Beats, rng: np.random.Generator, time_s: np.
         carrier = overtones @ np.cos(np.arange(1, 4)[:, None] * phase_rad) / np.sqrt((overtones**2).sum() / 2)
         return envelope * carrier
     octaves = _BANDWIDTH_OCTAVES[murmur.quality]
-    carrier = _noise(len(time_s), rng, rate_hz, lambda f: np.exp(-0.5 * (np.log2(f / murmur.centre_hz) / octaves) ** 2))
-    if murmur.quality == "Harsh":  # turbulence that flutters
-        carrier *= np.exp(0.5 * _noise(len(time_s), rng, rate_hz, lambda f: 1 / (1 + (f / 30) ** 4)))
+
+    def turbulence(f: np.ndarray) -> np.ndarray:
+        return np.exp(-0.5 * (np.log2(f / murmur.centre_hz) / octaves) ** 2)
+
+    def flutter(f: np.ndarray) -> np.ndarray:
+        return 1 / (1 + (f / 30) ** 4)
+
+    carrier = _noise(len(time_s), rng, rate_hz, turbulence)
+    if murmur.quality == "Harsh":
+        carrier *= np.exp(0.5 * _noise(len(time_s), rng, rate_hz, flutter))
         carrier /= np.sqrt(np.mean(carrier**2))
     return envelope * carrier
 
 
 def _breathing(inspiration: np.ndarray, rng: np.random.Generator, rate_hz: int) -> np.ndarray:
     """Lung sound, louder in inspiration than in expiration, pink from 60 to 600 Hz; 1 RMS at its loudest. (n,)."""
-    carrier = _noise(len(inspiration), rng, rate_hz, lambda f: f**-0.5 / (1 + (60 / f) ** 4) / (1 + (f / 600) ** 4))
+
+    def lung(f: np.ndarray) -> np.ndarray:
+        return f**-0.5 / (1 + (60 / f) ** 4) / (1 + (f / 600) ** 4)
+
+    carrier = _noise(len(inspiration), rng, rate_hz, lung)
     return carrier * np.where(inspiration > 0, inspiration, -0.4 * inspiration)
 
 
@@ -365,11 +403,11 @@ def _speech(rng: np.random.Generator, time_s: np.ndarray, rate_hz: int) -> np.nd
     cycles = voice_hz * np.cumsum(glide) / rate_hz
     pulses = np.diff(np.floor(cycles), prepend=0)
     formants_hz = (rng.uniform(300, 800), rng.uniform(900, 1800))
-    voice = _filtered(
-        pulses,
-        rate_hz,
-        lambda f: sum(1 / (1 + ((f - formant) / 80) ** 2) for formant in formants_hz) / (1 + (f / 600) ** 2),
-    )
+
+    def vocal_tract_and_chest(f: np.ndarray) -> np.ndarray:
+        return sum(1 / (1 + ((f - formant) / 80) ** 2) for formant in formants_hz) / (1 + (f / 600) ** 2)
+
+    voice = _filtered(pulses, rate_hz, vocal_tract_and_chest)
     voice /= np.sqrt(np.mean(voice**2))
     syllables = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * time_s + rng.uniform(0, 2 * np.pi))
     phrases = np.sin(2 * np.pi * rng.uniform(0.15, 0.35) * time_s + rng.uniform(0, 2 * np.pi)) > 0
@@ -378,13 +416,17 @@ def _speech(rng: np.random.Generator, time_s: np.ndarray, rate_hz: int) -> np.nd
 
 def _rubs(rubs_per_s: float, rng: np.random.Generator, time_s: np.ndarray, rate_hz: int) -> np.ndarray:
     """Friction of the stethoscope on skin or cloth: short broad-band bursts, some louder than S1. Returns (n,)."""
+
+    def friction(f: np.ndarray) -> np.ndarray:
+        return 1 / (1 + (40 / f) ** 4) / (1 + (f / 500) ** 2)
+
     envelope = np.zeros(len(time_s))
     for _ in range(rng.poisson(rubs_per_s * len(time_s) / rate_hz)):
         start, fall = rng.integers(len(time_s)), rng.uniform(0.003, 0.05)
         tail = time_s[: math.ceil(5 * fall * rate_hz)]
         tail = tail[: len(time_s) - start]
         envelope[start : start + len(tail)] += 0.3 * math.exp(rng.normal(0, 0.7)) * np.exp(-tail / fall)
-    return envelope * _noise(len(time_s), rng, rate_hz, lambda f: 1 / (1 + (40 / f) ** 4) / (1 + (f / 500) ** 2))
+    return envelope * _noise(len(time_s), rng, rate_hz, friction)
 
 
 def _response(stethoscope: Stethoscope, f: np.ndarray) -> np.ndarray:
@@ -396,16 +438,14 @@ def _response(stethoscope: Stethoscope, f: np.ndarray) -> np.ndarray:
     return (1 + resonance) / slopes
 
 
-def _noise(
-    count: int, rng: np.random.Generator, rate_hz: int, response: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _noise(count: int, rng: np.random.Generator, rate_hz: int, response: Response) -> np.ndarray:
     """Gaussian noise of the given magnitude spectrum, scaled to an RMS of 1. Returns (count,)."""
     samples = _filtered(rng.standard_normal(count), rate_hz, response)
     return samples / np.sqrt(np.mean(samples**2))
 
 
-def _filtered(samples: np.ndarray, rate_hz: int, response: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Zero-phase filter, so that the annotations stay true: multiplies the spectrum by response(f), f > 0 in Hz."""
+def _filtered(samples: np.ndarray, rate_hz: int, response: Response) -> np.ndarray:
+    """Zero-phase filter, so that sounds stay where the annotations say: multiplies the spectrum by response(f)."""
     size = scipy.fft.next_fast_len(len(samples) + rate_hz // 4, real=True)
     spectrum = scipy.fft.rfft(samples, size)
     spectrum[0] = 0
@@ -414,5 +454,5 @@ def _filtered(samples: np.ndarray, rate_hz: int, response: Callable[[np.ndarray]
 
 
 def _chosen(index: int, fraction: float) -> bool:
-    """Whether item `index` belongs to the `fraction` of all items, spread evenly and without chance."""
+    """Whether item `index` belongs to the `fraction` of all items, which are spread evenly, not drawn."""
     return math.floor((index + 1) * fraction + 1e-9) > math.floor(index * fraction + 1e-9)

@@ -1,5 +1,7 @@
-"""The hand-corrected `<record>_StateAns.mat` of CinC 2016: MATLAB 5 files with one cell array, `state_ans`, of
-(sample index, state name) a row. Layout: MathWorks, "MAT-File Format", level 5.
+"""The hand-corrected `<record>_StateAns.mat` of CinC 2016, read and written.
+
+MATLAB 5 files with one cell array, `state_ans`, with a row (sample index, state name) for each state. Layout:
+MathWorks, "MAT-File Format", level 5.
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ _NAME = re.compile(b"|".join(map(re.escape, _NAMES)))
 
 
 def _as_published(content: bytes) -> tuple[list[int], list[str]] | None:
-    """Reads what `write` can write, and names in a cell or not; None for anything else.
+    """Reads files as `write` writes them, with or without a cell around a name; None for any other file.
 
-    All published files are like that, and SciPy takes longer for one than resampling its recording does.
+    All published files are such, and SciPy takes longer to read one than resampling its recording takes.
     """
     if len(content) < 136 or content[124:136] != b"\0\1IM" + struct.pack("<2I", _COMPRESSED, len(content) - 136):
         return None
@@ -122,7 +124,7 @@ def _as_scipy_reads_it(content: bytes) -> tuple[list[int], list[str]]:
 
 
 def _innermost(cell: Any) -> Any:
-    """A MATLAB cell's value: some cells hold cells, as the hand corrections were saved by different programs."""
+    """A MATLAB cell's value: some cells hold cells, since the hand corrections were saved by different programs."""
     while isinstance(cell, np.ndarray):
         if cell.size != 1:
             raise ValueError(f"a cell of 'state_ans' holds {cell.size} values, expected one")

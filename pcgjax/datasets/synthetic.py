@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import datetime
 import functools
-import importlib
 import json
 import math
 import multiprocessing
@@ -26,11 +25,24 @@ from typing import Any
 
 import numpy as np
 
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, UNANNOTATED, DatasetError, Problem, Recording, state_ans
+from pcgjax.datasets import (
+    DIASTOLE,
+    S1,
+    S2,
+    SYSTOLE,
+    UNANNOTATED,
+    DatasetError,
+    Problem,
+    Recording,
+    Span,
+    cinc2016,
+    circor,
+    pascal,
+    state_ans,
+)
 from pcgjax.datasets.simulate import (
     CLINICS,
     SITES,
-    Annotations,
     Noise,
     Person,
     Stethoscope,
@@ -148,7 +160,8 @@ def load(source: str | pathlib.Path) -> tuple[list[Recording], list[Problem]]:
         layout = None
     if layout not in LAYOUTS:
         raise DatasetError(f"{settings}: field `layout` is not one of {', '.join(LAYOUTS)}; write the corpus again")
-    recordings, problems = importlib.import_module(f"pcgjax.datasets.{layout}").load(source)
+    loaders = {"cinc2016": cinc2016.load, "circor": circor.load, "pascal": pascal.load}
+    recordings, problems = loaders[layout](source)
     renamed = [
         dataclasses.replace(recording, database="synthetic" + recording.database.removeprefix(layout))
         for recording in recordings
@@ -178,7 +191,7 @@ def _save(
     noise: Noise,
     stethoscope: Stethoscope,
     rate_hz: int | None = None,
-) -> tuple[Annotations, int]:
+) -> tuple[list[Span], int]:
     """Simulates one recording into a 16-bit WAV. Returns (annotations, samples written)."""
     import soundfile
 
@@ -191,17 +204,18 @@ def _save(
 
 
 def _rngs(corpus: _Corpus, person: int) -> tuple[np.random.Generator, Callable[[int], np.random.Generator]]:
-    """Generators of the person and of recording r: people and recordings can be made in any order."""
-    return (
-        np.random.default_rng([corpus.seed, person]),
-        lambda recording: np.random.default_rng([corpus.seed, person, 1 + recording]),
-    )
+    """(generator of the person, recording number -> its generator): people and recordings can be made in any order."""
+
+    def recording_rng(recording: int) -> np.random.Generator:
+        return np.random.default_rng([corpus.seed, person, 1 + recording])
+
+    return np.random.default_rng([corpus.seed, person]), recording_rng
 
 
 def _sites(corpus: _Corpus, person: int) -> list[str]:
-    """Where the person is recorded: where the murmur is heard, or of a normal person would be if there were one.
+    """Where the person is recorded: where the murmur is audible, or where it would be if a normal person had one.
 
-    The site then tells nothing of the class.
+    So the site is independent of the class.
     """
     return audible_sites(draw_person(_rngs(corpus, person)[0], 0, murmur_fraction=1.0))
 
@@ -212,7 +226,7 @@ def _table(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[ob
 
 
 _STATE_WORDS = {S1: "S1", SYSTOLE: "systole", S2: "S2", DIASTOLE: "diastole"}
-_TRANSDUCER_SITES = {  # database a's own words
+_TRANSDUCER_SITES = {  # in the words of database a
     "AV": "2nd right intercostal space",
     "PV": "Superior of Parasternum",
     "TV": "Left of parasternum",
@@ -221,7 +235,7 @@ _TRANSDUCER_SITES = {  # database a's own words
 
 
 def _cinc_person(out: pathlib.Path, corpus: _Corpus, person_index: int) -> list[dict[str, Any]]:
-    # Clinics take turns, and each has its own quota of murmurs: the clinic tells nothing of the class.
+    # Clinics take turns, each with its quota of murmurs, so that the clinic is independent of the class.
     database = list(CLINICS)[person_index % len(CLINICS)]
     index = person_index // len(CLINICS)
     rng, recording_rng = _rngs(corpus, person_index)
@@ -308,7 +322,7 @@ def _circor_person(out: pathlib.Path, corpus: _Corpus, person_index: int) -> lis
             lines = [f"{start_s:.6f}\t{end_s:.6f}\t{state}\n" for start_s, end_s, state in annotations]
             path.with_suffix(".tsv").write_text("".join(lines))
         described = {murmur.phase: murmur for murmur in person.murmurs if not unknown}
-        heard = [site for site in audible_sites(person) if site in sites] if described else []
+        audible = [site for site in audible_sites(person) if site in sites] if described else []
         table = {
             "Patient ID": patient,
             "Locations": "+".join(sites),
@@ -318,7 +332,7 @@ def _circor_person(out: pathlib.Path, corpus: _Corpus, person_index: int) -> lis
             "Weight": round(17 * (person.height_cm / 100) ** 2, 1),  # a body mass index of 17, usual in children
             "Pregnancy status": False,
             "Murmur": "Unknown" if unknown else "Present" if described else "Absent",
-            "Murmur locations": "+".join(sorted(heard)) or "nan",
+            "Murmur locations": "+".join(sorted(audible)) or "nan",
             "Most audible location": person.murmur_site if described else "nan",
         }
         for word, phase in (("Systolic", SYSTOLE), ("Diastolic", DIASTOLE)):

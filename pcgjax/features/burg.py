@@ -15,7 +15,9 @@ import numpy as np
 def burg(x_BxT: jax.Array, lengths_B: jax.Array, order: int) -> tuple[jax.Array, jax.Array]:
     """Reflection coefficients (B, order) and the variance (B,) of what the model leaves unpredicted.
 
-    Args: x_BxT: of row b the first `lengths_B[b]` samples count; each must have more than `order`, as `check` sees to.
+    J. P. Burg, "Maximum Entropy Spectral Analysis", thesis, Stanford 1975.
+
+    Args: x_BxT: of row b the first `lengths_B[b]` samples count; each must have more than `order`, as `check` ensures.
     Raises:
       ValueError: an order below 1, or rows of no more samples than that.
     """
@@ -71,6 +73,6 @@ def power_spectrum(k_BxP: jax.Array, variance_B: jax.Array, nfft: int, sample_ra
     sides[0] = 1
     if nfft % 2 == 0:
         sides[-1] = 1
-    # Constant samples are foretold without error: no variance, and at 0 Hz nothing to divide by.
+    # Constant samples are predicted without error: no variance, and at 0 Hz nothing to divide by.
     gain = jnp.maximum(real**2 + imaginary**2, jnp.finfo(jnp.float32).tiny)
     return jnp.asarray(sides / sample_rate_hz)[None] * variance_B[:, None] / gain

@@ -9,10 +9,10 @@ about some ten peaks a recording, on the host:
 - in too long a gap the threshold is lowered until a lost peak shows (Liang);
 - of the intervals that alternate the longer one is diastole (Liang).
 
-Ours is what "too near", "too long" and "longer" are measured by, where Liang has limits from the mean and deviation of
-the intervals just found: the cycle comes from the envelope's autocorrelation, and systole from the cycle. And instead
-of going both ways from the longest interval, which one wrong peak puts out of step, the order of S1 and S2 is the one
-that fits all intervals best.
+Two points differ from Liang. "Too near", "too long" and "longer" are measured against the cycle, which comes from the
+envelope's autocorrelation, and against systole, which follows from the cycle; Liang's limits come from the mean and
+deviation of the intervals between the peaks. And S1 and S2 have the order that fits all intervals best; Liang labels
+outwards from the longest interval, where one wrong peak puts all later ones out of step.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE
+from pcgjax.datasets import DIASTOLE, S1, S2, SYSTOLE, Span
 from pcgjax.features import filters
 
-Span = tuple[float, float, int]  # start_s, end_s, state as in `pcgjax.datasets`
 _SPLIT_S = 0.05
 _CYCLE_S = (0.4, 1.5)  # 40 to 150 beats/min
 _NEARLY = 0.85
@@ -46,6 +45,7 @@ class Frames(NamedTuple):
 
     @property
     def step_s(self) -> float:
+        """Seconds from frame to frame."""
         return self.hop / self.sample_rate_hz
 
     def count(self, lengths):
@@ -54,7 +54,11 @@ class Frames(NamedTuple):
 
 
 def frames(window_s: float, hop_s: float, sample_rate_hz: float) -> Frames:
-    """Raises ValueError: a hop below one sample, or a window that is no multiple of it."""
+    """The frames of a window and a hop given in seconds, rounded to samples.
+
+    Raises:
+      ValueError: a hop below one sample, or a window that is no multiple of it.
+    """
     hop, window = round(hop_s * sample_rate_hz), round(window_s * sample_rate_hz)
     if hop < 1 or window < hop or window % hop:
         raise ValueError(
@@ -169,8 +173,8 @@ def cycle_s(envelope_BxF: jax.Array, counts_B: jax.Array, step_s: float) -> jax.
     near = jnp.pad(r, ((0, 0), (1, 1)), constant_values=jnp.inf)
     peak = allowed & (r >= near[:, :-2]) & (r >= near[:, 2:])
     highest = jnp.where(peak, r, -jnp.inf).max(1, keepdims=True)
-    found = peak & (r >= _NEARLY * highest) & (highest > 0)
-    return jnp.where(found.any(1), found.argmax(1) * step_s, jnp.nan)
+    candidates = peak & (r >= _NEARLY * highest) & (highest > 0)
+    return jnp.where(candidates.any(1), candidates.argmax(1) * step_s, jnp.nan)
 
 
 def systole_s(cycle_s: float) -> float:
@@ -187,7 +191,9 @@ def pick(envelope_F: np.ndarray, step_s: float, threshold: float, cycle_s: float
 
     A sound lasts while the envelope is above the threshold, or above half of a peak that is lower.
 
-    Args: envelope_F: the recording's own frames only; threshold and cycle_s: its own, as the functions give them.
+    Args:
+      envelope_F: the frames of one recording, without padding, `step_s` seconds apart.
+      threshold, cycle_s: this recording's, as the functions of these names give them.
     """
     if not math.isfinite(cycle_s) or not len(envelope_F):
         return []
@@ -215,7 +221,7 @@ def pick(envelope_F: np.ndarray, step_s: float, threshold: float, cycle_s: float
     if len(peaks) < 3:
         return []
     middles = [(a + b) // 2 for a, b in itertools.pairwise(peaks)]
-    found = []
+    sounds = []
     for peak, low, high, sound in zip(
         peaks, [0, *middles], [*middles, len(e)], _sounds(np.diff(peaks) * step_s, cycle_s), strict=True
     ):
@@ -225,21 +231,21 @@ def pick(envelope_F: np.ndarray, step_s: float, threshold: float, cycle_s: float
             first -= 1
         while stop < high and level_of[stop] > level:
             stop += 1
-        found.append((first * step_s, stop * step_s, sound))
-    return found
+        sounds.append((first * step_s, stop * step_s, sound))
+    return sounds
 
 
 def _above(e: np.ndarray, threshold: float, gap: float) -> list[list[int]]:
     """[first, stop) of the stretches above the threshold; those less than `gap` frames apart are one."""
     above = np.concatenate([[False], e > threshold, [False]])
     edges = np.flatnonzero(above[1:] != above[:-1]).reshape(-1, 2)
-    found: list[list[int]] = []
+    stretches: list[list[int]] = []
     for first, stop in edges.tolist():
-        if found and first - found[-1][1] < gap:
-            found[-1][1] = stop
+        if stretches and first - stretches[-1][1] < gap:
+            stretches[-1][1] = stop
         else:
-            found.append([first, stop])
-    return found
+            stretches.append([first, stop])
+    return stretches
 
 
 def _sounds(intervals_s: np.ndarray, cycle_s: float) -> list[int]:
@@ -259,11 +265,11 @@ def _sounds(intervals_s: np.ndarray, cycle_s: float) -> list[int]:
         first = from_second if from_second > from_first else from_first
         second = and_second if and_second > and_first else and_first
     sound = int(second > first)
-    found = [sound]
+    path = [sound]
     for back in reversed(came):
         sound = back[sound]
-        found.append(sound)
-    return [(S1, S2)[sound] for sound in reversed(found)]
+        path.append(sound)
+    return [(S1, S2)[sound] for sound in reversed(path)]
 
 
 def states(sounds: Sequence[Span], cycle_s: float) -> list[Span]:
@@ -271,11 +277,11 @@ def states(sounds: Sequence[Span], cycle_s: float) -> list[Span]:
 
     Nothing is put between two of the same sound, for one is missing there, nor into gaps longer than a cycle.
     """
-    found: list[Span] = []
+    spans: list[Span] = []
     for i, sound in enumerate(sounds):
         if i:
             before = sounds[i - 1]
             if before[2] != sound[2] and 0 < sound[0] - before[1] < cycle_s:
-                found.append((before[1], sound[0], SYSTOLE if sound[2] == S2 else DIASTOLE))
-        found.append(sound)
-    return found
+                spans.append((before[1], sound[0], SYSTOLE if sound[2] == S2 else DIASTOLE))
+        spans.append(sound)
+    return spans

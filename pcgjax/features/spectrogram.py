@@ -1,23 +1,16 @@
-"""Log-mel spectrograms, jit-able and batched; the oracle is librosa (tests/test_spectrogram.py)."""
+"""Log-mel spectrograms and Kaldi's filter bank, jit-able and batched.
+
+The mel bands are librosa's own; its spectrograms, and kaldi-native-fbank's, are the oracle
+(tests/test_spectrogram.py).
+"""
 
 from __future__ import annotations
+
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def _hz_to_mel(hz: np.ndarray, htk: bool) -> np.ndarray:
-    """HTK's formula, or Slaney's Auditory Toolbox: linear below 1 kHz (15 mel), 27 mel per factor 6.4 above."""
-    if htk:
-        return 2595 * np.log10(1 + hz / 700)
-    return np.where(hz < 1000, 3 * hz / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
-
-
-def _mel_to_hz(mel: np.ndarray, htk: bool) -> np.ndarray:
-    if htk:
-        return 700 * (10 ** (mel / 2595) - 1)
-    return np.where(mel < 15, 200 * mel / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
 def mel_filterbank(
@@ -28,12 +21,18 @@ def mel_filterbank(
     high_hz: float | None = None,
     htk: bool = False,
 ) -> np.ndarray:
-    """Triangular mel bands of unit area over FFT bins, (n_mels, 1 + n_fft // 2) float32, as `librosa.filters.mel`.
+    """Triangular mel bands of unit area over FFT bins, (n_mels, 1 + n_fft // 2) float32: `librosa.filters.mel`.
 
-    `high_hz` None is half the sample rate; `htk` chooses the mel scale.
+    In float64 and rounded once: librosa's float32 bank is rounded twice, and up to a quarter of its weights
+    differ in the last bit. librosa is imported here, when a system first asks for mel bands: the 1D CNN and SSAMBA
+    train without it.
 
+    Args:
+      high_hz: None for half the sample rate.
+      htk: HTK's mel scale in place of that of Slaney's Auditory Toolbox.
     Raises:
       ValueError: sizes below 1, a band outside [0, sample_rate_hz / 2], or bands so narrow that no FFT bin is inside.
+      ImportError: librosa is not installed.
     """
     if n_fft < 1 or n_mels < 1:
         raise ValueError(f"n_fft={n_fft}, n_mels={n_mels}: both must be at least 1")
@@ -43,12 +42,15 @@ def mel_filterbank(
             f"low_hz={low_hz}, high_hz={high} do not fit a rate of {sample_rate_hz} Hz: "
             f"0 <= low_hz < high_hz <= {sample_rate_hz / 2} is needed"
         )
-    low_mel, high_mel = _hz_to_mel(np.array([low_hz, high], np.float64), htk)
-    edges = _mel_to_hz(np.linspace(low_mel, high_mel, n_mels + 2), htk)[:, None]
-    bins = np.fft.rfftfreq(n_fft, 1 / sample_rate_hz)
-    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    bank = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))
+    try:
+        import librosa.filters
+    except ImportError as error:
+        raise ImportError(f"mel bands need librosa ({error}): pip install -c constraints.txt librosa") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bands without a bin are refused below
+        bank = librosa.filters.mel(
+            sr=sample_rate_hz, n_fft=n_fft, n_mels=n_mels, fmin=low_hz, fmax=high, htk=htk, dtype=np.float64
+        )
     empty = np.flatnonzero(bank.max(1) == 0)
     if len(empty):
         raise ValueError(
@@ -109,6 +111,7 @@ def log_mel(
 
     Raises:
       ValueError: as `mel_filterbank`; n_fft odd, hop below 1, amin or ref not positive, top_db negative.
+      ImportError: as `mel_filterbank`.
     """
     if n_fft % 2 or n_fft < 2 or hop < 1:
         raise ValueError(f"n_fft={n_fft}, hop={hop}: n_fft must be even and at least 2, hop at least 1")
@@ -117,10 +120,13 @@ def log_mel(
     if ref != "max" and (isinstance(ref, str) or ref <= 0):
         raise ValueError(f"ref={ref!r}: give 'max' or a power above 0")
     bank = mel_filterbank(sample_rate_hz, n_fft, n_mels, low_hz, high_hz, htk)
-    # Accelerators multiply float32 matrices at lower precision unless told otherwise.
+    # By default accelerators multiply float32 matrices at lower precision.
     power = _power(jnp.asarray(x, jnp.float32), n_fft, hop)
     mel = jnp.matmul(power, bank.T, precision=jax.lax.Precision.HIGHEST).swapaxes(-1, -2)
-    to_db = lambda p: 10 * jnp.log10(jnp.maximum(p, amin))
+
+    def to_db(power):
+        return 10 * jnp.log10(jnp.maximum(power, amin))
+
     # Of the powers, not of their logarithms: those may be computed twice and differ, and then none equals the largest,
     # whose gradient would be 0 / 0.
     top = to_db(mel.max((-2, -1), keepdims=True))
@@ -132,7 +138,11 @@ def log_mel(
 def mel_of_frames(
     x: jax.Array, sample_rate_hz: float, n_fft: int, hop: int, n_mels: int, low_hz: float, high_hz: float
 ) -> jax.Array:
-    """Mel power (..., frames, n_mels) of the frames that lie wholly within (..., T) samples: 1 + (T - n_fft) // hop."""
+    """Mel power (..., frames, n_mels) of the frames that lie wholly within (..., T) samples: 1 + (T - n_fft) // hop.
+
+    Raises:
+      ValueError, ImportError: as `mel_filterbank`.
+    """
     bank = mel_filterbank(sample_rate_hz, n_fft, n_mels, low_hz, high_hz)
     count = 1 + (x.shape[-1] - n_fft) // hop
     length = (count - 1 - (-n_fft // hop)) * hop
@@ -146,8 +156,14 @@ _KALDI_FLOOR = float(np.finfo(np.float32).eps)  # of a band's energy before the 
 
 
 def _kaldi_bank(sample_rate_hz: float, n_fft: int, bands: int) -> np.ndarray:
-    """(n_fft // 2, bands): triangles evenly spaced in mel from 20 Hz to half the rate; some may be empty."""
-    mel = lambda hz: 1127 * np.log1p(np.asarray(hz, np.float64) / 700)
+    """(n_fft // 2, bands): Kaldi's bands from 20 Hz to half the rate, some of which may be empty.
+
+    Triangles over mel, not over Hz as librosa's are, and without the bin at half the rate.
+    """
+
+    def mel(hz):
+        return 1127 * np.log1p(np.asarray(hz, np.float64) / 700)
+
     edges = np.linspace(mel(20.0), mel(sample_rate_hz / 2), bands + 2)
     at = mel(np.arange(n_fft // 2) * sample_rate_hz / n_fft)[:, None]
     rising = (at - edges[:-2]) / (edges[1:-1] - edges[:-2])

@@ -130,7 +130,9 @@ def _median_jvp(primals, tangents):
     values, recording, counts = primals
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     middle = _middle_bits(values, recording, counts)
-    total = lambda x: jax.ops.segment_sum(x.sum(1), recording, len(counts), indices_are_sorted=True)
+
+    def total(x):
+        return jax.ops.segment_sum(x.sum(1), recording, len(counts), indices_are_sorted=True)
 
     def tangent(p_R):  # equal values share it
         same = (bits == p_R[recording][:, None]) & (bits < _INFINITY)
@@ -196,8 +198,8 @@ def _mirror(x_N: jax.Array, starts: jax.Array, lengths: jax.Array) -> jax.Array:
 def denoise_packed(x_MxA: jax.Array, where: Packing, level: int = 4) -> jax.Array:
     """`denoise` of every recording of a packed buffer by itself; its lead and gap must be at least `margins(level)`.
 
-    Returns (M, ALIGN) float32, zero outside the recordings. Recordings below 7 * 2 ** level samples are mirrored over
-    and over, as PyWavelets does with a warning: refusing them is up to the caller.
+    Returns (M, ALIGN) float32, zero outside the recordings. Recordings below 7 * 2 ** level samples are mirrored
+    several times, as PyWavelets does with a warning: refusing them is up to the caller.
 
     Raises:
       ValueError: a level outside 1 to 4.
@@ -214,8 +216,8 @@ def denoise_packed(x_MxA: jax.Array, where: Packing, level: int = 4) -> jax.Arra
         details.append(detail)
         if len(details) == 1:
             at = where.offset[:, ::2] // 2
-            own = (at >= 0) & (at < counts[where.recording][:, None])
-            median = _median(jnp.where(own, jnp.abs(detail), jnp.inf), where.recording, counts)
+            inside = (at >= 0) & (at < counts[where.recording][:, None])
+            median = _median(jnp.where(inside, jnp.abs(detail), jnp.inf), where.recording, counts)
     threshold = _threshold(median, where.lengths)[where.recording][:, None]
 
     def with_next(row_MxW):
@@ -223,6 +225,6 @@ def denoise_packed(x_MxA: jax.Array, where: Packing, level: int = 4) -> jax.Arra
         return jnp.concatenate([row_MxW, following], axis=1)
 
     for detail in reversed(details):
-        # Its own samples need no coefficients but a recording's own: no mirroring on the way back.
+        # A recording's samples depend on its own coefficients alone: no mirroring on the way back.
         x = _synthesise(with_next(x), with_next(_soft(detail, threshold)))
     return jnp.where(where.inside, x, 0)

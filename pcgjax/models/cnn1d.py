@@ -15,6 +15,9 @@ class CNN1D(nnx.Module):
     Convolutions are written as one matrix product each: XLA runs those at full speed inside the compiled epoch's
     loop on every platform, which it does not on CPU for the gradient of a convolution's kernel.
     `reference` is the textbook form.
+
+    Raises:
+      ValueError: an even kernel size, a size below 1, or a window too short for both convolutions and poolings.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class CNN1D(nnx.Module):
         Args:
           x_JxT: (J, T) rows; T a multiple of 4.
         Returns: (2 J - 1,): of the J rows themselves, then of the J - 1 windows from the middle of one into the next.
+        Raises:
+          ValueError: T is no multiple of 4.
         """
         return self._logits(self.half_overlapping_features(x_JxT))
 

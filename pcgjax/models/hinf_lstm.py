@@ -16,11 +16,20 @@ UPDATES = ("lstm", "convex", "forget")
 POOL = 2
 
 
+def one_share(x: jax.Array) -> jax.Array:
+    """The sum over all devices' shares of a batch that lies on one device: `x` itself."""
+    return x
+
+
 class CNNLSTM(nnx.Module):
     """Blocks of same-padded 3x3 convolutions, batch norm, ReLU and 2x2 max-pooling; a recurrent layer; dense 1.
 
     The paper has two convolutions a block; `blocks=((32,), (64,))` is the smaller public variant. Parameters are in
     two groups, `cnn` and `recurrent`, so that the first can be carried over and frozen (section III).
+
+    Raises:
+      ValueError: an unknown cell, a size or rate out of range, or too few mel bands for the poolings; the message
+        names the config's field.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class CNNLSTM(nnx.Module):
         x_BxFxT: jax.Array,
         mask_BxT: jax.Array,
         key: jax.Array | None = None,
-        total: Callable[[jax.Array], jax.Array] = lambda x: x,
+        total: Callable[[jax.Array], jax.Array] = one_share,
         dropout: float | jax.Array | None = None,
     ) -> jax.Array:
         """Log-mel clips (B, F, T), 0 where there is silence -> logits (B,).
@@ -61,7 +70,7 @@ class CNNLSTM(nnx.Module):
           mask_BxT: 1 on the frames of the recording, 0 on padding after it, which changes nothing.
           key: of the dropout, and the sign of training: batch norm then uses the batch and updates its averages.
           total: sums over all devices' shares of the batch.
-          dropout: in place of the model's own, which cannot be traced.
+          dropout: the rate, which may be traced; None: the model's, a Python number.
         """
         dropout = self.dropout if dropout is None else dropout
         keys = (None, None) if key is None else jax.random.split(key)
@@ -110,8 +119,8 @@ class CNN(nnx.Module):
             h = jax.nn.relu(self.norms[number](h, mask, key is not None, total)) * mask
             h, mask_BxT = _pool(h), _pool_mask(mask_BxT)
             if key is not None:
-                key, own = jax.random.split(key)
-                h = _drop(h, self.dropout if dropout is None else dropout, own)
+                key, block_key = jax.random.split(key)
+                h = _drop(h, self.dropout if dropout is None else dropout, block_key)
         h = h.reshape(*h.shape[:2], -1)
         return (jax.lax.stop_gradient(h) if self.frozen else h), mask_BxT
 
@@ -184,6 +193,10 @@ def _convolve_on_cpu(x_BxTxFxC, kernel_3x3xCxO):
     return _convolve(x_BxTxFxC, kernel_3x3xCxO)
 
 
+def _convolve_forward(x_BxTxFxC, kernel_3x3xCxO):
+    return _convolve(x_BxTxFxC, kernel_3x3xCxO), (x_BxTxFxC, kernel_3x3xCxO)
+
+
 def _convolve_backward(residuals, dy_BxTxFxO):
     x, kernel = residuals
     _, time, frequency, channels = x.shape
@@ -191,13 +204,13 @@ def _convolve_backward(residuals, dy_BxTxFxO):
     patches = jnp.concatenate([padded[:, :, j : j + frequency] for j in range(3)], axis=-1)
     taps = []
     for late in (-1, 0, 1):  # the input's step less the output's
-        ours = patches[:, max(late, 0) : time + min(late, 0)].reshape(-1, 3 * channels)
-        theirs = dy_BxTxFxO[:, max(-late, 0) : time + min(-late, 0)].reshape(-1, kernel.shape[-1])
-        taps.append(ours.T @ theirs)
+        inputs = patches[:, max(late, 0) : time + min(late, 0)].reshape(-1, 3 * channels)
+        gradients = dy_BxTxFxO[:, max(-late, 0) : time + min(-late, 0)].reshape(-1, kernel.shape[-1])
+        taps.append(inputs.T @ gradients)
     return _convolve(dy_BxTxFxO, kernel[::-1, ::-1].swapaxes(2, 3)), jnp.stack(taps).reshape(kernel.shape)
 
 
-_convolve_on_cpu.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _convolve_backward)
+_convolve_on_cpu.defvjp(_convolve_forward, _convolve_backward)
 
 
 def conv3x3(x_BxTxFxC: jax.Array, kernel_3x3xCxO: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pcgjax.models.cnn1d import larger
-from pcgjax.models.hinf_lstm import BatchNorm
+from pcgjax.models.hinf_lstm import BatchNorm, one_share
+from pcgjax.models.imagenet import load_imagenet as load_imagenet  # callers import it from here
 from pcgjax.runtime.traced import is_on
 
 NETS = ("resnet", "mobilenet_v3", "vit")
@@ -69,7 +70,7 @@ class ImageClassifier(nnx.Module):
         x_BxFxT: jax.Array,
         mask_BxT: jax.Array,
         key: jax.Array | None = None,
-        total: Total = lambda x: x,
+        total: Total = one_share,
         dropout: float | jax.Array = 0.0,
     ) -> jax.Array:
         """Log-mel clips (B, F, T) between 0, silence, and 1 -> logits (B,).
@@ -79,6 +80,7 @@ class ImageClassifier(nnx.Module):
           key: of the dropout before the head, and the sign of training: batch norm then uses the batch and updates
             its averages.
           total: sums over all devices' shares of the batch.
+          dropout: the rate, which may be traced.
         """
         h_BxD = self._trunk(x_BxFxT, mask_BxT, key is not None, total)
         if key is not None and is_on(dropout):
@@ -140,8 +142,12 @@ def _depthwise_on_cpu(x_BxTxFxC: jax.Array, kernel_KxKx1xC: jax.Array, stride: i
     time, frequency = (-(-n // stride) for n in x_BxTxFxC.shape[1:3])
     taps = _tap_of(x_BxTxFxC, len(kernel_KxKx1xC), stride)
     seen = kernel_KxKx1xC.reshape(-1, 1, 1, 1, x_BxTxFxC.shape[-1])
+
+    def add_tap(n, out):
+        return out + taps(n) * seen[n]
+
     out = jnp.zeros((len(x_BxTxFxC), time, frequency, x_BxTxFxC.shape[-1]), x_BxTxFxC.dtype)
-    return jax.lax.fori_loop(0, len(seen), lambda n, out: out + taps(n) * seen[n], out)
+    return jax.lax.fori_loop(0, len(seen), add_tap, out)
 
 
 def _depthwise_forward(x, kernel, stride):
@@ -151,9 +157,13 @@ def _depthwise_forward(x, kernel, stride):
 def _depthwise_backward(stride, residuals, dy_BxTxFxC):
     x, kernel = residuals
     taps = _tap_of(x, len(kernel), stride)
-    dkernel = jax.lax.map(lambda n: (taps(n) * dy_BxTxFxC).sum((0, 1, 2)), jnp.arange(len(kernel) ** 2))
+
+    def gradient_of_tap(n):
+        return (taps(n) * dy_BxTxFxC).sum((0, 1, 2))
+
+    dkernel = jax.lax.map(gradient_of_tap, jnp.arange(len(kernel) ** 2))
     # The gradient where the kernel stood, zeros where it passed over; then the same with the kernel turned about.
-    rest = ((ours - 1) % stride for ours in x.shape[1:3])
+    rest = ((pixels - 1) % stride for pixels in x.shape[1:3])
     spread = [(0, 0, 0), *((0, missing, stride - 1) for missing in rest), (0, 0, 0)]
     dy = jax.lax.pad(dy_BxTxFxC, jnp.zeros((), dy_BxTxFxC.dtype), spread)
     return _depthwise_on_cpu(dy, kernel[::-1, ::-1], 1), dkernel.reshape(kernel.shape)
@@ -165,7 +175,11 @@ _depthwise_on_cpu.defvjp(_depthwise_forward, _depthwise_backward)
 def _tap_of(x_BxTxFxC: jax.Array, size: int, stride: int) -> Callable[[jax.Array], jax.Array]:
     """n -> `_taps` number n, which may be traced."""
     shape, x = x_BxTxFxC.shape, _padded(x_BxTxFxC, size // 2)
-    return lambda n: jax.lax.dynamic_slice(x, (0, n // size, n % size, 0), shape)[:, ::stride, ::stride]
+
+    def tap(n: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (0, n // size, n % size, 0), shape)[:, ::stride, ::stride]
+
+    return tap
 
 
 def _padded(x_BxTxFxC: jax.Array, by: int) -> jax.Array:
@@ -219,6 +233,8 @@ class ResNet(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
+    """1x1, 3x3, 1x1 convolutions with batch norms, and the input added: (B, T, F, C) -> (B, T', F', 4 width)."""
+
     def __init__(self, inputs: int, width: int, stride: int, *, rngs: nnx.Rngs):
         self.conv1, self.bn1 = Conv(inputs, width, rngs=rngs), BatchNorm(width)
         self.conv2, self.bn2 = Conv(width, width, 3, stride, rngs=rngs), BatchNorm(width)
@@ -245,7 +261,10 @@ class MobileNetV3(nnx.Module):
             raise ValueError(f"model.blocks={blocks}: from 1 to {len(MOBILENET)}, which is MobileNetV3-Large")
         if not width > 0:
             raise ValueError(f"model.width={width}: must be above 0; MobileNetV3-Large has 1.0")
-        channels = lambda published: _by_eight(published * width)
+
+        def channels(published: int) -> int:
+            return _by_eight(published * width)
+
         outputs = channels(16)
         features: list[nnx.Module] = [_conv_norm(1, outputs, 3, 2, rngs=rngs)]
         for size, expanded, out, excite, swish, stride in MOBILENET[:blocks]:
@@ -334,26 +353,28 @@ class ViT(nnx.Module):
         # Between -1 and 1, as the published nets have their pictures.
         x = (2 * jnp.pad(x_BxFxT, missing) - 1).reshape(batch, bands, PATCH, steps, PATCH)
         h = self.patch_embed.proj(x.swapaxes(2, 3).reshape(batch, bands * steps, PATCH**2))
-        own = jnp.tile(mask_BxT[:, ::PATCH] > 0, (1, bands))
-        own = jnp.concatenate([jnp.ones((batch, 1), bool), own], 1)
+        in_clip = jnp.tile(mask_BxT[:, ::PATCH] > 0, (1, bands))
+        attended = jnp.concatenate([jnp.ones((batch, 1), bool), in_clip], 1)
         token = jnp.broadcast_to(self.cls_token[...], (batch, 1, self.outputs))
         h = jnp.concatenate([token, h], 1) + self.pos_embed[...]
         for block in self.blocks:
-            h = block(h, own)
+            h = block(h, attended)
         return self.norm(h[:, 0])
 
 
 class Block(nnx.Module):
+    """Self-attention and a two-layer perceptron, each after LayerNorm and added to its input; (B, N, D)."""
+
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, kernel_init=nnx.initializers.truncated_normal(0.02), rngs=rngs)
         self.norm1, self.norm2 = _layer_norm(width, rngs), _layer_norm(width, rngs)
         self.attn = nnx.Dict(qkv=linear(width, 3 * width), proj=linear(width, width))
         self.mlp = nnx.Dict(fc1=linear(width, 4 * width), fc2=linear(4 * width, width))
 
-    def __call__(self, x_BxNxD: jax.Array, own_BxN: jax.Array) -> jax.Array:
+    def __call__(self, x_BxNxD: jax.Array, attended_BxN: jax.Array) -> jax.Array:
         batch, tokens, width = x_BxNxD.shape
         qkv = self.attn.qkv(self.norm1(x_BxNxD)).reshape(batch, tokens, 3, width // HEAD, HEAD)
-        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=own_BxN[:, None, None])
+        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask=attended_BxN[:, None, None])
         x = x_BxNxD + self.attn.proj(h.reshape(batch, tokens, width))
         return x + self.mlp.fc2(jax.nn.gelu(self.mlp.fc1(self.norm2(x)), approximate=False))
 

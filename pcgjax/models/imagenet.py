@@ -1,16 +1,16 @@
-"""ImageNet weights from a local file into the image nets."""
+"""ImageNet weights from a local file of torchvision or timm, loaded into the image nets of `models.image`."""
 
 from __future__ import annotations
 
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pcgjax.models.image import ImageClassifier, ViT
 from pcgjax.models.ssamba_checkpoint import read_tensors
 
 _STEMS = ("conv1.weight", "features.0.0.weight", "patch_embed.proj.weight")
@@ -18,7 +18,7 @@ _UNUSED = ("fc.", "classifier.3.", "head.")  # the heads for ImageNet's thousand
 _ENDINGS = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def load_imagenet(model: ImageClassifier, path: str | pathlib.Path) -> ImageClassifier:
+def load_imagenet(model: Any, path: str | pathlib.Path) -> Any:
     """The model with its trunk's weights and running averages from a file of torchvision (resnet, mobilenet_v3) or
     timm (resnet, vit); its head stays. Changes `model`.
 
@@ -26,7 +26,8 @@ def load_imagenet(model: ImageClassifier, path: str | pathlib.Path) -> ImageClas
     are interpolated (bicubic, antialiased, as timm does) from the file's square grid to the clip's.
 
     Args:
-      path: a .safetensors, or a state dict of torch.save, read without running code that may be in it; needs torch.
+      model: an `image.ImageClassifier`.
+      path: a .safetensors, or a state dict of torch.save, which needs torch; code that the file may hold is not run.
     Raises:
       ValueError: not such a file, or keys that are missing, unknown or of another shape; the message names them.
       OSError: no such file.
@@ -36,7 +37,7 @@ def load_imagenet(model: ImageClassifier, path: str | pathlib.Path) -> ImageClas
         for name, array in _read(path).items()
         if not name.startswith(_UNUSED) and not name.endswith("num_batches_tracked")
     }
-    grid = model.trunk.grid if isinstance(model.trunk, ViT) else None
+    grid = getattr(model.trunk, "grid", None)  # of a transformer
     filled, problems = [], []
     for place, variable in nnx.to_flat_state(nnx.state(model.trunk)):
         *above, last = map(str, place)
@@ -45,11 +46,11 @@ def load_imagenet(model: ImageClassifier, path: str | pathlib.Path) -> ImageClas
             problems.append(f"missing {name}")
             continue
         array = tensors.pop(name)
-        ours = _as_ours(name, array, last, grid)
-        if ours is None or ours.shape != variable.shape:
+        values = _as_ours(name, array, last, grid)
+        if values is None or values.shape != variable.shape:
             problems.append(f"{name} has shape {array.shape}, which is not this model's")
         else:
-            filled.append((place, variable.replace(jnp.asarray(ours, variable.dtype))))
+            filled.append((place, variable.replace(jnp.asarray(values, variable.dtype))))
     problems += [f"unknown {name}" for name in tensors]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -89,6 +90,7 @@ def _as_ours(name: str, array: np.ndarray, last: str, grid: tuple[int, int] | No
 
 
 def _positions(table: np.ndarray, grid: tuple[int, int] | None) -> np.ndarray | None:
+    """(1, 1 + side^2, D) positions of a square picture, interpolated to (1, 1 + F'T', D); None for another table."""
     side = math.isqrt(max(table.shape[1] - 1, 0)) if table.ndim == 3 else 0
     if not side or grid is None or table.shape[:2] != (1, side**2 + 1):
         return None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pcgjax.models.ssamba import SSAMBA, Mixer
+from pcgjax.models.ssamba_net import SSAMBA, Mixer
 from pcgjax.runtime.traced import is_on
 
 
@@ -18,6 +18,9 @@ class Segmenter(nnx.Module):
     """Linear, `depth` times x + mixer(LayerNorm(x)), LayerNorm, linear.
 
     Causal where not `bidirectional`: then `stream` takes a recording piece by piece.
+
+    Raises:
+      ValueError: a size below 1, or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -59,15 +62,15 @@ class Segmenter(nnx.Module):
     ) -> jax.Array:
         """(B, T, bands) -> logits (B, T, outputs); with a `key`, dropout of each mixer's output.
 
-        dropout: in place of the model's own, which cannot be traced.
+        dropout: the rate, which may be traced; None: the model's, a Python number.
         """
         dropout = self.dropout if dropout is None else dropout
         x = self.embed(x_BxTxF)
         for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
             y = mixer(norm(x))
             if key is not None and is_on(dropout):
-                kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, y.shape)
-                y = jnp.where(kept, y / (1 - dropout), 0)
+                passes = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, y.shape)
+                y = jnp.where(passes, y / (1 - dropout), 0)
             x = x + y
         return self.head(self.norm(x))
 

@@ -1,4 +1,7 @@
-"""SSAMBA checkpoints in the public code's PyTorch layout: read, adapted, written."""
+"""SSAMBA checkpoints in the layout of the public PyTorch code: read into our net, and written from it.
+
+Every array of theirs has its place in ours (`_entries`): the same loop checks shapes, reads and writes.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,52 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pcgjax.models.ssamba import MEL_BINS, PATCH, SSAMBA, Unused, make_head, patch_grid
+from pcgjax.models.ssamba_net import MEL_BINS, PATCH, SSAMBA, Unused, make_head, patch_grid
 
 _PREFIX = "module."  # of torch.nn.DataParallel, which the public code wants to see
 _PRETRAIN_SIZES = ("p_input_fdim", "p_input_tdim")
-# (ours to PyTorch's, PyTorch's to ours)
-_SAME = (lambda a: a, lambda a: a)
-_TRANSPOSED = (lambda a: a.T, lambda a: a.T)
-_TAPS = (lambda a: a.T[:, None], lambda a: a[:, 0].T)
-_KERNEL = (lambda a: a.T.reshape(-1, 1, PATCH, PATCH), lambda a: a.reshape(len(a), -1).T)
+
+
+class _Layout(NamedTuple):
+    """How an array lies in a checkpoint and in our net."""
+
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    from_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _unchanged(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _taps_to_torch(kernel_KxE: np.ndarray) -> np.ndarray:
+    return kernel_KxE.T[:, None]
+
+
+def _taps_from_torch(kernel_Ex1xK: np.ndarray) -> np.ndarray:
+    return kernel_Ex1xK[:, 0].T
+
+
+def _patches_to_torch(kernel_PxD: np.ndarray) -> np.ndarray:
+    return kernel_PxD.T.reshape(-1, 1, PATCH, PATCH)
+
+
+def _patches_from_torch(kernel_Dx1xPxP: np.ndarray) -> np.ndarray:
+    return kernel_Dx1xPxP.reshape(len(kernel_Dx1xPxP), -1).T
+
+
+_SAME = _Layout(_unchanged, _unchanged)
+_TRANSPOSED = _Layout(np.transpose, np.transpose)
+_TAPS = _Layout(_taps_to_torch, _taps_from_torch)
+_KERNEL = _Layout(_patches_to_torch, _patches_from_torch)
 
 
 class _Entry(NamedTuple):
+    """One array of a checkpoint."""
+
     name: str  # in the checkpoint
-    variable: Any
-    part: tuple[int, ...]  # of the variable
-    layout: tuple[Callable, Callable]
+    variable: Any  # of our net
+    part: tuple[int, ...]  # index of the array within the variable
+    layout: _Layout
 
 
 def _entries(model: SSAMBA) -> Iterator[_Entry]:
@@ -94,9 +127,11 @@ def load_torch_checkpoint(
     is longer and interpolated where it is shorter, as the public code does. Needs torch.
 
     Args:
-      path: a state dict, with or without the prefix "module."; read without running code that may be in it.
+      path: a state dict, with or without the prefix "module."; code that the file may hold is not run.
       frames, stride: of the model, as in `SSAMBA`.
-      classes: a new linear head where the file has none.
+      classes: K of a new linear head, where the file has none.
+      pooling, remat, implementation: as in `SSAMBA` and its mixers.
+    Returns: the model, parameters float32.
     Raises:
       ValueError: not such a file, keys that are missing, unknown or of another shape, or a size that cannot be; the
         message names the file and the keys.
@@ -105,10 +140,10 @@ def load_torch_checkpoint(
 
     def common(ending: str) -> tuple[int, ...]:
         """The shape of most keys of that ending, so that a damaged one is found and named below."""
-        shapes = [array.shape for name, array in tensors.items() if name.endswith(ending) and array.ndim]
-        if not shapes:
+        candidates = [array.shape for name, array in tensors.items() if name.endswith(ending) and array.ndim]
+        if not candidates:
             raise ValueError(f"{path}: no key ends in {ending}; this is not a checkpoint of SSAMBA")
-        return statistics.mode(shapes)
+        return statistics.mode(candidates)
 
     layers = sum(name.endswith("mixer.in_proj.weight") for name in tensors)
     depth = layers + layers % 2  # an odd one lacks its other half, which is named below
@@ -133,26 +168,26 @@ def load_torch_checkpoint(
     if head:
         model.unused_head = nnx.Dict(weight=Unused(jnp.zeros((head[0], width))), bias=Unused(jnp.zeros(head[0])))
     entries = list(_entries(model))
-    wanted = {entry.name: entry.layout[0](np.empty(entry.variable.shape)[entry.part]).shape for entry in entries}
-    wanted |= dict.fromkeys(_PRETRAIN_SIZES if pretraining else (), ())
+    shapes = {entry.name: entry.layout.to_torch(np.empty(entry.variable.shape)[entry.part]).shape for entry in entries}
+    shapes |= dict.fromkeys(_PRETRAIN_SIZES if pretraining else (), ())
     if "v.pos_embed" in tensors and tensors["v.pos_embed"].ndim == 3:
-        wanted["v.pos_embed"] = (1, tensors["v.pos_embed"].shape[1], width)
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in wanted]
+        shapes["v.pos_embed"] = (1, tensors["v.pos_embed"].shape[1], width)
+    problems = [f"missing {name}" for name in shapes if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in shapes]
     problems += [
         f"{name} has shape {tensors[name].shape}, needs {shape}"
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path}: {'; '.join(problems[:8])}{more}")
     tensors["v.pos_embed"] = _adapted(path, tensors, model.grid)
-    filled = {id(entry.variable): np.empty(entry.variable.shape, np.float32) for entry in entries}
+    arrays = {id(entry.variable): np.empty(entry.variable.shape, np.float32) for entry in entries}
     for entry in entries:
-        filled[id(entry.variable)][entry.part] = entry.layout[1](tensors[entry.name])
+        arrays[id(entry.variable)][entry.part] = entry.layout.from_torch(tensors[entry.name])
     for entry in entries:
-        entry.variable.set_value(jnp.asarray(filled[id(entry.variable)]))
+        entry.variable.set_value(jnp.asarray(arrays[id(entry.variable)]))
     if classes is not None:
         model.head_norm, model.head = make_head(width, classes, nnx.Rngs(0))
     return model
@@ -173,12 +208,21 @@ def save_torch_checkpoint(model: SSAMBA, path: str | pathlib.Path) -> None:
         tensors = {_PREFIX + n: torch.tensor(v) for n, v in zip(_PRETRAIN_SIZES, (MEL_BINS, model.frames), strict=True)}
     arrays = {id(entry.variable): np.asarray(entry.variable[...]) for entry in _entries(model)}
     for entry in _entries(model):
-        array = entry.layout[0](arrays[id(entry.variable)][entry.part])
+        array = entry.layout.to_torch(arrays[id(entry.variable)][entry.part])
         tensors[_PREFIX + entry.name] = torch.from_numpy(np.array(array, np.float32, order="C"))
     torch.save(tensors, path)
 
 
 def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a state dict that `torch.save` wrote, by name, without the prefix "module."; needs torch.
+
+    Floats of any width come as float32, integers as they are; code that the file may hold is not run.
+
+    Raises:
+      ImportError: torch is not installed.
+      ValueError: not such a file; the message names it.
+      OSError: no such file.
+    """
     try:
         import torch
     except ImportError as error:
@@ -211,11 +255,13 @@ def _adapted(path: str | pathlib.Path, tensors: dict[str, np.ndarray], grid: tup
     patches, width = table.shape[1] - 1, table.shape[2]
     if _PRETRAIN_SIZES[1] in tensors:
         bins, frames = (int(tensors[name]) for name in _PRETRAIN_SIZES)
-        own = bins // PATCH, frames // PATCH
-        if math.prod(own) != patches:
-            raise ValueError(f"{path}: v.pos_embed has {patches} patches, p_input_fdim and p_input_tdim give {own}")
+        file_grid = bins // PATCH, frames // PATCH
+        if math.prod(file_grid) != patches:
+            raise ValueError(
+                f"{path}: v.pos_embed has {patches} patches, p_input_fdim and p_input_tdim give {file_grid}"
+            )
     elif patches == math.prod(grid):
-        own = grid
+        file_grid = grid
     else:  # a fine-tuned model does not tell its stride: one of the two published
         rows = [patch_grid(PATCH, (step, step))[0] for step in (16, 10)]
         fitting = [count for count in rows if patches % count == 0]
@@ -224,10 +270,10 @@ def _adapted(path: str | pathlib.Path, tensors: dict[str, np.ndarray], grid: tup
                 f"{path}: v.pos_embed has {patches} patches, frames and stride give {grid}, and a fine-tuned "
                 "checkpoint does not say its own; give those of its training"
             )
-        own = fitting[0], patches // fitting[0]
-    if own == grid:
+        file_grid = fitting[0], patches // fitting[0]
+    if file_grid == grid:
         return table
-    image = table[0, 1:].reshape(*own, width)
+    image = table[0, 1:].reshape(*file_grid, width)
     for axis in (1, 0):  # time, then frequency
         size, count = image.shape[axis], grid[axis]
         if count < size:

@@ -1,1 +1,1 @@
-"""From frames to states: decoding and scores."""
+"""Segmentation of phonocardiograms into S1, systole, S2 and diastole: frames, decoding, scores."""

@@ -1,4 +1,7 @@
-"""Frame scores to states: durations, Viterbi with the rhythm, and a metronome as the baseline."""
+"""Frame scores to states: durations of states, Viterbi decoding with the rhythm, and a metronome as the baseline.
+
+Axes as in `states`; K rhythms.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pcgjax.datasets import S1, UNANNOTATED
-from pcgjax.segmentation.scores import state_onsets, whole_cycles
-from pcgjax.segmentation.states import STATE_NAMES, Span, touch
+from pcgjax.datasets import S1, UNANNOTATED, Span
+from pcgjax.segmentation.states import STATE_NAMES, state_onsets, touch, whole_cycles
 
 _SMOOTHING_S = 0.02  # of counted durations; the reference labels lie on a grid this wide
 _RHYTHM_WIDTH = 0.06  # of a rhythm, as a share of its cycle
-_SHARED = 0.02  # of a rhythm's durations are those of all recordings
-_LOG_CHANGE = math.log(0.01)  # of another rhythm from one cycle to the next
+_SHARED = 0.02  # share of all recordings' durations in those of a rhythm
+_LOG_CHANGE = math.log(0.01)  # log-probability of another rhythm from one cycle to the next
 _FLOOR = 1e-3  # probability spread over all durations: a heart may beat as none in training did
 _NEVER = -1e30  # a logarithm of 0 that can be added to and subtracted from
 _PAD_FRAMES = (4096, 32768)  # one compilation each; longer recordings are padded to multiples of the last
@@ -36,25 +38,16 @@ def durations(
     a Gaussian and mixed with those of all recordings, and every duration gets a small probability, so none is
     impossible.
 
-    Args: annotations, of one recording each; longest_s: D steps; what lasts longer counts as that long.
+    Args: annotations: of one recording each; longest_s: D steps; what lasts longer counts as that long.
     Raises:
       ValueError: a state never occurs whole.
     """
     longest = round(longest_s / step_s)
     counts, cycles_s = [], []
     for annotation in annotations:
-        own, onsets_s = np.zeros((4, longest)), []
-        triples = zip(annotation, annotation[1:], annotation[2:], strict=False)
-        for before, (start_s, end_s, state), after in triples:
-            this = (start_s, end_s, state)
-            if state == UNANNOTATED or not (touch(before, this) and touch(this, after)):
-                continue
-            if before[2] == (state - 2) % 4 + 1 and after[2] == state % 4 + 1:
-                own[state - 1, min(max(round((end_s - start_s) / step_s), 1), longest) - 1] += 1
-                onsets_s += [start_s] if state == S1 else []
-        cycles = [b - a for a, b in itertools.pairwise(onsets_s) if b - a < 2 * longest_s]
-        counts.append(own)
-        cycles_s.append(np.median(cycles) if cycles else np.nan)
+        durations_SxD, cycle_s = _counted(annotation, step_s, longest, longest_s)
+        counts.append(durations_SxD)
+        cycles_s.append(cycle_s)
     total = sum(counts, np.zeros((4, longest)))
     if not total.sum(1).all():
         lacking = ", ".join(STATE_NAMES[i + 1] for i in np.flatnonzero(total.sum(1) == 0))
@@ -66,14 +59,29 @@ def durations(
     log_cycle = np.log(np.array(cycles_s)[known])
     shortest, longest_cycle = np.exp(np.quantile(log_cycle, (0.005, 0.995))) if known.any() else (1.0, 1.0)
     centres = np.log(np.linspace(shortest, longest_cycle, rhythms))
-    found = []
+    probabilities = []
     for centre in centres:
         near = np.exp(-0.5 * ((log_cycle - centre) / _RHYTHM_WIDTH) ** 2)
-        own = np.tensordot(near, np.array(counts)[known], axes=1) if known.any() else total
-        own, everyone = (x @ kernel / np.maximum(x.sum(1, keepdims=True), 1e-9) for x in (own, total))
-        p = (1 - _SHARED) * own + _SHARED * everyone
-        found.append((1 - _FLOOR) * p / p.sum(1, keepdims=True) + _FLOOR / longest)
-    return np.log(found).astype(np.float32)
+        of_rhythm = np.tensordot(near, np.array(counts)[known], axes=1) if known.any() else total
+        of_rhythm, of_all = (x @ kernel / np.maximum(x.sum(1, keepdims=True), 1e-9) for x in (of_rhythm, total))
+        p = (1 - _SHARED) * of_rhythm + _SHARED * of_all
+        probabilities.append((1 - _FLOOR) * p / p.sum(1, keepdims=True) + _FLOOR / longest)
+    return np.log(probabilities).astype(np.float32)
+
+
+def _counted(annotation: Sequence[Span], step_s: float, longest: int, longest_s: float) -> tuple[np.ndarray, float]:
+    """(how often each whole state of one recording lasts 1 to D frames (4, D), its median cycle in s or NaN)."""
+    durations_SxD, onsets_s = np.zeros((4, longest)), []
+    for before, this, after in zip(annotation, annotation[1:], annotation[2:], strict=False):
+        start_s, end_s, state = this
+        if state == UNANNOTATED or not (touch(before, this) and touch(this, after)):
+            continue
+        if before[2] == (state - 2) % 4 + 1 and after[2] == state % 4 + 1:
+            durations_SxD[state - 1, min(max(round((end_s - start_s) / step_s), 1), longest) - 1] += 1
+            if state == S1:
+                onsets_s.append(start_s)
+    cycles = [b - a for a, b in itertools.pairwise(onsets_s) if b - a < 2 * longest_s]
+    return durations_SxD, float(np.median(cycles)) if cycles else np.nan
 
 
 def viterbi(log_p_TxS: ArrayLike, log_duration_KxSxD: ArrayLike, duration_weight: float = 1.0) -> np.ndarray:
@@ -85,7 +93,8 @@ def viterbi(log_p_TxS: ArrayLike, log_duration_KxSxD: ArrayLike, duration_weight
     that (in a stationary rhythm this is exact: a cut state's seen duration d has a probability proportional to
     P(D >= d), whatever the state).
     An explicit-duration HMM as Schmidt et al. 2010 (doi:10.1088/0967-3334/31/4/004) use for heart sounds, and as
-    Springer et al. 2016 do with durations that depend on the heart rate, which is found here along with the states.
+    Springer et al. 2016 (doi:10.1109/TBME.2015.2475278) do with durations that depend on the heart rate, which is
+    decoded here along with the states.
 
     Args: log_p_TxS: log-probabilities or scores; below -100 counts as -100. log_duration_KxSxD: as `durations` gives;
       (S, D) where there is one rhythm.
@@ -141,7 +150,7 @@ def _forward(log_p_TxS: Any, frames: Any, whole_DxSxK: Any, cut_DxSxK: Any) -> t
         # The state open since the first frame is cut there.
         scores = open_DxSxK + jnp.where(so_far == t, cut_DxSxK, whole_DxSxK)
         ended_SxK, lasted_SxK = scores.max(0), scores.argmax(0) + 1
-        # Kept near 0, so that float32 is as exact at the end of a long recording as at its beginning.
+        # The best is moved to 0, so that float32 is as exact at the end of a long recording as at its beginning.
         level = ended_SxK.max()
         level = jnp.where(level > _NEVER / 2, level, 0)
         before_SxK = jnp.roll(ended_SxK, 1, axis=0)
@@ -164,10 +173,12 @@ def _forward(log_p_TxS: Any, frames: Any, whole_DxSxK: Any, cut_DxSxK: Any) -> t
 
 
 def metronome(truth_T: ArrayLike, step_s: float, log_duration_KxSxD: ArrayLike) -> np.ndarray:
-    """The trivial answer (T,) int8, for comparison: told the recording's own rate and nothing else.
+    """The baseline, states (T,) int8: it knows the recording's true heart rate and nothing else.
 
     Cycles as long as the truth's median one, from the first frame on, divided as the training durations are on
-    average; of a truth without a whole cycle, as long as the training's.
+    average; as long as the training's where the truth has no whole cycle.
+
+    Args: truth_T: annotated states; log_duration_KxSxD: as `durations` gives.
     """
     truth, p = np.asarray(truth_T), np.exp(np.asarray(log_duration_KxSxD, np.float64))
     p = p.reshape(-1, *p.shape[-2:]).mean(0)
