@@ -1,0 +1,1 @@
+"""A workdir: its config, data, log, results and best checkpoint."""

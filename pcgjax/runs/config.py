@@ -1,0 +1,121 @@
+"""Configs: loaded by name, changed by field, compared with a saved one."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import runpy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from pcgjax.runtime.files import CheckpointError
+
+
+def flat_fields(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested fields as {"model.hidden": 64, ...}."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= (
+            flat_fields(inner, f"{above}{key}.") if isinstance(inner, Mapping) and inner else {f"{above}{key}": inner}
+        )
+    return found
+
+
+Fields = dict[str, Any]  # "optimizer.learning_rate" -> value
+
+
+def with_fields(config: ml_collections.ConfigDict, changes: Fields) -> ml_collections.ConfigDict:
+    one = config.copy_and_resolve_references()
+    with one.ignore_type():
+        one.update_from_flattened_dict(changes)
+    return one
+
+
+# What `population` can sweep: parts of a config, and single fields.
+SWEPT = ("seed", "features", "model", "loss", "sapt", "optimizer")
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+
+
+def load_config(name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """configs/NAME.py, or a variant of it (NAME:VARIANT), with the fields `changes` ("train.epochs": 2).
+
+    Raises:
+      ValueError: pcgjax was installed without configs/ beside it, or the config has no such field.
+    """
+    name, _, variant = name.partition(":")
+    path = CONFIGS / f"{name}.py"
+    if not path.exists():
+        raise ValueError(f"{path}: not there; run this in a clone of the repository, which has configs/")
+    config = runpy.run_path(str(path))["get_config"](*([variant] if variant else []))
+    for field in changes:
+        part, _, own = field.partition(".")
+        if part not in config or own not in config[part]:
+            raise ValueError(f"configs/{name}.py: has no field {field}")
+    with config.ignore_type():
+        config.update_from_flattened_dict(dict(changes))
+    return config
+
+
+def plain_config(config: ml_collections.ConfigDict) -> dict:
+    """As JSON gives it back, without `sweep`, which is no part of a run."""
+    plain = json.loads(config.to_json_best_effort())
+    plain.pop("sweep", None)
+    return plain
+
+
+def fields(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A config's `sweep`: every field that can be swept, as an empty string."""
+    names = {part: dict.fromkeys(config[part], "") for part in SWEPT if part in config and part != "seed"}
+    return ml_collections.ConfigDict({"seed": "", **names})
+
+
+def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Iterable[tuple[str, str]] = ()) -> None:
+    """A resumed run may train longer and log or stream otherwise, but must be the same experiment.
+
+    also_free: more (part, field) that may change.
+    """
+    free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
+            ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from"),
+            # Where it runs; the order of the data stays, and so does the arithmetic, up to rounding.
+            ("parallel", "strategy"), ("parallel", "fsdp"), ("train", "accumulate"), ("train", "remat"),
+            ("profile", "start"), ("profile", "steps")}  # fmt: skip
+    free |= set(also_free)
+    if now["optimizer"].get("schedule", "constant") != "constant":
+        free.discard(("train", "epochs"))  # the schedule ends with them
+    for part in now:
+        old, new = saved.get(part), now[part]
+        pairs = (
+            [((part, k), (old or {}).get(k), v) for k, v in new.items()]
+            if isinstance(new, dict)
+            else [((part,), old, new)]
+        )
+        for name, before, after in pairs:
+            # A field that the saved run's version had not yet is as good as off.
+            if before != after and (before is not None or after) and name not in free:
+                raise CheckpointError(
+                    f"{workdir}: trained with {'.'.join(name)}={before}, now {after}; give another --workdir"
+                )
+
+
+def refuse_other_order(saved: str, now: str, workdir: pathlib.Path) -> None:
+    """A resumed run goes on in the order of data that its checkpoint was trained in. Both: digests of that order."""
+    if saved != now:
+        raise CheckpointError(
+            f"{workdir}: its checkpoint was trained in another order of data (data or split changed); give another "
+            "--workdir, or what it was trained with"
+        )
+
+
+def one_of(config: ml_collections.ConfigDict, overrides: Any, split_file: str) -> ml_collections.ConfigDict:
+    """One variant, stage or member of a training: the config with `overrides`, and with the split that all share."""
+    one = config.copy_and_resolve_references()
+    with one.unlocked():
+        for part in ("sweep", "variants", "stages"):
+            if part in one:
+                one[part] = ml_collections.ConfigDict()
+    with one.ignore_type():
+        one.update(overrides)
+    one.split.file = config.split.file or split_file
+    return one
