@@ -14,8 +14,8 @@ import scipy.signal
 
 from pcgjax.bench.corpora import pascal_like
 from pcgjax.bench.timing import paired, ratio_text
-from pcgjax.classical.experiment import selected
 from pcgjax.classical.features import classical_features
+from pcgjax.classical.selection import selected
 from pcgjax.data.corpus import Corpus, from_prepared, in_memory
 from pcgjax.datasets import DIASTOLE, SYSTOLE
 from pcgjax.features import envelope
