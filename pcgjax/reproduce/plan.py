@@ -60,40 +60,40 @@ class _Plan:
                         torch=config in ENCODERS)  # fmt: skip
 
 
-def _classical(plan: _Plan) -> None:
-    plan.trained("classical", "classical", "classical chain, PASCAL B, both protocols", "pascal", 2000,
-                 work.train_config)  # fmt: skip
-    plan.trained("classical", "classical_person", "classical chain, CinC 2016, people apart", "cinc2016", 2000,
-                 work.train_config, True, fields={**plan.person, "experiment.runs": 0})  # fmt: skip
+def _classical(builder: _Plan) -> None:
+    builder.trained("classical", "classical", "classical chain, PASCAL B, both protocols", "pascal", 2000,
+                    work.train_config)  # fmt: skip
+    builder.trained("classical", "classical_person", "classical chain, CinC 2016, people apart", "cinc2016", 2000,
+                    work.train_config, True, fields={**builder.person, "experiment.runs": 0})  # fmt: skip
 
 
-def _cnn(plan: _Plan) -> None:
+def _cnn(builder: _Plan) -> None:
     data = ("cinc2016", 1000)
     for name, overrides in load_config("cnn:sweep", {}).variants.items():
         title = f"1D CNN, {CONFIGURATIONS[name].lower()}"
         fields = {f"features.{field}": value for field, value in overrides["features"].items()}
-        plan.trained("cnn", f"cnn_published/{name}", f"{title}, as published", *data, work.train_by_record, plan.job,
-                     True, fields=fields)  # fmt: skip
-        plan.trained("cnn", f"cnn_person/{name}", f"{title}, people apart", *data, work.train_config, True,
-                     fields={**fields, **plan.person})  # fmt: skip
-    plan.trained("cnn", "cnn_left_out", "1D CNN, each database left out", *data, work.train_left_out)
+        builder.trained("cnn", f"cnn_published/{name}", f"{title}, as published", *data, work.train_by_record,
+                        builder.job, True, fields=fields)  # fmt: skip
+        builder.trained("cnn", f"cnn_person/{name}", f"{title}, people apart", *data, work.train_config, True,
+                        fields={**fields, **builder.person})  # fmt: skip
+    builder.trained("cnn", "cnn_left_out", "1D CNN, each database left out", *data, work.train_left_out)
 
 
-def _hinf_lstm(plan: _Plan) -> None:
+def _hinf_lstm(builder: _Plan) -> None:
     for config in dict.fromkeys(name.partition("/")[0] for name in HINF_PAPER):
         data = ("cinc2016", 16000 if config in ENCODERS else 2000)
         title = HINF_PAPER[config][0]
-        plan.trained(config, f"{config}_published", f"{title}, as published", *data, work.train_by_record, plan.job,
-                     False)  # fmt: skip
-        plan.trained(config, f"{config}_person", f"{title}, people apart", *data, work.train_config, True,
-                     fields=plan.person)  # fmt: skip
+        builder.trained(config, f"{config}_published", f"{title}, as published", *data, work.train_by_record,
+                        builder.job, False)  # fmt: skip
+        builder.trained(config, f"{config}_person", f"{title}, people apart", *data, work.train_config, True,
+                        fields=builder.person)  # fmt: skip
     title = "CNN-H∞-LSTM, each database left out"
-    plan.trained("hinf_lstm", "hinf_lstm_left_out", title, "cinc2016", 2000, work.train_left_out)
+    builder.trained("hinf_lstm", "hinf_lstm_left_out", title, "cinc2016", 2000, work.train_left_out)
 
 
-def _audio_llm(plan: _Plan) -> None:
-    job, add = plan.job, plan.add
-    rates = [plan.prepared("circor", 2000), plan.prepared("circor", 16000)]
+def _audio_llm(builder: _Plan) -> None:
+    job, add = builder.job, builder.add
+    rates = [builder.prepared("circor", 2000), builder.prepared("circor", 16000)]
     model_given = {"model": job.model}
     model: list[str] = []
     if not job.model:

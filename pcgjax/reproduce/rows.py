@@ -247,7 +247,7 @@ def _llm_rows(job: Job, states: Any) -> list[dict[str, Any]]:
         tests = {kind: _llm_scores(result["test"]) for kind, result in results.items()}
         if "published" in results:
             once = [task["once_only_accuracy"] for task in results["published"]["test"]["tasks"].values()]
-            shortcut = f"choosing the option that the paper's padding leaves once scores {np.mean(once):.3f} unheard"
+            shortcut = f"without sound, the option that the paper's padding leaves once scores {np.mean(once):.3f}"
             common["note"] = "; ".join(filter(None, (tiny, shortcut)))
         system = f"Qwen2-Audio, {word}"
         known = dict.fromkeys(name for scores in tests.values() for name in scores)
