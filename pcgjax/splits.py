@@ -1,7 +1,7 @@
 """Makes a split of a prepared folder, or checks one for leaks.
 
-    python -m pcgjax.splits --prepared=DIR --kind=person --target=abnormal --out=split.json
-    python -m pcgjax.splits --prepared=DIR --check=split.json
+python -m pcgjax.splits --prepared=DIR --kind=person --target=abnormal --out=split.json
+python -m pcgjax.splits --prepared=DIR --check=split.json
 """
 
 from __future__ import annotations

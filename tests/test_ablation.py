@@ -18,18 +18,10 @@ from flax import nnx
 from pcgjax import losses, tasks
 from pcgjax.ablation import arms as arms_module
 from pcgjax.ablation import run
-from pcgjax.ablation.arms import (
-    NOISE,
-    Parts,
-    Setting,
-    clip_features_of,
-    draw_parts,
-    epoch_batches,
-    finetune,
-    simulate_corpus,
-    train_arms,
-)
-from pcgjax.ablation.run import run_ablation, settings_of
+from pcgjax.ablation.arms import epoch_batches, finetune, train_arms
+from pcgjax.ablation.data import NOISE, Parts, clip_features_of, draw_parts, simulate_corpus
+from pcgjax.ablation.run import run_ablation
+from pcgjax.ablation.settings import Setting, settings_of
 from pcgjax.ablation.verdicts import differences, judge, summarise, verdict
 from pcgjax.data import batches, splits
 from pcgjax.data.corpus import from_prepared, in_rows

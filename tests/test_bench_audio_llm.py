@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pcgjax.audio_llm.make_tiny import make_tiny
 from pcgjax.bench import audio_llm as bench
+from pcgjax.bench.audio_llm_flops import our_flops, parameters, plain_flops, published_config, total
 
 CONVERSATION = [
     {"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": "Which? A. B."}]}
@@ -28,9 +29,9 @@ def clip(hz: float, seconds: float = 1.0) -> np.ndarray:
 
 
 def test_published_parameters():
-    found = bench.parameters(bench.published_config())
-    assert found.pop("total") == 8_397_094_912 == sum(found.values())
-    assert found == {"audio_tower": 636_968_960, "projector": 1281 * 4096, "llm": 7_754_878_976}
+    counts = parameters(published_config())
+    assert counts.pop("total") == 8_397_094_912 == sum(counts.values())
+    assert counts == {"audio_tower": 636_968_960, "projector": 1281 * 4096, "llm": 7_754_878_976}
 
 
 def counted(model, inputs, labels=None) -> dict[str, int]:
@@ -70,7 +71,7 @@ def test_forward_formula_is_what_pytorch_counts(plain, inputs):
             found = counted(base, inputs)
     finally:
         model.base_model.enable_adapter_layers()
-    expected = bench.plain_flops(base.config, 2.0, 20, [text_tokens - 20], bench.RANK)
+    expected = plain_flops(base.config, 2.0, 20, [text_tokens - 20], bench.RANK)
     for part, of in expected.items():
         assert of["forward"] == pytest.approx(found[part], rel=0.02), part
 
@@ -80,24 +81,24 @@ def test_training_formula_is_what_pytorch_counts(plain, inputs):
     base, text_tokens = model.get_base_model(), inputs["input_ids"].shape[1] - 50
     found = counted(base, inputs, inputs["input_ids"])
     model.zero_grad()
-    of = bench.plain_flops(base.config, 2.0, 20, [text_tokens - 20], bench.RANK)
-    assert bench.total(of) == pytest.approx(found["forward"] + found["backward"], rel=0.03)
+    of = plain_flops(base.config, 2.0, 20, [text_tokens - 20], bench.RANK)
+    assert total(of) == pytest.approx(found["forward"] + found["backward"], rel=0.03)
     # Two thirds of LoRA's products are backward; they and the frozen weights' are counted in the right place.
     backward = sum(part["backward"] + part["lora"] * 2 / 3 for part in of.values())
     assert backward == pytest.approx(found["backward"], rel=0.05)
 
 
 def test_ours_counts_what_is_shared_once():
-    config = bench.published_config()
-    one = bench.our_flops(config, 10.0, 21, [90], 8)
-    four = bench.our_flops(config, 10.0, 21, 4 * [90], 8)
-    plain = bench.plain_flops(config, 10.0, 21, [90], 8)
-    assert plain == bench.plain_flops(config, 10.0, 21, 4 * [90], 8)
+    config = published_config()
+    one = our_flops(config, 10.0, 21, [90], 8)
+    four = our_flops(config, 10.0, 21, 4 * [90], 8)
+    plain = plain_flops(config, 10.0, 21, [90], 8)
+    assert plain == plain_flops(config, 10.0, 21, 4 * [90], 8)
     assert four["audio_tower"]["forward"] == pytest.approx(one["audio_tower"]["forward"] / 4)
     # 271 tokens of prefix once, four times 90, against four times 361: products alone, attention is 2 % of them.
     assert four["llm"]["lora"] == pytest.approx(plain["llm"]["lora"] * (271 + 360) / (4 * 361))
     # One question of 30 s shares nothing and is cut nowhere: only the logits differ.
-    ours, plain = (count(config, 30.0, 21, [90], 8) for count in (bench.our_flops, bench.plain_flops))
+    ours, plain = (count(config, 30.0, 21, [90], 8) for count in (our_flops, plain_flops))
     assert ours["audio_tower"] == plain["audio_tower"]
     assert plain["llm"]["forward"] - ours["llm"]["forward"] > 2 * 859 * 4096 * 156_032
 
@@ -147,7 +148,7 @@ def test_both_ways_have_one_loss(plain):
     model, processor, _ = plain
     nothing = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
     for share_prefix in (True, False):
-        found = bench._step((model, processor, nothing), share_prefix, 1, "cpu", clips=2, asked=3, audio_s=0.5)
+        found = bench._step((model, processor, nothing), share_prefix, 1, "cpu", clips=2, questions=3, audio_s=0.5)
         assert found["losses"]["ours"] == pytest.approx(found["losses"]["plain"], rel=1e-4)
 
 

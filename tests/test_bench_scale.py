@@ -11,22 +11,13 @@ import pytest
 import torch
 
 from pcgjax.bench import peers
-from pcgjax.bench.scale import (
-    LAYOUTS,
-    NO_GPU,
-    ONE,
-    Runner,
-    _changes,
-    _corpus,
-    _layout,
-    agreed,
-    fifty_epochs,
-    goals,
-    scale_suite,
-    scale_summary,
-)
-from pcgjax.bench.scale_jobs import Training, device_job, idle
-from pcgjax.bench.scale_models import DISTINCT, MODELS, write_prepared
+from pcgjax.bench.corpora import DISTINCT, write_prepared
+from pcgjax.bench.device import idle
+from pcgjax.bench.scale import Runner, _changes, _corpus, _layout, agreed, fifty_epochs, scale_suite
+from pcgjax.bench.scale_goals import NO_GPU, goals, scale_summary
+from pcgjax.bench.scale_measures import device_job
+from pcgjax.bench.scale_models import LAYOUTS, MODELS, ONE
+from pcgjax.bench.scale_training import Training
 from pcgjax.data.corpus import from_prepared
 from pcgjax.models import segmenter, ssamba
 from pcgjax.runs.config import load_config

@@ -12,10 +12,11 @@ import pytest
 
 from pcgjax.bench.classical import peer_features
 from pcgjax.classical.classifiers import fit, make_classifier
-from pcgjax.classical.experiment import _resampled, draw, experiment, selected
+from pcgjax.classical.experiment import _resampled, draw_test, experiment
 from pcgjax.classical.features import classical_features
 from pcgjax.classical.picking import picking
 from pcgjax.classical.run import load_classical, train_classical
+from pcgjax.classical.selection import selected
 from pcgjax.data import splits
 from pcgjax.data.corpus import from_prepared, in_memory, in_rows
 from pcgjax.pages.classical import CLASSIFIERS, PROTOCOLS, SCORES
@@ -123,10 +124,10 @@ def test_people_are_apart_and_records_stratified(chosen):
     y = chosen.labels("murmur").astype(int)
     people = np.array([row["person"] for row in chosen.rows])
     for seed in range(3):
-        test = draw(chosen.rows, y, "person", "murmur", 0.3, seed)
+        test = draw_test(chosen.rows, y, "person", "murmur", 0.3, seed)
         assert not set(people[test]) & set(people[~test])
         assert 0.15 < test.mean() < 0.45
-        test = draw(chosen.rows, y, "record", "murmur", 0.3, seed)
+        test = draw_test(chosen.rows, y, "record", "murmur", 0.3, seed)
         assert [test[y == v].sum() for v in (0, 1)] == [round(0.3 * (y == v).sum()) for v in (0, 1)]
     assert set(people[test]) & set(people[~test])
 
@@ -136,7 +137,7 @@ def test_too_few_of_a_class(chosen):
     few = np.r_[np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:2]]
     for protocol in PROTOCOLS:
         with pytest.raises(splits.SplitError, match="too few"):
-            draw([chosen.rows[i] for i in few], y[few], protocol, "murmur", 0.3, 0)
+            draw_test([chosen.rows[i] for i in few], y[few], protocol, "murmur", 0.3, 0)
     with pytest.raises(splits.SplitError, match="0 and 3 recordings"):
         fit("knn", make_config(), 0, np.ones((3, 2)), np.ones(3))
 

@@ -52,7 +52,7 @@ def test_a_field_that_is_not_there_is_one_line_and_loads_nothing_heavy():
     assert process.returncode == 1
     assert not set(HEAVY) & set(json.loads(modules))
     assert error == (
-        "error: the config has no part or field 'epoch' Did you mean \"epochs\" instead of \"epoch\"?; "
+        'error: the config has no part or field \'epoch\' Did you mean "epochs" instead of "epoch"?; '
         "of --config.train.epoch"
     )
 

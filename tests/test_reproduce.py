@@ -17,10 +17,12 @@ from pcgjax.datasets import synthetic
 from pcgjax.pages import reproduce as reproduce_page
 from pcgjax.pages.classical import CLASSICAL_WORDS
 from pcgjax.published import HINF_PAPER
-from pcgjax.reproduce.plan import BUDGETS, CONFIGURATIONS, HEARING, PAPERS, Job, _by_record, _left_out, _train, plan
+from pcgjax.reproduce.job import BUDGETS, CONFIGURATIONS, ENCODERS, PAPERS, Job
+from pcgjax.reproduce.plan import plan
 from pcgjax.reproduce.rows import left_out, rows_of
 from pcgjax.reproduce.run import reproduce
 from pcgjax.reproduce.stages import NotRun, Stage, carry_out, saved
+from pcgjax.reproduce.work import train_by_record, train_config, train_left_out
 from pcgjax.runs.config import load_config
 
 TINY = {
@@ -40,7 +42,7 @@ for _name, _size in (("resnet50", {"model.width": 4, "model.blocks": (1, 1, 1, 1
                      ("vit", {"model.width": 64, "model.blocks": 2, "optimizer.warmup_steps": 2})):  # fmt: skip
     TINY[_name] = {"features.window_s": 1.0, "features.n_fft": 128, "features.hop": 25, "features.n_mels": 20,
                    "train.epochs": 1, "evaluation.resamples": 20, **_size}  # fmt: skip
-for _name in HEARING:
+for _name in ENCODERS:
     TINY[_name] = {"features.window_s": 0.7, "model.size": "tiny", "optimizer.warmup_steps": 2, "train.epochs": 1,
                    "evaluation.resamples": 20}  # fmt: skip
 
@@ -146,7 +148,7 @@ def test_every_paper_has_a_plan_whose_fields_exist(tmp_path):
         for one in stages:
             assert set(one.after) <= seen, one.name  # each comes after what it needs
             seen.add(one.name)
-            if one.run.func in (_train, _by_record, _left_out):
+            if one.run.func in (train_config, train_by_record, train_left_out):
                 config = load_config(*one.run.args[:2])
                 assert config.data.prepared.startswith(str(tmp_path / "prepared"))
         assert len(seen) == len(stages)
@@ -301,10 +303,10 @@ def all_sets(tmp_path_factory):
 def test_the_cnn_paper_killed_and_started_again(all_sets, tmp_path, command):
     code = f"""
 import sys
-from pcgjax.reproduce import __main__ as reproduce
-from pcgjax.runtime import files
-reproduce.BUDGETS["tiny"] = {TINY!r}
-sys.exit(0 if reproduce.reproduce("cnn", sys.argv[1], sys.argv[2], "tiny") else 1)
+from pcgjax.reproduce.job import BUDGETS
+from pcgjax.reproduce.run import reproduce
+BUDGETS["tiny"] = {TINY!r}
+sys.exit(0 if reproduce("cnn", sys.argv[1], sys.argv[2], "tiny") else 1)
 """
     words, environment = command("reproduce")
     words = [words[0], "-c", code, str(all_sets), str(tmp_path)]

@@ -136,6 +136,7 @@ def test_value_and_every_gradient_in_float64(model, peer64, tmp_path):
     (logits * torch.tensor(weights)).sum().backward()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     with jax.enable_x64(True):
+
         def objective(params):
             return (nnx.merge(graphdef, params, rest)(jnp.asarray(x)) * weights).sum()
 

@@ -23,8 +23,8 @@ from pcgjax.runs.data import load_data, shuffle_labels
 from pcgjax.runs.results import PREDICTION_FIELDS
 from pcgjax.runs.streams import ORDER
 from pcgjax.runtime.checkpoint import CheckpointError
-from pcgjax.training.experiment import balance_groups
 from pcgjax.training import loop
+from pcgjax.training.experiment import balance_groups
 from pcgjax.training.loop import train
 from pcgjax.training.stages import variants
 

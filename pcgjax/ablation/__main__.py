@@ -22,25 +22,26 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pcgjax.ablation.run import run_ablation
-from pcgjax.pages.ablation import PAPER
 from pcgjax.runtime import files
 
-for _row in PAPER.values():
-    _row["mean_accuracy"] = (_row["sensitivity"] + _row["specificity"]) / 2
+FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}")
+    from pcgjax.ablation.run import run_ablation
+
     logging.set_verbosity(logging.INFO)
-    workdir = pathlib.Path(flags.FLAGS.workdir)
-    out = run_ablation(flags.FLAGS.config, workdir)
-    for row in out["settings"]:
-        best = max(row["arms"], key=lambda name: row["arms"][name]["mean_accuracy"]["mean"])
-        s = row["arms"][best]
-        print(f"{row['title']}: best MAcc {s['mean_accuracy']['mean']:.3f}, AUC {s['auc']['mean']:.3f} ({best})")
-    for sentence in out["verdicts"].values():
+    workdir = pathlib.Path(FLAGS.workdir)
+    table = run_ablation(FLAGS.config, workdir)
+    for row in table["settings"]:
+        arms = row["arms"]
+        best = max(arms, key=lambda arm: arms[arm]["mean_accuracy"]["mean"])
+        scores = arms[best]
+        mean_accuracy, auc = (scores[name]["mean"] for name in ("mean_accuracy", "auc"))
+        print(f"{row['title']}: best MAcc {mean_accuracy:.3f}, AUC {auc:.3f} ({best})")
+    for sentence in table["verdicts"].values():
         print(sentence)
     print(f"wrote {workdir}: table.json, report.html")
 

@@ -1,9 +1,15 @@
-"""The arms of the ablation: clips, parts and the training of all arms and seeds as one program."""
+"""The training of all arms and seeds: a CNN-LSTM for every seed, then the recurrent layers on its frozen CNN.
+
+All seeds are one program, and so are the trainings of one kind of recurrent layer. `step` is not that of
+`pcgjax.training`: that one cuts batches of whole recordings out of int16 samples, at one of several capacities, and
+sums over devices; here all clips are features on one device already, seeds and trainings are axes of the program, and
+a seed whose split is smaller than others' must pass over batches without clips unchanged.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +17,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-import tqdm
 from flax import nnx
 
-from pcgjax import tasks, thresholds
-from pcgjax.data import splits
-from pcgjax.data.batches import block, gather_batch
-from pcgjax.data.corpus import Corpus, in_memory
-from pcgjax.data.plan import evaluation_plan
+from pcgjax import thresholds
+from pcgjax.ablation.data import DROPOUT, INIT, ORDER, Clips, Parts
 from pcgjax.models.hinf_lstm import UPDATES, Recurrent
 from pcgjax.pages.ablation import ARMS, LOSSES, WORDS, Arm
 from pcgjax.runtime import sharding
@@ -28,142 +30,14 @@ from pcgjax.training import optimizer
 
 # The trainings of one recurrent layer: is its loss penalised, and is the penalty's threshold SAPT's?
 PENALISED, ADAPTIVE = (False, True, True), (False, False, True)
-# Streams of randomness, each folded into a seed's key first.
-INIT, ORDER, DROPOUT, NOISE = range(4)
-
-
-class Setting(NamedTuple):
-    name: str  # of its file
-    title: str
-    group: str  # of SETTINGS
-    snr_db: float
-    database: str | None  # the one left out
-
-
-class Clips(NamedTuple):
-    """Log-mel clips of R recordings, C places each: clip n is number n % C of recording n // C."""
-
-    mel: jax.Array  # (R * C, F, T)
-    mask: jax.Array  # (R * C, T) frames of the recording
-    real: jax.Array  # (R, C) whether the recording has that clip
-
-
-class Parts(NamedTuple):
-    """Splits of S seeds, filled up with -1 to one size."""
-
-    clips: np.ndarray  # (S, K) int32 to train on
-    validation: np.ndarray  # (S, V) int32 recordings
-    test: list[np.ndarray]  # S of (n,) recordings
 
 
 class State(NamedTuple):
+    """What a training step changes."""
+
     params: Any
     rest: Any
     opt_state: Any
-
-
-def simulate_corpus(people: int, seed: int, sample_rate_hz: int = 2000, recordings_per_person: int = 2) -> Corpus:
-    """Simulated recordings of 10 to 12 s, half of the people with a murmur, under sites where it is heard."""
-    from pcgjax.datasets.simulate import audible_sites, draw_noise, draw_person, simulate_person
-
-    rows, samples = [], []
-    for number in tqdm.trange(people, desc="simulate", unit="person", leave=False):
-        rng = np.random.default_rng([seed, number])
-        person = draw_person(rng, number)
-        # Normal people are recorded where a murmur of theirs would be heard: the site tells nothing of the class.
-        likely = person if person.murmurs else draw_person(np.random.default_rng([seed, number]), 0, 1.0)
-        sites = audible_sites(likely)
-        for take in range(recordings_per_person):
-            noise = draw_noise(rng, 25.0)
-            site, duration_s = str(rng.choice(sites)), rng.uniform(10, 12)
-            wave, _ = simulate_person(person, site, rng, duration_s, sample_rate_hz, noise)
-            samples.append(np.round(wave * 32767).astype(np.int16))
-            label = str(int(bool(person.murmurs)))
-            rows.append({
-                "id": f"p{number:04d}_{take}", "person": f"p{number:04d}", "person_known": True,
-                "database": "synthetic", "sha256": f"{number}_{take}", "fingerprint": "",
-                "labels": {"abnormal": label, "murmur": label},
-            })  # fmt: skip
-    return in_memory(rows, samples, sample_rate_hz)
-
-
-def clip_features_of(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips:
-    """What the task's model is shown of each labelled recording: its first `ablation.clips_per_recording` clips.
-
-    Deterministic: noise, where `features.noise_snr_db` asks for it, is one draw from `config.seed`.
-    """
-    task = tasks.make(config, corpus.sample_rate_hz)
-    most = config.ablation.clips_per_recording
-    labels = corpus.labels(config.task.target)
-    labelled = np.flatnonzero(np.isfinite(labels))
-    plan = evaluation_plan(labelled, corpus.lengths, task.geometry, config.evaluation.batch_recordings)
-    data = jax.device_put(block(corpus, labels, np.arange(len(corpus.rows))))
-    noise_key = jax.random.fold_in(jax.random.key(config.seed), NOISE)
-
-    @jax.jit
-    def shown(data, ids, capacity, step):
-        def branch(size):
-            seen: dict[str, jax.Array] = {}
-
-            def look(mel, mask, *_):  # stands in the model's place
-                seen.update(mel=mel, mask=mask)
-                return jnp.zeros(len(mel))
-
-            batch = gather_batch(data, ids[0], size, task.geometry)
-            task.forward(look, batch, size, jax.random.fold_in(noise_key, step))
-            fill = max(plan.capacities) - size
-            return [jnp.pad(x, ((0, fill), *((0, 0),) * (x.ndim - 1))) for x in (seen["mel"], seen["mask"])]
-
-        return jax.lax.switch(capacity, [lambda size=size: branch(size) for size in plan.capacities])
-
-    mel: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    real = np.zeros((len(corpus.rows), most), bool)
-    for step in tqdm.trange(len(plan.ids), desc="features", unit="batch", leave=False):
-        ids = plan.ids[step, 0]
-        ids = ids[ids >= 0]
-        windows = task.geometry.windows(corpus.lengths[ids])
-        recording = np.repeat(ids, windows)
-        nth = np.arange(len(recording)) - np.repeat(np.cumsum(windows) - windows, windows)
-        batch_mel, batch_mask = shown(data, plan.ids[step], plan.capacity[step], step)
-        if mel is None:
-            mel = np.zeros((len(corpus.rows) * most, *batch_mel.shape[1:]), np.float32)
-            mask = np.zeros((len(corpus.rows) * most, *batch_mask.shape[1:]), np.float32)
-        kept = np.flatnonzero(nth < most)
-        place = recording[kept] * most + nth[kept]
-        assert mask is not None
-        mel[place], mask[place] = np.asarray(batch_mel)[kept], np.asarray(batch_mask)[kept]
-        real[recording[kept], nth[kept]] = True
-    return Clips(jnp.asarray(mel), jnp.asarray(mask), jnp.asarray(real))
-
-
-def draw_parts(config: ml_collections.ConfigDict, corpus: Corpus, setting: Setting, real: np.ndarray) -> Parts:
-    """Each seed's split of a corpus whose recordings have the clips `real` (R, C).
-
-    Raises:
-      splits.SplitError: a split that cannot be made or that leaks, naming setting and seed.
-    """
-    kind = "leave_database_out" if setting.database else "person"
-    place = {row["id"]: i for i, row in enumerate(corpus.rows)}
-    drawn = []
-    for seed in tqdm.trange(config.seed, config.seed + config.ablation.seeds, desc="splits", leave=False):
-        try:
-            split = splits.make(
-                corpus.rows, kind, config.task.target, seed, tuple(config.split.fractions), database=setting.database
-            )
-            splits.check(split, corpus.rows)
-        except splits.SplitError as error:
-            raise splits.SplitError(f"{setting.name}, seed {seed}: {error}") from None
-        drawn.append([np.array([place[id] for id in split[part]], np.int32) for part in splits.PARTS])
-    clips = [np.flatnonzero(np.isin(np.arange(len(real)), part)[:, None] & real) for part, _, _ in drawn]
-    return Parts(_filled(clips), _filled([part for _, part, _ in drawn]), [part for _, _, part in drawn])
-
-
-def _filled(rows: Sequence[np.ndarray]) -> np.ndarray:
-    out = np.full((len(rows), max(map(len, rows))), -1, np.int32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
 
 
 def over_seeds(function: Callable) -> Callable:
@@ -173,13 +47,16 @@ def over_seeds(function: Callable) -> Callable:
     """
 
     def all_seeds(seeds, shared):
-        one = lambda own: function(*own, *shared)
-        return jax.lax.map(one, seeds) if jax.default_backend() == "cpu" else jax.vmap(one)(seeds)
+        def one_seed(arrays):
+            return function(*arrays, *shared)
+
+        return jax.lax.map(one_seed, seeds) if jax.default_backend() == "cpu" else jax.vmap(one_seed)(seeds)
 
     return all_seeds
 
 
 def fold(key: jax.Array, *numbers: jax.Array | int) -> jax.Array:
+    """The key with each of the numbers folded in, in turn."""
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
@@ -316,6 +193,7 @@ def train_arms(
 ) -> dict[Arm, tuple[np.ndarray, np.ndarray]]:
     """Each arm's probabilities (S, R) of all recordings, and decision thresholds (S,).
 
+    bar: a tqdm bar that counts the 1 + len(UPDATES) programs.
     Raises:
       FloatingPointError: a training that came to values which are not finite.
     """
@@ -323,29 +201,29 @@ def train_arms(
     keys = [jax.random.key(config.seed + number) for number in range(config.ablation.seeds)]
     m = config.model
 
-    def start(init):
-        # One by one: LAPACK's batched QR, of orthogonal kernels, can wait forever for the threads that it runs on.
-        made = [split_model(init(fold(key, INIT)))[1:] for key in keys]
-        return jax.tree.map(lambda *x: jnp.stack(x), *made)
-
-    def done(name):
+    def count(name):
         if bar is not None:
             bar.set_postfix_str(name)
             bar.update()
 
+    def new_cnn_lstm(key):
+        return task.init(nnx.Rngs(key))
+
     compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
-    first = compiled(over_seeds(pretrain(config, task)))
-    own = jnp.stack(keys), start(lambda key: task.init(nnx.Rngs(key))), parts.clips
-    extracted = first(own, (data, labels_R))
+    first_stage = compiled(over_seeds(pretrain(config, task)))
+    extracted = first_stage((jnp.stack(keys), _starts(new_cnn_lstm, keys), parts.clips), (data, labels_R))
     inputs = jax.block_until_ready(extracted)[0].shape[-1]
-    done("CNN-LSTM")
+    count("CNN-LSTM")
     arms: dict[Arm, tuple[np.ndarray, np.ndarray]] = {}
     for name in UPDATES:
-        init = lambda key, name=name: Recurrent(inputs, m.hidden, name, rngs=nnx.Rngs(key))
-        second = compiled(over_seeds(finetune(config, init)))
-        layers, _ = start(init)
-        answers = second((jnp.stack(keys), layers, parts.clips, parts.validation, extracted), (data.real, labels_R))
-        p, threshold = (np.asarray(x) for x in answers)
+
+        def new_layer(key, name=name):
+            return Recurrent(inputs, m.hidden, name, rngs=nnx.Rngs(key))
+
+        second_stage = compiled(over_seeds(finetune(config, new_layer)))
+        layers, _ = _starts(new_layer, keys)
+        seeds = (jnp.stack(keys), layers, parts.clips, parts.validation, extracted)
+        p, threshold = (np.asarray(x) for x in second_stage(seeds, (data.real, labels_R)))
         if not np.isfinite(p).all():
             raise FloatingPointError(
                 f"model.cell={name}: probabilities that are not finite; lower optimizer.learning_rate="
@@ -357,5 +235,12 @@ def train_arms(
                 arms[name, loss, "fixed"] = p[:, training].clip(0, 1), fixed
             if ADAPTIVE[training] or not PENALISED[training]:
                 arms[name, loss, "sapt"] = p[:, training].clip(0, 1), threshold[:, training]
-        done(WORDS[name])
+        count(WORDS[name])
     return {arm: arms[arm] for arm in ARMS}
+
+
+def _starts(new: Callable[[jax.Array], nnx.Module], keys: list[jax.Array]) -> tuple[Any, Any]:
+    """Parameters and rest of a new model for every seed, with a leading axis S."""
+    # One by one: LAPACK's batched QR, of orthogonal kernels, can wait forever for the threads that it runs on.
+    models = [split_model(new(fold(key, INIT)))[1:] for key in keys]
+    return jax.tree.map(lambda *x: jnp.stack(x), *models)

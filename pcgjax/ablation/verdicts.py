@@ -18,8 +18,8 @@ from pcgjax.pages.ablation import ARMS, COMPARED, IDEAS, SCORES, WORDS, Arm
 def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float, databases: np.ndarray) -> dict[str, float]:
     """SCORES of recordings (n,) in databases (n,); NaN where undefined. The mean AUC is of those with both classes."""
     scores = metrics.binary(labels, probabilities, threshold)
-    own = [databases == name for name in np.unique(databases)]
-    auc = [metrics.binary(labels[of], probabilities[of])["auc"] for of in own]
+    members = [databases == name for name in np.unique(databases)]
+    auc = [metrics.binary(labels[of], probabilities[of])["auc"] for of in members]
     auc = [value for value in auc if np.isfinite(value)]
     scores["mean_database_auc"] = float(np.mean(auc)) if auc else math.nan
     return {name: scores[name] for name in SCORES}
@@ -28,9 +28,9 @@ def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float, datab
 def judge(
     corpus: Corpus, labels: np.ndarray, parts: Parts, arms: Mapping[Arm, tuple[np.ndarray, np.ndarray]]
 ) -> tuple[dict, dict]:
-    """Scores of every arm, and of answers that need no listening, on each seed's test part: {name: {score: [S]}} twice.
+    """Scores of every arm, and of baselines that use no sound, on each seed's test part: {name: {score: [S]}} twice.
 
-    The trivial answers are told the test part's own labels, so they are the best of their kind.
+    The baselines know the test part's own labels, so they are the best of their kind.
     """
     databases = np.array([row["database"] for row in corpus.rows])
     scored: dict[str, list[dict]] = {" ".join(arm): [] for arm in arms}
@@ -47,8 +47,12 @@ def judge(
         }
         for name, answer in answers.items():
             trivial[name].append(score(y, answer, 0.5, of))
-    turned = lambda found: {name: {k: [one[k] for one in rows] for k in SCORES} for name, rows in found.items()}
-    return turned(scored), turned(trivial)
+    return _by_score(scored), _by_score(trivial)
+
+
+def _by_score(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """{name: [scores of a seed]} as {name: {score: [of each seed]}}."""
+    return {name: {k: [scores[k] for scores in seeds] for k in SCORES} for name, seeds in rows.items()}
 
 
 def differences(arms: Mapping[str, Mapping[str, Sequence[float]]], idea: str, metric: str) -> np.ndarray:
@@ -82,10 +86,10 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict]:
         everything.insert(everything.index(left_out[0]), together)
     table = []
     for r in everything:
-        alone = r["group"] == "leave_database_out" and len(left_out) > 1 and not r.get("together")
+        in_mean = r["group"] == "leave_database_out" and len(left_out) > 1 and not r.get("together")
         table.append({
             **{k: r[k] for k in ("name", "title", "group", "recordings", "people", "databases", "test_recordings")},
-            "counts": not alone,  # whether the sentences on what held up count it: no database twice
+            "counts": not in_mean,  # whether the sentences on what held up count it: no database twice
             **{kind: {name: {k: interval(v) for k, v in scores.items()} for name, scores in r[kind].items()}
                for kind in ("arms", "trivial")},
             "ideas": {idea: {k: interval(differences(r["arms"], idea, k)) for k in COMPARED} for idea in IDEAS},
@@ -100,11 +104,11 @@ def verdict(idea: str, table: Sequence[Mapping[str, Any]]) -> str:
     for row in judged:
         for metric in COMPARED:
             d = row["ideas"][idea][metric]
-            said = f"{row['title']}: {WORDS[metric]} {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+            words = f"{row['title']}: {WORDS[metric]} {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
             if d["low"] > 0:
-                clear["better"].append(said)
+                clear["better"].append(words)
             elif d["high"] < 0:
-                clear["worse"].append(said)
+                clear["worse"].append(words)
     better, worse, n = len(clear["better"]), len(clear["worse"]), len(judged) * len(COMPARED)
     if better and worse:
         word = "mixed"
@@ -113,14 +117,5 @@ def verdict(idea: str, table: Sequence[Mapping[str, Any]]) -> str:
     else:
         word = "did not hold up" if worse else "no clear difference"
     sentence = f"{IDEAS[idea][0]}: {word}. Of {n} comparisons {better} are clearly better and {worse} clearly worse"
-    listed = "; ".join(f"{kind}: {', '.join(said)}" for kind, said in clear.items() if said)
+    listed = "; ".join(f"{kind}: {', '.join(lines)}" for kind, lines in clear.items() if lines)
     return sentence + (f" ({listed})." if listed else ".")
-
-
-def finite_or_none(value: Any) -> Any:
-    """With None for what is not a finite number, as JSON wants it."""
-    if isinstance(value, Mapping):
-        return {k: finite_or_none(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_none(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The bench's suite `classical`: the features of all clips, against a loop over clips with SciPy and librosa.
+"""Suite `classical`: the features of all clips, against a loop over clips with SciPy and librosa.
 
 Both do the same: filter, envelope, threshold, cycle, S1 and S2, Burg's spectrum of every systole and diastole, means.
 What picks S1 and S2 on the envelope is the same function; the peer computes all else as one would for a single clip.
@@ -6,59 +6,64 @@ What picks S1 and S2 on the envelope is the same function; the peer computes all
 
 from __future__ import annotations
 
-import numpy as np
+import functools
 
-from pcgjax.classical.experiment import selected
+import ml_collections
+import numpy as np
+import scipy.signal
+
+from pcgjax.bench.corpora import pascal_like
+from pcgjax.bench.timing import paired, ratio_text
 from pcgjax.classical.features import classical_features
+from pcgjax.classical.selection import selected
 from pcgjax.data.corpus import Corpus, from_prepared, in_memory
 from pcgjax.datasets import DIASTOLE, SYSTOLE
 from pcgjax.features import envelope
 
 
 def classical_suite(prepared: str = "", clips: int = 195, pairs: int = 15) -> dict:
-    """{features: as of `bench.paired`, clips, seconds, sample_rate_hz, stretches, heartbeats_found_by_one_alone,
+    """{features: as of `timing.paired`, clips, seconds, sample_rate_hz, stretches, heartbeats_found_by_one_alone,
     difference_db}.
 
     prepared: a folder of PASCAL's; "": as many simulated clips, of like lengths.
     """
-    from pcgjax.bench.timing import paired
-
     config = _config()
-    corpus = selected(from_prepared(prepared), config)[0] if prepared else simulated(clips)
+    corpus = selected(from_prepared(prepared), config)[0] if prepared else pascal_like(clips)
     samples = [corpus.read(i) for i in range(len(corpus.rows))]
     corpus = in_memory(corpus.rows, samples, corpus.sample_rate_hz)
-    made, theirs = classical_features(corpus, config), peer_features(corpus, config)
-    ours = dict(zip(made.indices.tolist(), made.values, strict=True))
-    both = sorted(ours.keys() & theirs.keys())
-    differences = [np.abs(10 * np.log10(ours[i] / theirs[i])).max() for i in both]
+    features, peers = classical_features(corpus, config), peer_features(corpus, config)
+    ours = dict(zip(features.indices.tolist(), features.values, strict=True))
+    both = sorted(ours.keys() & peers.keys())
+    differences = [np.abs(10 * np.log10(ours[i] / peers[i])).max() for i in both]
     return {
         "clips": len(corpus.rows),
         "seconds": float(corpus.lengths.sum() / corpus.sample_rate_hz),
         "sample_rate_hz": corpus.sample_rate_hz,
-        "stretches": made.stretches,
-        "heartbeats_found_by_one_alone": len(ours.keys() ^ theirs.keys()),  # the other rounds otherwise
+        "stretches": features.stretches,
+        "heartbeats_found_by_one_alone": len(ours.keys() ^ peers.keys()),  # the other rounds otherwise
         "difference_db": {"median": float(np.median(differences)), "largest": float(max(differences))},
         "features": paired(
-            lambda: classical_features(corpus, config), lambda: peer_features(corpus, config), pairs, "features"
+            functools.partial(classical_features, corpus, config), functools.partial(peer_features, corpus, config),
+            pairs, "features",
         ),
-    }
+    }  # fmt: skip
 
 
 def classical_summary(result: dict) -> str:
     """The main figures, for a terminal."""
-    t, d = result["features"], result["difference_db"]
-    low, high = t["ratio_range"]
+    times, difference = result["features"], result["difference_db"]
     return (
         f"features of {result['clips']} clips ({result['seconds']:.0f} s at {result['sample_rate_hz']} Hz)   "
-        f"{t['ratio']:.1f}x the loop  [{low:.1f}, {high:.1f}]  ours {t['ours_s']:.2f} s, it {t['peer_s']:.2f} s\n"
-        f"difference of a clip's spectra at most: median {d['median']:.1e} dB, largest {d['largest']:.1e} dB; "
+        f"{ratio_text(times['ratio'], times['ratio_range'], 'the loop', 1)}  ours {times['ours_s']:.2f} s, it "
+        f"{times['peer_s']:.2f} s\n"
+        f"difference of a clip's spectra at most: median {difference['median']:.1e} dB, largest "
+        f"{difference['largest']:.1e} dB; "
         f"clips in which one alone found heartbeats: {result['heartbeats_found_by_one_alone']}"
     )
 
 
-def _config():
-    import ml_collections
-
+def _config() -> ml_collections.ConfigDict:
+    """The fields of configs/classical.py that the features depend on."""
     return ml_collections.ConfigDict(
         {
             "seed": 0,
@@ -73,30 +78,13 @@ def _config():
     )  # fmt: skip
 
 
-def simulated(clips: int, seed: int = 0, sample_rate_hz: int = 2000) -> Corpus:
-    """Clips as long as PASCAL B's: 1 to 25 s, half of them below 4.2 s."""
-    from pcgjax.datasets.simulate import draw_person, simulate_person
-
-    rng = np.random.default_rng(seed)
-    rows, samples = [], []
-    for i in range(clips):
-        person = draw_person(rng, i)
-        duration_s = float(np.clip(np.exp(rng.normal(np.log(4.2), 0.75)), 1, 25))
-        wave, _ = simulate_person(person, "MV", rng, duration_s, sample_rate_hz)
-        samples.append(np.round(wave / np.abs(wave).max() * 32767).astype(np.int16))
-        rows.append({"id": f"r{i:04d}", "person": str(i), "database": "synthetic", "annotations": [],
-                     "labels": {"murmur": str(int(bool(person.murmurs)))}})  # fmt: skip
-    return in_memory(rows, samples, sample_rate_hz)
-
-
-def peer_features(corpus: Corpus, config) -> dict[int, np.ndarray]:
+def peer_features(corpus: Corpus, config: ml_collections.ConfigDict) -> dict[int, np.ndarray]:
     """{index: (2 * bins,)} of the clips with a cycle, one clip and one stretch after the other, in float64."""
     import librosa
-    import scipy.signal
 
     f, rate = config.features, corpus.sample_rate_hz
     sos = scipy.signal.butter(f.filter_order, f.high_hz, fs=rate, output="sos")
-    found = {}
+    features = {}
     for index in range(len(corpus.rows)):
         x = corpus.read(index).astype(np.float64)
         x /= np.abs(x).max()
@@ -107,13 +95,13 @@ def peer_features(corpus: Corpus, config) -> dict[int, np.ndarray]:
                 a = librosa.lpc(stretch, order=f.burg_order)
                 _, response = scipy.signal.freqz(1, a, worN=f.nfft // 2 + 1, include_nyquist=True)
                 sides = np.where(np.arange(len(response)) % (len(response) - 1), 2, 1)
-                spectra[state].append(sides / rate * _unpredicted(stretch, a) * np.abs(response) ** 2)
+                spectra[state].append(sides / rate * _residual_power(stretch, a) * np.abs(response) ** 2)
         if all(spectra.values()):
-            found[index] = np.concatenate([np.mean(own, axis=0) for own in spectra.values()])
-    return found
+            features[index] = np.concatenate([np.mean(each, axis=0) for each in spectra.values()])
+    return features
 
 
-def _unpredicted(stretch: np.ndarray, a: np.ndarray) -> float:
+def _residual_power(stretch: np.ndarray, a: np.ndarray) -> float:
     """Burg's variance, from the filter by Levinson's recursion backwards: librosa keeps it to itself."""
     power = np.mean(stretch**2)
     while len(a) > 1:
@@ -125,8 +113,6 @@ def _unpredicted(stretch: np.ndarray, a: np.ndarray) -> float:
 
 def peer_states(x: np.ndarray, rate: int, sos: np.ndarray, window_s: float, hop_s: float) -> list[envelope.Span]:
     """S1, systole, S2 and diastole of one clip, as SciPy and NumPy have it."""
-    import scipy.signal
-
     y = scipy.signal.sosfiltfilt(sos, x)
     y = (y - y.mean()) / y.std()
     power = (y / np.abs(y).max()) ** 2

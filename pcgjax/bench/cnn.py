@@ -1,4 +1,8 @@
-"""Suite `cnn`: a train step, an epoch, preparation, memory and padding of the 1D CNN beside PyTorch."""
+"""Suite `cnn`: a train step, an epoch, preparation, memory and padding of the 1D CNN beside PyTorch.
+
+The peer is what people write in PyTorch for the same net: a Dataset that filters with SciPy and cuts windows, a
+DataLoader, Conv1d and MaxPool1d, SGD.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from pcgjax.bench.ours import SAMPLE_RATE_HZ, Ours, make_corpus
+from pcgjax.bench.corpora import SAMPLE_RATE_HZ, some_recordings
+from pcgjax.bench.ours import Ours
 from pcgjax.bench.peers import Segmented
-from pcgjax.bench.timing import median_p95, paired, seconds
-from pcgjax.data.corpus import Corpus, from_prepared, in_memory
+from pcgjax.bench.timing import fastest, median_p95, paired, ratio_text, seconds, waiting
+from pcgjax.data.corpus import Corpus
+from pcgjax.datasets import synthetic
+from pcgjax.prepare import prepare
 
 
 def cnn_config(batch_recordings: int) -> ml_collections.ConfigDict:
@@ -35,12 +42,12 @@ def cnn_config(batch_recordings: int) -> ml_collections.ConfigDict:
     )  # fmt: skip
 
 
-def cnn(prepared: str, recordings: int) -> dict:
-    """The suite `cnn`: one step at 8 recordings a batch, an epoch at 1, streaming, memory, prepare."""
-    corpus = from_prepared(prepared) if prepared else make_corpus(recordings)
-    if prepared:  # what a run reads again and again lies in memory for both
-        samples = [corpus.read(i) for i in range(min(recordings, len(corpus.rows)))]
-        corpus = in_memory(corpus.rows[: len(samples)], samples, corpus.sample_rate_hz)
+def cnn_suite(prepared: str, recordings: int) -> dict:
+    """{corpus, step: at 8 recordings a batch, streamed, loader_only, epoch: at 1, prepare, memory}.
+
+    prepared: a folder that `prepare` wrote, of which the first `recordings` are used; "": as many simulated ones.
+    """
+    corpus = some_recordings(prepared, recordings)
     return {
         "corpus": {"recordings": len(corpus.rows), "seconds": float(corpus.lengths.sum() / corpus.sample_rate_hz)},
         **_step(corpus),
@@ -50,38 +57,60 @@ def cnn(prepared: str, recordings: int) -> dict:
     }
 
 
+def cnn_summary(result: dict) -> str:
+    """The main figures for a terminal."""
+    step, epoch, memory, prepare_rates = (result[part] for part in ("step", "epoch", "memory", "prepare"))
+    return "\n".join([
+        f"step, 8 recordings       {ratio_text(step['ratio'], step['ratio_range'], 'the peer')}"
+        f"   ours {step['ours_windows_a_s']:.0f} windows/s, {100 * step['floor']['share_of_floor']:.0f} % of the "
+        "matrix rate",
+        f"epoch, 1 recording       {ratio_text(epoch['ratio'], epoch['ratio_range'], 'the peer')}"
+        f"   ours {epoch['ours_recordings_a_s']:.0f} recordings/s",
+        f"streamed                 {result['streamed']['rate_over_resident']:.2f} of resident",
+        *(f"prepare                  {loop['rate_over_loop']:.2f} of a loop of {name}"
+          for name, loop in prepare_rates.items()),
+        f"padding                  {step['padding_waste']:.3f} at 8 recordings, {epoch['padding_waste']:.3f} at 1",
+        f"memory                   {memory['peak_rss_mib']:.0f} MiB, the corpus {memory['corpus_mib']} (limit "
+        f"{memory['limit_mib']})",
+        f"compile                  {step['compile_s']:.1f} s at 8 recordings, {epoch['compile_s']:.1f} s at 1",
+    ])  # fmt: skip
+
+
 def _segmented(ours: Ours, workers: int = 0) -> Segmented:
     return Segmented(ours.corpus, ours.labels, ours.plan.ids, ours.geometry, workers)
 
 
 def _step(corpus: Corpus, batch: int = 8) -> dict:
+    """{step, streamed, loader_only}: steps on ready windows, an epoch streamed against resident, the loaders alone."""
     ours = Ours(corpus, cnn_config(batch))
     peer = _segmented(ours)
-    few = min(len(ours.plan.ids), 8)
-    ready = [batch for _, batch in zip(range(few), peer.loader, strict=False)]
-    step = paired(lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 9, f"step, {batch} recordings")
-    windows = int(ours.windows[:few].sum())
-    singles = [seconds(functools.partial(ours.steps, i % few, i % few + 1)) for i in range(5 * few)]
-    peers = [seconds(functools.partial(peer.step, *ready[i % few])) for i in range(5 * few)]
+    steps = min(len(ours.plan.ids), 8)
+    ready = [batch for _, batch in zip(range(steps), peer.loader, strict=False)]
+    few_steps = functools.partial(ours.steps, 0, steps)
+    step = paired(few_steps, lambda: [peer.step(*b) for b in ready], 9, f"step, {batch} recordings")
+    windows = int(ours.windows[:steps].sum())
+    ours_alone_s = [seconds(functools.partial(ours.steps, i % steps, i % steps + 1)) for i in range(5 * steps)]
+    peer_alone_s = [seconds(functools.partial(peer.step, *ready[i % steps])) for i in range(5 * steps)]
     cost = ours.compiled.cost_analysis() or {}
     step |= {
         "meaning": "ours: gather, filter, z-score, windows, forward, backward and update, in the epoch program; "
         "peer: forward, backward and update on windows that are ready",
         "batch_recordings": batch,
-        "steps": few,
+        "steps": steps,
         "windows": windows,
         "ours_windows_a_s": windows / step["ours_s"],
         "peer_windows_a_s": windows / step["peer_s"],
-        "ours_dispatched_alone_ms": median_p95(singles),
-        "peer_ms": median_p95(peers),
+        "ours_dispatched_alone_ms": median_p95(ours_alone_s),
+        "peer_ms": median_p95(peer_alone_s),
         "compile_s": ours.compile_s,
         "capacities": list(ours.plan.capacities),
         "padding_waste": ours.waste,
         "flops_of_all_branches": cost.get("flops"),
         "bytes_of_all_branches": cost.get("bytes accessed"),
-        "floor": _floor(ours, few, step["ours_s"]),
+        "floor": _floor(ours, steps, step["ours_s"]),
     }
-    streamed = paired(ours.streamed, lambda: ours.steps(0, len(ours.plan.ids)), 7, f"streamed, {batch} recordings")
+    resident_epoch = functools.partial(ours.steps, 0, len(ours.plan.ids))
+    streamed = paired(ours.streamed, resident_epoch, 7, f"streamed, {batch} recordings")
     total = int(ours.windows.sum())
     return {
         "step": step,
@@ -99,20 +128,21 @@ def _step(corpus: Corpus, batch: int = 8) -> dict:
 
 
 def _epoch(corpus: Corpus) -> dict:
+    """{epoch}: from int16 samples in memory, a recording a step."""
     ours = Ours(corpus, cnn_config(1))
-    of = {workers: _segmented(ours, workers) for workers in (0, 2)}
-    times = {}
-    for workers, peer in of.items():
+    peers = {workers: _segmented(ours, workers) for workers in (0, 2)}
+    times_s = {}
+    for workers, peer in peers.items():
         peer.epoch()  # starts its workers
-        times[workers] = seconds(peer.epoch)
-    best = of[min(times, key=times.__getitem__)]  # the peer's better choice on this machine
-    epoch = paired(lambda: ours.steps(0, len(ours.plan.ids)), best.epoch, 5, "epoch, 1 recording")
+        times_s[workers] = seconds(peer.epoch)
+    fastest_peer = peers[min(times_s, key=times_s.__getitem__)]  # the peer's better choice on this machine
+    epoch = paired(functools.partial(ours.steps, 0, len(ours.plan.ids)), fastest_peer.epoch, 5, "epoch, 1 recording")
     return {
         "epoch": epoch
         | {
             "meaning": "end to end: ours from resident int16, the peer from int16 in memory through its DataLoader",
             "batch_recordings": 1,
-            "peer_epoch_s_by_workers": times,
+            "peer_epoch_s_by_workers": times_s,
             "ours_windows_a_s": int(ours.windows.sum()) / epoch["ours_s"],
             "ours_recordings_a_s": len(corpus.rows) / epoch["ours_s"],
             "peer_recordings_a_s": len(corpus.rows) / epoch["peer_s"],
@@ -125,27 +155,25 @@ def _epoch(corpus: Corpus) -> dict:
 
 def _floor(ours: Ours, steps: int, measured_s: float) -> dict:
     """Multiply-adds that the net itself needs, and what share of this machine's matrix rate that makes."""
-    window, g = ours.geometry.window, ours.geometry
-    used = np.where(ours.plan.ids[:steps] >= 0, ours.corpus.lengths[ours.plan.ids[:steps]], 0)
-    windows = g.windows(used)
-    samples = float((((windows - 1) * g.hop + window) * (used > 0)).sum())
+    window, geometry = ours.geometry.window, ours.geometry
+    lengths = np.where(ours.plan.ids[:steps] >= 0, ours.corpus.lengths[ours.plan.ids[:steps]], 0)
+    windows = geometry.windows(lengths)
+    samples = float((((windows - 1) * geometry.hop + window) * (lengths > 0)).sum())
     pooled = ((window - 4) // 2 - 4) // 2
     forward = 2 * (samples * 5 * 16 + samples / 2 * 5 * 16 * 32 + float(windows.sum()) * (32 * pooled * 64 + 64))
     # Backward: twice forward, but nothing flows back into the samples.
     flops = 3 * forward - 2 * samples * 5 * 16
     n = 2048
     a = jnp.ones((n, n))
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
-    rate = 2 * n**3 / min(seconds(lambda: product(a).block_until_ready()) for _ in range(5))
+    product = waiting(jax.jit(lambda a: a @ a), a)
+    product()
+    rate = 2 * n**3 / fastest(product, 5)
     floor_s = flops / rate
     return {"flops": flops, "matrix_flops_a_s": rate, "floor_s": floor_s, "share_of_floor": floor_s / measured_s}
 
 
 def _prepare_rate() -> dict:
     """`prepare`, whole, against loops that only decode and resample the same files, one process each."""
-    from pcgjax.datasets import synthetic
-
     result: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder) / "corpus"
@@ -165,8 +193,6 @@ def _prepare_rate() -> dict:
 
 
 def _prepare(source: str, folder: str) -> None:
-    from pcgjax.prepare import prepare
-
     prepare("synthetic", source, tempfile.mkdtemp(dir=folder), SAMPLE_RATE_HZ, workers=1)
 
 
@@ -203,18 +229,3 @@ def _train_in_memory(mib: int) -> float:
     corpus = Corpus(rows, SAMPLE_RATE_HZ, np.full(count, length, np.int32), lambda i: np.roll(one, i))
     Ours(corpus, cnn_config(8)).steps(0, 4)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def cnn_summary(result: dict) -> str:
-    s, e, m, p = (result[part] for part in ("step", "epoch", "memory", "prepare"))
-    return "\n".join([
-        f"step, 8 recordings       {s['ratio']:.2f}x the peer  [{s['ratio_range'][0]:.2f}, {s['ratio_range'][1]:.2f}]"
-        f"   ours {s['ours_windows_a_s']:.0f} windows/s, {100 * s['floor']['share_of_floor']:.0f} % of the matrix rate",
-        f"epoch, 1 recording       {e['ratio']:.2f}x the peer  [{e['ratio_range'][0]:.2f}, {e['ratio_range'][1]:.2f}]"
-        f"   ours {e['ours_recordings_a_s']:.0f} recordings/s",
-        f"streamed                 {result['streamed']['rate_over_resident']:.2f} of resident",
-        *(f"prepare                  {loop['rate_over_loop']:.2f} of a loop of {name}" for name, loop in p.items()),
-        f"padding                  {s['padding_waste']:.3f} at 8 recordings, {e['padding_waste']:.3f} at 1",
-        f"memory                   {m['peak_rss_mib']:.0f} MiB, the corpus {m['corpus_mib']} (limit {m['limit_mib']})",
-        f"compile                  {s['compile_s']:.1f} s at 8 recordings, {e['compile_s']:.1f} s at 1",
-    ])  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,14 @@ import numpy as np
 from flax import nnx
 
 from pcgjax import tasks
+from pcgjax.ablation.arms import over_seeds, pretrain
+from pcgjax.ablation.data import Clips
 from pcgjax.bench import peers
-from pcgjax.bench.ours import Ours, make_corpus
-from pcgjax.bench.timing import paired, seconds
-from pcgjax.data.corpus import Corpus, from_prepared, in_memory
+from pcgjax.bench.corpora import some_recordings
+from pcgjax.bench.ours import Ours
+from pcgjax.bench.timing import paired, ratio_text, seconds, waiting
+from pcgjax.data.corpus import Corpus
+from pcgjax.kernels.hinf_lstm import hinf_lstm
 from pcgjax.runtime import sharding
 from pcgjax.tasks.base import split_model
 
@@ -48,48 +53,58 @@ def hinf_lstm_config(batch_recordings: int) -> ml_collections.ConfigDict:
     )  # fmt: skip
 
 
-def hinf_lstm(prepared: str, recordings: int) -> dict:
-    """The suite `hinf_lstm`: the recurrent kernel, a whole step at 8 recordings, ten seeds as one program."""
-    corpus = from_prepared(prepared) if prepared else make_corpus(min(recordings, 48), sample_rate_hz=2000)
-    samples = [corpus.read(i) for i in range(min(recordings, 48, len(corpus.rows)))]
-    corpus = in_memory(corpus.rows[: len(samples)], samples, corpus.sample_rate_hz)
+def hinf_lstm_suite(prepared: str, recordings: int) -> dict:
+    """{corpus, kernel, python_loop, train: a whole step at 8 recordings, seeds: ten of them as one program}.
+
+    prepared: a folder that `prepare` wrote, of which the first `recordings`, at most 48, are used; "": as many
+      simulated ones.
+    """
+    corpus = some_recordings(prepared, min(recordings, 48), sample_rate_hz=2000)
     return {
         "corpus": {"recordings": len(corpus.rows), "seconds": float(corpus.lengths.sum() / corpus.sample_rate_hz)},
         "kernel": [_kernel(*size) for size in KERNELS],
         "python_loop": [_kernel(*size, loop=True) for size in PYTHON_LOOP],
-        "train": _hinf_step(corpus),
+        "train": _train_step(corpus),
         "seeds": _seeds(),
     }
 
 
+def hinf_lstm_summary(result: dict) -> str:
+    """The main figures for a terminal."""
+    train, seeds = result["train"], result["seeds"]
+    return "\n".join([
+        "kernel, forward and all gradients, hidden 128",
+        *map(_kernel_line, result["kernel"]),
+        *map(_kernel_line, result["python_loop"]),
+        f"train step, samples to update   {ratio_text(train['ratio'], train['ratio_range'], 'the peer')}   "
+        f"ours {train['ours_clips_a_s']:.0f} clips/s",
+        f"the same, the peer's network alone   {train['network_alone']['ratio']:.2f}x",
+        f"ten seeds as one program        {ratio_text(seeds['ratio'], seeds['ratio_range'], 'ten runs in a row')}",
+    ])  # fmt: skip
+
+
+def _kernel_line(row: dict) -> str:
+    return (
+        f"B {row['batch']:3d}, T {row['steps']:4d}, D {row['inputs']:4d}   "
+        f"{ratio_text(row['ratio'], row['range'], row['peer'], width=5)}   "
+        f"ours {row['ours_ms']:.1f} ms, {row['ours_gflops']:.0f} GFLOP/s"
+    )
+
+
 def _kernel(batch: int, steps: int, inputs: int, loop: bool = False) -> dict:
     """The recurrent layer, forward and all gradients, against torch.nn.LSTM or a cell in a Python loop."""
-    import torch
-
-    from pcgjax.kernels.hinf_lstm import hinf_lstm as layer
-
     rng = np.random.default_rng(0)
-    draw = lambda *shape: np.float32(rng.normal(size=shape) / np.sqrt(shape[0]))
+
+    def draw(*shape: int) -> np.ndarray:
+        return np.float32(rng.normal(size=shape) / np.sqrt(shape[0]))
+
     x, weights = draw(batch, steps, inputs), draw(batch, steps, HIDDEN)
     parameters = draw(inputs, 3 * HIDDEN), draw(HIDDEN, 3 * HIDDEN), draw(3 * HIDDEN), draw(HIDDEN)
     compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
-    gradient = compiled(jax.grad(lambda *a: (layer(*a) * weights).sum(), range(5)))
-    arguments = jax.device_put((x, *parameters))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    peer = peers.hinf_cell_layer(inputs, HIDDEN) if loop else torch.nn.LSTM(inputs, HIDDEN, batch_first=True)
-    peer.to(device)
-    given, towards = torch.tensor(x, device=device, requires_grad=True), torch.tensor(weights, device=device)
-
-    def torch_step():
-        peer.zero_grad()
-        given.grad = None
-        out = peer(given)
-        ((out if loop else out[0]) * towards).sum().backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+    gradient = compiled(jax.grad(lambda *a: (hinf_lstm(*a) * weights).sum(), range(5)))
+    ours = waiting(gradient, *jax.device_put((x, *parameters)))
+    peer = _torch_gradient(x, weights, loop)
     # Enough calls in a measurement that each takes some tens of milliseconds.
-    ours = lambda: jax.block_until_ready(gradient(*arguments))
     ours()
     calls = max(1, int(0.05 / seconds(ours)))
 
@@ -101,30 +116,51 @@ def _kernel(batch: int, steps: int, inputs: int, loop: bool = False) -> dict:
         return run
 
     name = "Python loop" if loop else "torch.nn.LSTM"
-    timed = paired(repeated(ours), repeated(torch_step), 7, f"B {batch}, T {steps}, D {inputs}: {name}")
+    times = paired(repeated(ours), repeated(peer), 7, f"B {batch}, T {steps}, D {inputs}: {name}")
     # Forward and twice backward; multiply-adds of the projection and of the recurrence.
     flops = 3 * 2 * batch * steps * (inputs + HIDDEN) * 3 * HIDDEN
     return {
         "batch": batch, "steps": steps, "inputs": inputs, "hidden": HIDDEN, "peer": name,
-        "ours_ms": 1e3 * timed["ours_s"] / calls, "peer_ms": 1e3 * timed["peer_s"] / calls,
-        "ratio": timed["ratio"], "range": timed["ratio_range"], "ours_gflops": flops * calls / timed["ours_s"] / 1e9,
+        "ours_ms": 1e3 * times["ours_s"] / calls, "peer_ms": 1e3 * times["peer_s"] / calls,
+        "ratio": times["ratio"], "range": times["ratio_range"], "ours_gflops": flops * calls / times["ours_s"] / 1e9,
     }  # fmt: skip
 
 
-def _hinf_step(corpus: Corpus, batch: int = 8) -> dict:
+def _torch_gradient(x: np.ndarray, weights: np.ndarray, loop: bool) -> Callable[[], None]:
+    """The same of torch.nn.LSTM, or of a cell in a Python loop, on x (B, T, D); waits for the gradients."""
+    import torch
+
+    inputs = x.shape[-1]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer = peers.hinf_cell_layer(inputs, HIDDEN) if loop else torch.nn.LSTM(inputs, HIDDEN, batch_first=True)
+    peer.to(device)
+    leaf, factors = torch.tensor(x, device=device, requires_grad=True), torch.tensor(weights, device=device)
+
+    def run() -> None:
+        peer.zero_grad()
+        leaf.grad = None
+        out = peer(leaf)
+        ((out if loop else out[0]) * factors).sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _train_step(corpus: Corpus, batch: int = 8) -> dict:
+    """An epoch's steps, from int16 samples to the updated parameters."""
     ours = Ours(corpus, hinf_lstm_config(batch))
     peer = peers.Clipped(corpus, ours.labels, ours.plan.ids, hinf_lstm_config(batch))
-    few = len(ours.plan.ids)
+    steps = len(ours.plan.ids)
     ready = list(peer.loader)
-    network = paired(
-        lambda: ours.steps(0, few), lambda: [peer.step(*b) for b in ready], 5, "step against the peer's network alone"
-    )
-    whole = paired(lambda: ours.steps(0, few), peer.epoch, 7, "step, from samples")
+    all_steps = functools.partial(ours.steps, 0, steps)
+    network = paired(all_steps, lambda: [peer.step(*b) for b in ready], 5, "step against the peer's network alone")
+    whole = paired(all_steps, peer.epoch, 7, "step, from samples")
     clips = int(ours.windows.sum())
     return {
         "meaning": "from int16 samples to the updated parameters; `network_alone` gives the peer clips that are ready",
         "batch_recordings": batch,
-        "steps": few,
+        "steps": steps,
         "clips": clips,
         **whole,
         "network_alone": network,
@@ -137,8 +173,6 @@ def _hinf_step(corpus: Corpus, batch: int = 8) -> dict:
 
 def _seeds(seeds: int = 10, clips: int = 256) -> dict:
     """Ten trainings of the ablation's CNN-LSTM, two epochs each, as one program, against ten runs of one in a row."""
-    from pcgjax.ablation.arms import Clips, over_seeds, pretrain
-
     config = hinf_lstm_config(8)
     config.features.n_mels = 64
     config.model.update({"cell": "lstm", "blocks": ((16,), (32,)), "hidden": 64})
@@ -150,33 +184,13 @@ def _seeds(seeds: int = 10, clips: int = 256) -> dict:
     shared = data, jnp.asarray(rng.integers(0, 2, clips // 2), jnp.float32)
     keys = [jax.random.key(seed) for seed in range(seeds)]
     states = [split_model(task.init(nnx.Rngs(seed)))[1:] for seed in range(seeds)]
-    own = list(zip(keys, states, [jnp.arange(clips)] * seeds, strict=True))
+    each_seed = list(zip(keys, states, [jnp.arange(clips)] * seeds, strict=True))
     run = pretrain(config, task)
     compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
     one, all_seeds = compiled(run), compiled(over_seeds(run))
-    together = jax.tree.map(lambda *x: jnp.stack(x), *own)
+    together = jax.tree.map(lambda *x: jnp.stack(x), *each_seed)
     return paired(
-        lambda: jax.block_until_ready(all_seeds(together, shared)),
-        lambda: [jax.block_until_ready(one(*mine, *shared)) for mine in own],
+        waiting(all_seeds, together, shared),
+        lambda: [jax.block_until_ready(one(*arguments, *shared)) for arguments in each_seed],
         5, "ten seeds",
     )  # fmt: skip
-
-
-def hinf_summary(result: dict) -> str:
-    def line(k):
-        return (
-            f"B {k['batch']:3d}, T {k['steps']:4d}, D {k['inputs']:4d}   {k['ratio']:5.2f}x {k['peer']}  "
-            f"[{k['range'][0]:.2f}, {k['range'][1]:.2f}]   ours {k['ours_ms']:.1f} ms, {k['ours_gflops']:.0f} GFLOP/s"
-        )
-
-    t, s = result["train"], result["seeds"]
-    return "\n".join([
-        "kernel, forward and all gradients, hidden 128",
-        *map(line, result["kernel"]),
-        *map(line, result["python_loop"]),
-        f"train step, samples to update   {t['ratio']:.2f}x the peer  [{t['ratio_range'][0]:.2f}, "
-        f"{t['ratio_range'][1]:.2f}]   ours {t['ours_clips_a_s']:.0f} clips/s",
-        f"the same, the peer's network alone   {t['network_alone']['ratio']:.2f}x",
-        f"ten seeds as one program        {s['ratio']:.2f}x ten runs in a row  [{s['ratio_range'][0]:.2f}, "
-        f"{s['ratio_range'][1]:.2f}]",
-    ])  # fmt: skip

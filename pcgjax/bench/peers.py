@@ -1,6 +1,6 @@
 """What our speed is measured against: the same training as people write it in PyTorch, with SciPy, PyWavelets, librosa.
 
-Imported by pcgjax.bench only. The networks, batches and losses are ours; the code is the plain one.
+The networks, batches and losses are ours; the code is the plain one. PyTorch is imported where it is used.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def collate(items):
 
 
 class Segmented:
-    """The 1D CNN's training in PyTorch, on our batches: `ids` (steps, G, R) as `input_pipeline.Plan` has them."""
+    """The 1D CNN's training in PyTorch, on our batches: `ids` (steps, G, R) as `data.plan.Plan` has them."""
 
     def __init__(self, corpus: Corpus, labels: np.ndarray, ids: np.ndarray, geometry: Geometry, workers: int = 0):
         import torch
@@ -205,10 +205,18 @@ class Clipped:
 # ------------------------------------------------------------------------------------------ the segmenter and SSAMBA
 
 
+def mambapy_scan(u, delta, A, B, C) -> Any:
+    """The selective scan by mambapy's parallel scan: u, delta (B, L, D), A (D, N), B, C (B, L, N) -> (B, L, D)."""
+    import torch
+    from mambapy.pscan import pscan
+
+    states = pscan(torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None])
+    return (states @ C[..., None])[..., 0]
+
+
 def mamba_mixer(width: int, states: int, expand: int = 2) -> Any:
     """A bidirectional Mamba mixer as a PyTorch module, (B, L, width) -> (B, L, width); the scan is mambapy's."""
     import torch
-    from mambapy.pscan import pscan
     from torch.nn import functional as F
 
     inner, rank = expand * width, -(-width // 16)
@@ -225,9 +233,7 @@ def mamba_mixer(width: int, states: int, expand: int = 2) -> Any:
         def forward(self, u):
             u = F.silu(self.conv(u.transpose(1, 2))[..., : u.shape[1]].transpose(1, 2))
             dt, B, C = self.project(u).split([rank, states, states], dim=-1)
-            delta = F.softplus(self.delta(dt))
-            h = pscan(torch.exp(delta[..., None] * -self.A_log.exp()), (delta * u)[..., None] * B[:, :, None])
-            return (h @ C[..., None])[..., 0] + self.D * u
+            return mambapy_scan(u, F.softplus(self.delta(dt)), -self.A_log.exp(), B, C) + self.D * u
 
     class Mixer(torch.nn.Module):
         def __init__(self):
@@ -291,14 +297,16 @@ class Patched:
         import torch
 
         patches = (frames // 16) * 8
-        predictor = lambda: torch.nn.Sequential(
-            torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 256)
-        )
+
+        def predictor() -> Any:
+            return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 256))
+
+        def small(*shape: int) -> Any:
+            return torch.nn.Parameter(0.02 * torch.randn(*shape))
 
         class Net(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                small = lambda *shape: torch.nn.Parameter(0.02 * torch.randn(*shape))
                 self.embed = torch.nn.Linear(256, width)
                 self.class_token, self.mask_token = small(1, 1, width), small(1, 1, width)
                 self.position = small(1, 1 + patches, width)
@@ -309,15 +317,15 @@ class Patched:
 
             def forward(self, patch, masked):
                 x = self.embed(patch)
-                hidden_away = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, masked, True)
-                x = torch.where(hidden_away[..., None], self.mask_token, x)
+                is_masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, masked, True)
+                x = torch.where(is_masked[..., None], self.mask_token, x)
                 x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.position
                 hidden, residual = torch.zeros_like(x), x
                 for i in range(0, depth, 2):
                     residual = residual + hidden
-                    ahead = self.mixers[i](self.norms[i](residual))
-                    back = self.mixers[i + 1](self.norms[i + 1](residual.flip(1))).flip(1)
-                    hidden, residual = ahead + back, 2 * residual
+                    forward = self.mixers[i](self.norms[i](residual))
+                    backward = self.mixers[i + 1](self.norms[i + 1](residual.flip(1))).flip(1)
+                    hidden, residual = forward + backward, 2 * residual
                 x = self.norm(self.norm(residual + hidden))[:, 1:]
                 tokens = x.gather(1, masked[..., None].expand(-1, -1, width))
                 return self.contrast(tokens), self.reconstruction(tokens)

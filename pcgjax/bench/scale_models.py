@@ -1,17 +1,21 @@
-"""The models that suite `scale` measures, and the corpora that it writes for them."""
+"""The models of configs/ that suite `scale` measures, and the layouts of devices and processes it measures them on."""
 
 from __future__ import annotations
 
-import json
-import pathlib
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from pcgjax.data.shards import FORMAT, RECORDINGS_A_SHARD
-from pcgjax.runtime import files
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+EIGHT = 8  # devices, and recordings a step
+ONE = "1 device"
+# layout -> (devices of a process, processes, what differs in the config)
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    ONE: (1, 1, {}),
+    "8 devices, data": (EIGHT, 1, {}),
+    "8 devices, fsdp": (EIGHT, 1, {"parallel.fsdp": EIGHT}),
+    "8 devices, data 2 x fsdp 4": (EIGHT, 1, {"parallel.fsdp": 4}),
+    "8 devices, pmap": (EIGHT, 1, {"parallel.strategy": "pmap"}),
+    "2 processes, data": (1, 2, {}),
+    "2 processes, pmap": (1, 2, {"parallel.strategy": "pmap"}),
+}
 
 
 class Model(NamedTuple):
@@ -55,47 +59,3 @@ COMMON = {
     "data.pipeline": "resident", "split.kind": "person", "split.fractions": (0.8, 0.1, 0.1), "train.epochs": 4,
     "train.batch_recordings": 8,
 }  # fmt: skip
-EIGHT = 8
-DISTINCT = 24
-
-
-def write_prepared(
-    folder: pathlib.Path, recordings: int, duration_s: tuple[float, float], rate_hz: int, annotated: bool = False
-) -> pathlib.Path:
-    """What `prepare` would write for simulated recordings of these durations (from, to), DISTINCT of them different.
-
-    Returns `folder`. Each recording is another person's, every second one abnormal.
-    """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    from pcgjax.datasets.simulate import draw_person, simulate_person
-
-    folder.mkdir(parents=True)
-    rng, heard = np.random.default_rng(0), []
-    for i in range(min(DISTINCT, recordings)):
-        wave, annotations = simulate_person(draw_person(rng, i), "MV", rng, duration_s[1], rate_hz)
-        heard.append((np.round(wave / np.abs(wave).max() * 32767).astype("<i2"), annotations))
-    rows = []
-    for first in range(0, recordings, RECORDINGS_A_SHARD):
-        shard = f"shard-{first // RECORDINGS_A_SHARD:05d}.array_record"
-        writer = ArrayRecordWriter(str(folder / shard), "group_size:1,uncompressed")
-        for i in range(first, min(first + RECORDINGS_A_SHARD, recordings)):
-            wave, annotations = heard[i % len(heard)]
-            samples = wave[: round(rng.uniform(*duration_s) * rate_hz)]
-            writer.write(samples.tobytes())
-            length_s = len(samples) / rate_hz if annotated else 0
-            rows.append({
-                "id": f"r{i:06d}", "person": str(i), "person_known": True, "database": "synthetic",
-                "labels": {"abnormal": str(i % 2)}, "annotations": [a for a in annotations if a[1] <= length_s],
-                "sha256": str(i), "fingerprint": "", "num_samples": len(samples), "shard": shard, "index": i - first,
-                "path": f"r{i:06d}.wav",
-            })  # fmt: skip
-        writer.close()
-    files.write_text(folder / "records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    manifest = {
-        "format": FORMAT,
-        "parameters": {"sample_rate_hz": rate_hz},
-        "counts": {"recordings": len(rows)},
-    }
-    files.write_text(folder / "manifest.json", json.dumps(manifest))
-    return folder

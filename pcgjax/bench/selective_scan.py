@@ -1,4 +1,4 @@
-"""The bench's suite `selective_scan`: forward and all gradients, against PyTorch and the materialised scan.
+"""Suite `selective_scan`: forward and all gradients, against PyTorch and the materialised scan.
 
 The peers compute the same from the same arrays: the published formula as a loop over steps in PyTorch, mambapy's
 parallel scan (PyTorch; Blelloch's two sweeps over all states), and `associative`, which is JAX's own.
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pcgjax.bench.peers import mambapy_scan
+from pcgjax.bench.timing import fastest, paired, ratio_text, seconds, waiting
 from pcgjax.kernels.selective_scan import bidirectional_scan, selective_scan
 from pcgjax.runtime import sharding
 
@@ -26,7 +28,7 @@ MEMORY = (2, 4096, 384, 16)
 
 
 def selective_scan_suite(sizes: tuple[tuple[int, int, int, int], ...] = SIZES, pairs: int = 5) -> dict:
-    """{rows: one a size, memory, rates, mambapy: whether it is installed}."""
+    """{rows: one a size (batch, steps, channels, states), memory, rates, mambapy: whether it is installed}."""
     rates = _rates()
     return {
         "rows": [_row(*size, rates=rates, pairs=pairs) for size in sizes],
@@ -37,14 +39,13 @@ def selective_scan_suite(sizes: tuple[tuple[int, int, int, int], ...] = SIZES, p
 
 
 def selective_scan_summary(result: dict) -> str:
-    """The main figures, for a terminal."""
+    """The main figures for a terminal."""
     lines = ["forward and all gradients; ratios: the peer's time over ours, median and range of pairs"]
     for row in result["rows"]:
         size = "B {batch:2d}, L {steps:4d}, D {channels}, N {states:2d}".format(**row)
         lines.append(f"{size}   ours {row['forward_ms']:.1f} ms forward, {row['gradient_ms']:.1f} ms with gradients")
-        for name, timed in row["peers"].items():
-            low, high = timed["ratio_range"]
-            lines.append(f"    {timed['ratio']:6.1f}x {name}  [{low:.1f}, {high:.1f}]")
+        for name, times in row["peers"].items():
+            lines.append(f"    {ratio_text(times['ratio'], times['ratio_range'], name, 1, 6)}")
         lines.append(f"    {row['floor_ms']:.1f} ms for the exponentials and bytes alone: {row['share_of_floor']:.2f}")
     memory = result["memory"]
     lines.append(f"memory of the gradient at L {memory['steps']}: {memory['xla_mib']:.0f} MiB, " + ", ".join(
@@ -56,77 +57,78 @@ def selective_scan_summary(result: dict) -> str:
 def _draw(
     batch: int, steps: int, channels: int, states: int, directions: tuple[int, ...] = ()
 ) -> tuple[dict, np.ndarray]:
-    """The arguments, and weights of the outputs."""
+    """The scan's arguments by name, and weights of its outputs (..., batch, steps, channels)."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=(*directions, *shape)).astype(np.float32)
-    step, few = (batch, steps, channels), (batch, steps, states)
-    given = {"u": normal(*step), "delta": normal(*step) - 1, "A": -np.exp(normal(channels, states) / 2),
-             "B": normal(*few), "C": normal(*few), "D": normal(channels), "z": normal(*step),
-             "delta_bias": normal(channels)}  # fmt: skip
-    return given, normal(*step)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=(*directions, *shape)).astype(np.float32)
+
+    of_channels, of_states = (batch, steps, channels), (batch, steps, states)
+    arguments = {"u": normal(*of_channels), "delta": normal(*of_channels) - 1,
+                 "A": -np.exp(normal(channels, states) / 2), "B": normal(*of_states), "C": normal(*of_states),
+                 "D": normal(channels), "z": normal(*of_channels), "delta_bias": normal(channels)}  # fmt: skip
+    return arguments, normal(*of_channels)
 
 
-def _gradient(given: dict, weights: np.ndarray, implementation: str = "auto") -> Callable[[], Any]:
+def _gradient(arguments: dict, weights: np.ndarray, implementation: str = "auto") -> Callable[[], Any]:
+    """Forward and all gradients of sum(y * weights), of one scan or of one each way; waits for them."""
     scan = selective_scan if weights.ndim == 3 else bidirectional_scan
 
-    def loss(given, weights):
-        y: Any = scan(**given, delta_softplus=True, implementation=implementation)
+    def loss(arguments, weights):
+        y: Any = scan(**arguments, delta_softplus=True, implementation=implementation)
         return (y * weights).sum()
 
     compiled = jax.jit(jax.grad(loss), compiler_options=sharding.compiler_options())
-    arguments = jax.device_put((given, weights))
-    return lambda: jax.block_until_ready(compiled(*arguments))
+    return waiting(compiled, *jax.device_put((arguments, weights)))
 
 
-def _forward(given: dict) -> Callable[[], Any]:
+def _forward(arguments: dict) -> Callable[[], Any]:
     run = functools.partial(selective_scan, delta_softplus=True)
-    compiled = jax.jit(lambda given: run(**given), compiler_options=sharding.compiler_options())
-    resident = jax.device_put(given)
-    return lambda: jax.block_until_ready(compiled(resident))
+    compiled = jax.jit(lambda arguments: run(**arguments), compiler_options=sharding.compiler_options())
+    return waiting(compiled, jax.device_put(arguments))
 
 
 def _row(batch: int, steps: int, channels: int, states: int, rates: dict, pairs: int) -> dict:
-    from pcgjax.bench.timing import paired, seconds
-
-    given, weights = _draw(batch, steps, channels, states)
-    ours, forward = _gradient(given, weights), _forward(given)
-    peers = {"associative": _gradient(given, weights, "associative")}
+    """What is measured at one size."""
+    arguments, weights = _draw(batch, steps, channels, states)
+    ours, forward = _gradient(arguments, weights), _forward(arguments)
+    peers = {"associative": _gradient(arguments, weights, "associative")}
     if importlib.util.find_spec("mambapy"):
-        peers["mambapy"] = _torch_gradient(_mambapy, given, weights)
+        peers["mambapy"] = _torch_gradient(mambapy_scan, arguments, weights)
     if steps <= LOOP_STEPS:
-        peers["PyTorch loop"] = _torch_gradient(_torch_loop, given, weights)
+        peers["PyTorch loop"] = _torch_gradient(_torch_loop, arguments, weights)
     both = _draw(batch, steps, channels, states, (2,))
     one_call = _gradient(*both)
     halves = [_gradient({name: array[i] for name, array in both[0].items()}, both[1][i]) for i in range(2)]
     name = f"B {batch}, L {steps}"
-    timed = {peer: paired(ours, run, pairs, f"{name}: {peer}") for peer, run in peers.items()}
+    times = {peer: paired(ours, run, pairs, f"{name}: {peer}") for peer, run in peers.items()}
     forward()
-    gradient_s = float(np.median([t["ours_s"] for t in timed.values()]))
+    gradient_s = float(np.median([t["ours_s"] for t in times.values()]))
     # Exponentials: forward, and again for the gradient. Bytes: u, delta, z, y; the same again, their gradients and dy.
     exponentials = 2 * batch * steps * channels * states
     floor_s = max(exponentials / rates["exponentials_a_s"], 4 * batch * steps * channels * 11 / rates["bytes_a_s"])
     return {
         "batch": batch, "steps": steps, "channels": channels, "states": states, "gradient_ms": 1e3 * gradient_s,
-        "forward_ms": 1e3 * float(np.median([seconds(forward) for _ in range(2 * pairs)])), "peers": timed,
+        "forward_ms": 1e3 * float(np.median([seconds(forward) for _ in range(2 * pairs)])), "peers": times,
         "both_directions": paired(one_call, lambda: [half() for half in halves], pairs, f"{name}: a call each way"),
         "floor_ms": 1e3 * floor_s, "share_of_floor": floor_s / gradient_s,
     }  # fmt: skip
 
 
-def _torch_gradient(scan: Callable, given: dict, weights: np.ndarray) -> Callable[[], None]:
-    """scan(u, delta, A, B, C) -> y; around it what the peers share."""
+def _torch_gradient(scan: Callable, arguments: dict, weights: np.ndarray) -> Callable[[], None]:
+    """What `_gradient` measures, in PyTorch; scan(u, delta, A, B, C) -> y."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    leaves = {name: torch.tensor(array, device=device, requires_grad=True) for name, array in given.items()}
-    towards = torch.tensor(weights, device=device)
+    leaves = {name: torch.tensor(array, device=device, requires_grad=True) for name, array in arguments.items()}
+    factors = torch.tensor(weights, device=device)
 
     def run() -> None:
         for leaf in leaves.values():
             leaf.grad = None
         u, delta, A, B, C, D, z, bias = leaves.values()
         y = scan(u, torch.nn.functional.softplus(delta + bias), A, B, C)
-        (((y + D * u) * torch.nn.functional.silu(z)) * towards).sum().backward()
+        (((y + D * u) * torch.nn.functional.silu(z)) * factors).sum().backward()
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -146,35 +148,27 @@ def _torch_loop(u, delta, A, B, C):
     return torch.stack(y, 1)
 
 
-def _mambapy(u, delta, A, B, C):
-    import torch
-    from mambapy.pscan import pscan
-
-    states = pscan(torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None])
-    return (states @ C[..., None])[..., 0]
-
-
 def _rates() -> dict:
     """Exponentials a second from a cache, and bytes a second through memory, as XLA's code has them here."""
-    from pcgjax.bench.timing import seconds
-
     small, large, rounds = jnp.ones(1 << 15), jnp.ones(1 << 24), 200
-    again = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, h: jnp.exp(-h * x), x))
+    exponentials = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, h: jnp.exp(-h * x), x))
     double = jax.jit(lambda x: 2 * x)
-    best = lambda f, x: min(seconds(lambda: f(x).block_until_ready()) for _ in range(7))
     return {
-        "exponentials_a_s": rounds * small.size / best(again, small),
-        "bytes_a_s": 2 * large.nbytes / best(double, large),
+        "exponentials_a_s": rounds * small.size / fastest(waiting(exponentials, small), 7),
+        "bytes_a_s": 2 * large.nbytes / fastest(waiting(double, large), 7),
     }
 
 
 def _memory(batch: int, steps: int, channels: int, states: int) -> dict:
-    """What the compiled gradient needs beside its arguments and results."""
-    given, weights = _draw(batch, steps, channels, states)
+    """MiB that the compiled gradient needs beside its arguments and results."""
+    arguments, weights = _draw(batch, steps, channels, states)
     result: dict[str, Any] = {"batch": batch, "steps": steps, "channels": channels, "states": states}
     for implementation in ("xla", "reference", "associative"):
-        loss: Any = lambda given, name=implementation: selective_scan(**given, delta_softplus=True, implementation=name)
-        gradient = jax.jit(jax.grad(lambda given, loss=loss: (loss(given) * weights).sum()))
-        memory: Any = gradient.lower(given).compile().memory_analysis()
+
+        def loss(arguments, implementation=implementation):
+            y: Any = selective_scan(**arguments, delta_softplus=True, implementation=implementation)
+            return (y * weights).sum()
+
+        memory: Any = jax.jit(jax.grad(loss)).lower(arguments).compile().memory_analysis()
         result[f"{implementation}_mib"] = memory.temp_size_in_bytes / 2**20
     return result

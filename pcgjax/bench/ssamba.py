@@ -1,4 +1,4 @@
-"""The bench's suite `ssamba`: the encoder and a training step against the public model's reference path in PyTorch.
+"""Suite `ssamba`: the encoder and a training step against the public model's reference path in PyTorch.
 
 The public SSAMBA runs its kernels on CUDA alone. Elsewhere it is its reference path, written here as it computes: each
 direction a loop over the steps, the sequence reversed for half of them, every layer on its own.
@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pcgjax.bench.timing import fastest, paired, ratio_text, waiting
 from pcgjax.models import ssamba
 from pcgjax.models.ssamba_checkpoint import save_torch_checkpoint
 from pcgjax.runtime import sharding
@@ -34,22 +35,59 @@ def ssamba_suite(pairs: int = 1, **sizes: Any) -> dict:
 
     The peer's training step takes minutes, so that one pair is measured unless told otherwise, after one round that is
     not; its gradient of a slice is as long as the sequence. The floor is what the encoder cannot do without. `encoder`
-    has the batch divided between JAX's devices (`bench.main` gives a CPU one for each item), `one_device` has not.
+    has the batch divided between JAX's devices (`pcgjax.bench` gives a CPU one for each item), `one_device` has not.
     `sizes` are of `SSAMBA`, those of the published tiny model where not given.
     """
-    from pcgjax.bench.timing import paired, seconds
-
     model = ssamba.SSAMBA(**{**TINY, **sizes}, classes=CLASSES, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     fbank = rng.normal(scale=0.5, size=(BATCH, model.frames, ssamba.MEL_BINS)).astype(np.float32)
     labels = rng.integers(0, CLASSES, BATCH)
+    mesh = jax.make_mesh((min(jax.device_count(), BATCH),), ("data",), axis_types=(AxisType.Auto,))
+    divided, alone, train, compile_s = _compiled(model, fbank, labels, mesh)
+    peer = Peer(model)
+    encode_peer = functools.partial(peer.encode, fbank)
+    encoder_times = paired(divided, encode_peer, 5 * pairs, "encoder")
+    one_device_times = paired(alone, encode_peer, 5 * pairs, "one device")
+    floor_s = sum(fastest(program, 9) for program in _floor(model)) * peer.depth
+    return {
+        "width": model.patch_bias.shape[0], "depth": peer.depth, "tokens": model.position.shape[1], "batch": BATCH,
+        "compile_s": compile_s,
+        "devices": mesh.size,
+        "one_device": one_device_times,
+        "encoder": {**encoder_times, "floor_s": floor_s, "share_of_floor": floor_s / encoder_times["ours_s"]},
+        "train": paired(train, functools.partial(peer.step, fbank, labels), pairs, "training step"),
+    }  # fmt: skip
+
+
+def ssamba_summary(result: dict) -> str:
+    """The main figures for a terminal."""
+    size = f"width {result['width']}, depth {result['depth']}, batch {result['batch']}, {result['tokens']} tokens"
+    lines = [size]
+    for name, what in (("encoder", f"encoder, {result['devices']} devices"), ("one_device", "encoder, one device"),
+                       ("train", "train, one device")):  # fmt: skip
+        times = result[name]
+        lines.append(
+            f"{what:20s} {ratio_text(times['ratio'], times['ratio_range'], 'the peer', width=6)}   "
+            f"ours {times['ours_s']:.2f} s, peer {times['peer_s']:.1f} s"
+        )
+    compiled = ", ".join(f"{name} {s:.0f} s" for name, s in result["compile_s"].items())
+    lines.append(f"{'compile':20s} {compiled}")
+    floor_s = result["encoder"]["floor_s"]
+    lines.append(f"{'floor':20s} {floor_s:.2f} s for the encoder's exponentials and products")
+    return "\n".join(lines)
+
+
+def _compiled(
+    model: ssamba.SSAMBA, fbank: np.ndarray, labels: np.ndarray, mesh: jax.sharding.Mesh
+) -> tuple[Callable, Callable, Callable, dict[str, float]]:
+    """(the encoder with the batch divided over the mesh, the encoder on one device, a training step, seconds that
+    compiling the last two took); each of the three is a call that waits for its result."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
-    encode = lambda params, x: nnx.merge(graphdef, params, rest).encode(x)
-    mesh = jax.make_mesh((min(jax.device_count(), BATCH),), ("data",), axis_types=(AxisType.Auto,))
-    whole, own = PartitionSpec(), PartitionSpec("data")
-    divided = jax.shard_map(encode, mesh=mesh, in_specs=(whole, own), out_specs=own, check_vma=False)
     update = optax.adamw(LEARNING_RATE)
+
+    def encode(params, x):
+        return nnx.merge(graphdef, params, rest).encode(x)
 
     def loss(params, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graphdef, params, rest)(x), y).mean()
@@ -60,31 +98,21 @@ def ssamba_suite(pairs: int = 1, **sizes: Any) -> dict:
         change, state = update.update(gradient, state, params)
         return optax.apply_updates(params, change), state
 
+    everywhere, of_device = PartitionSpec(), PartitionSpec("data")
+    divided = jax.shard_map(encode, mesh=mesh, in_specs=(everywhere, of_device), out_specs=of_device, check_vma=False)
     params, resident = nnx.as_pure(params), jnp.asarray(fbank)
     arguments = params, update.init(params), resident, labels
-    shared = jax.device_put(params, NamedSharding(mesh, whole)), jax.device_put(resident, NamedSharding(mesh, own))
-    encoders = compiled(divided).lower(*shared).compile()
+    spread = (
+        jax.device_put(params, NamedSharding(mesh, everywhere)),
+        jax.device_put(resident, NamedSharding(mesh, of_device)),
+    )
+    divided_encoder = compiled(divided).lower(*spread).compile()
     began = time.perf_counter()
     encoder = compiled(encode).lower(params, resident).compile()
     between = time.perf_counter()
     train = step.lower(*arguments).compile()
     compile_s = {"encoder": between - began, "train": time.perf_counter() - between}
-    peer = Peer(model)
-    theirs = lambda: peer.encode(fbank)
-    encoder_times = paired(lambda: jax.block_until_ready(encoders(*shared)), theirs, 5 * pairs, "encoder")
-    one_device = paired(lambda: jax.block_until_ready(encoder(params, resident)), theirs, 5 * pairs, "one device")
-    floor = _floor(model)
-    floor_s = sum(min(seconds(one) for _ in range(9)) for one in floor) * peer.depth
-    return {
-        "width": model.patch_bias.shape[0], "depth": peer.depth, "tokens": model.position.shape[1], "batch": BATCH,
-        "compile_s": compile_s,
-        "devices": mesh.size,
-        "one_device": one_device,
-        "encoder": {**encoder_times, "floor_s": floor_s, "share_of_floor": floor_s / encoder_times["ours_s"]},
-        "train": paired(
-            lambda: jax.block_until_ready(train(*arguments)), lambda: peer.step(fbank, labels), pairs, "training step"
-        ),
-    }  # fmt: skip
+    return waiting(divided_encoder, *spread), waiting(encoder, params, resident), waiting(train, *arguments), compile_s
 
 
 def _floor(model: ssamba.SSAMBA) -> list[Callable[[], Any]]:
@@ -96,31 +124,10 @@ def _floor(model: ssamba.SSAMBA) -> list[Callable[[], Any]]:
     exponentials = compiled(lambda delta: jnp.exp(delta[..., None, :] * rates).sum(-2))
     x, kernel_in, kernel_out = jnp.ones((BATCH * tokens, width)), jnp.ones((width, 2 * inner)), jnp.ones((inner, width))
     products = compiled(lambda x, a, b: (x @ a)[:, :inner] @ b)
-    programs = [
-        lambda: jax.block_until_ready(exponentials(delta)),
-        lambda: jax.block_until_ready(products(x, kernel_in, kernel_out)),
-    ]
+    programs = [waiting(exponentials, delta), waiting(products, x, kernel_in, kernel_out)]
     for program in programs:
         program()  # compiles
     return programs
-
-
-def ssamba_summary(result: dict) -> str:
-    """The main figures for a terminal."""
-    size = f"width {result['width']}, depth {result['depth']}, batch {result['batch']}, {result['tokens']} tokens"
-    lines = [size]
-    for name, what in (("encoder", f"encoder, {result['devices']} devices"), ("one_device", "encoder, one device"),
-                       ("train", "train, one device")):  # fmt: skip
-        t = result[name]
-        lines.append(
-            f"{what:20s} {t['ratio']:6.2f}x the peer  [{t['ratio_range'][0]:.2f}, {t['ratio_range'][1]:.2f}]   "
-            f"ours {t['ours_s']:.2f} s, peer {t['peer_s']:.1f} s"
-        )
-    floor = result["encoder"]
-    compiled = ", ".join(f"{name} {s:.0f} s" for name, s in result["compile_s"].items())
-    lines.append(f"{'compile':20s} {compiled}")
-    lines.append(f"{'floor':20s} {floor['floor_s']:.2f} s for the encoder's exponentials and products")
-    return "\n".join(lines)
 
 
 class Peer:
@@ -155,6 +162,7 @@ class Peer:
         return F.linear(pooled, self.weights["mlp_head.1.weight"], self.weights["mlp_head.1.bias"])
 
     def step(self, fbank: np.ndarray, labels: np.ndarray) -> None:
+        """One step of AdamW on filter banks (B, T, 128) and labels (B,); waits for it."""
         import torch
 
         self.optimizer.zero_grad()
@@ -174,9 +182,9 @@ class Peer:
         x = torch.cat([w["v.cls_token"].expand(len(x), -1, -1), x], dim=1) + w["v.pos_embed"]
         hidden, residual = x, torch.zeros_like(x)
         for i in range(0, self.depth, 2):
-            ahead, ahead_residual = self._layer(hidden, residual, f"v.layers.{i}.")
-            back, back_residual = self._layer(hidden.flip(1), residual.flip(1), f"v.layers.{i + 1}.")
-            hidden, residual = ahead + back.flip(1), ahead_residual + back_residual.flip(1)
+            forward, forward_residual = self._layer(hidden, residual, f"v.layers.{i}.")
+            backward, backward_residual = self._layer(hidden.flip(1), residual.flip(1), f"v.layers.{i + 1}.")
+            hidden, residual = forward + backward.flip(1), forward_residual + backward_residual.flip(1)
         return self._norm(self._norm(residual + hidden, "v.norm_f"), "v.norm_f")
 
     def _layer(self, hidden, residual, name):
@@ -185,14 +193,17 @@ class Peer:
         residual = residual + hidden
         xz = F.linear(self._norm(residual, name + "norm"), self.weights[name + "mixer.in_proj.weight"])
         xz = xz.transpose(1, 2)
-        ahead, back = self._direction(xz, name + "mixer.", ""), self._direction(xz.flip(2), name + "mixer.", "_b")
-        out = (ahead + back.flip(2)) / 2
+        forward = self._direction(xz, name + "mixer.", "")
+        backward = self._direction(xz.flip(2), name + "mixer.", "_b")
+        out = (forward + backward.flip(2)) / 2
         return F.linear(out.transpose(1, 2), self.weights[name + "mixer.out_proj.weight"]), residual
 
     def _direction(self, xz_BxExL, name, b):
         from torch.nn import functional as F
 
-        w = lambda key: self.weights[name + key]
+        def w(key: str) -> Any:
+            return self.weights[name + key]
+
         x, z = xz_BxExL.chunk(2, dim=1)
         kernel, length = w(f"conv1d{b}.weight"), x.shape[2]
         u = F.silu(F.conv1d(x, kernel, w(f"conv1d{b}.bias"), padding=kernel.shape[2] - 1, groups=len(kernel)))

@@ -1,1 +1,1 @@
-"""The classical chain: Shannon energy, Burg spectra, four scikit-learn classifiers."""
+"""The classical chain (Kocuvan and Torkar, HEALTHINF 2015): Shannon energy, Burg spectra, four classifiers."""

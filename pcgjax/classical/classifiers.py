@@ -27,17 +27,17 @@ def make_classifier(name: str, config: ml_collections.ConfigDict, seed: int) -> 
 
     m = config.model
     if name == "knn":
-        chosen: Any = KNeighborsClassifier(m.neighbours)
+        classifier: Any = KNeighborsClassifier(m.neighbours)
     elif name == "svm":
-        chosen = SVC(kernel="poly", degree=m.svm_degree, tol=m.svm_tolerance)
+        classifier = SVC(kernel="poly", degree=m.svm_degree, tol=m.svm_tolerance)
     elif name == "mlp":
-        chosen = MLPClassifier(
+        classifier = MLPClassifier(
             (m.hidden,), activation="logistic", solver="lbfgs", alpha=m.mlp_regularisation,
             max_iter=config.train.epochs, random_state=seed,
         )  # fmt: skip
     else:
-        chosen = LogisticRegression(C=m.logistic_c, max_iter=5000)
-    return make_pipeline(MinMaxScaler(), chosen)
+        classifier = LogisticRegression(C=m.logistic_c, max_iter=5000)
+    return make_pipeline(MinMaxScaler(), classifier)
 
 
 def fit(name: str, config: ml_collections.ConfigDict, seed: int, x: np.ndarray, y: np.ndarray) -> Callable:
@@ -59,7 +59,7 @@ def fit(name: str, config: ml_collections.ConfigDict, seed: int, x: np.ndarray, 
         )
     # A product here takes less than waking a second thread.
     with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
-        # The paper's own limit of iterations, and small ones asked for, are meant to be reached.
+        # The paper's limit of iterations, and small ones of a config, are meant to be reached.
         warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
         model = make_classifier(name, config, seed).fit(x, y)
     if name == "svm":

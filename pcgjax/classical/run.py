@@ -1,4 +1,8 @@
-"""Trains, saves and loads the classical chain as a run."""
+"""Trains, judges, saves and loads the classical chain: `WORKDIR` holds what every run's does, and experiment.json.
+
+The checkpoint is the features that the best classifier was fitted to, as plain arrays: scikit-learn's objects would
+have to be pickled, and fitting it again takes a second.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,20 @@ from absl import logging
 
 from pcgjax import metrics
 from pcgjax.classical.classifiers import fit
-from pcgjax.classical.experiment import experiment, selected
+from pcgjax.classical.experiment import experiment
 from pcgjax.classical.features import Features, classical_features, find_sounds
 from pcgjax.classical.picking import annotated_recordings, picking
+from pcgjax.classical.selection import selected
 from pcgjax.data import splits
 from pcgjax.data.corpus import Corpus, from_prepared
 from pcgjax.features import envelope
 from pcgjax.pages.classical import CLASSIFIERS, SHOWN_S, write_report
+from pcgjax.runs.best import selection_score
 from pcgjax.runs.config import plain_config, refuse_changes
 from pcgjax.runs.judge import judge_recordings, prediction_rows, write_table
 from pcgjax.runs.log import log_line
 from pcgjax.runs.record import record, versions
-from pcgjax.runtime import checkpoint, files
+from pcgjax.runtime import files
 
 
 def train_classical(
@@ -53,64 +59,46 @@ def train_classical(
             "the host, nothing to compile for a mesh"
         )
         return {}
-    now = plain_config(config)
-    if (workdir / "config.json").exists():
-        saved = json.loads((workdir / "config.json").read_text())
-        refuse_changes(saved, {**now, "optimizer": {}}, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    files.write_text(workdir / "config.json", json.dumps(now, indent=1))
-    record(workdir, config)
-    made = classical_features(corpus, config)
-    for one in made.left_out:
-        logging.warning("left out: %s: %s", one["id"], one["reason"])
-    if not len(made.indices):
+    _begin(config, workdir)
+    features = classical_features(corpus, config)
+    for recording in features.left_out:
+        logging.warning("left out: %s: %s", recording["id"], recording["reason"])
+    if not len(features.indices):
         raise ValueError(
             f"data.prepared={config.data.prepared}: no cycle was found in any of {len(corpus.rows)} recordings"
         )
-    rows = [corpus.rows[i] for i in made.indices]
-    y = np.array([int(row["labels"][target]) for row in rows])
+    with_cycle = corpus.subset(features.indices)
+    y = np.array([int(row["labels"][target]) for row in with_cycle.rows])
     # Divided with those left out, so that one split file serves other systems as well.
     split = _split(config, workdir, corpus.rows, target)
-    place = {row["id"]: i for i, row in enumerate(rows)}
+    place = {row["id"]: i for i, row in enumerate(with_cycle.rows)}
     parts = {part: np.array([place[id] for id in split[part] if id in place], np.int32) for part in splits.PARTS}
 
-    history = workdir / "metrics.jsonl"
-    history.unlink(missing_ok=True)  # a run is made anew as a whole
-    fitted, results = {}, {}
-    for step, name in enumerate(CLASSIFIERS, 1):
-        answer = fit(name, config, config.seed, made.values[parts["train"]], y[parts["train"]])
-        p = {part: np.clip(answer(made.values[i]), 1e-6, 1 - 1e-6) for part, i in parts.items()}
-        scores = {part: metrics.binary(y[i], p[part], config.evaluation.threshold) for part, i in parts.items()}
-        for part, i in parts.items():
-            loss = float(-np.log(np.where(y[i] == 1, p[part], 1 - p[part])).mean())
-            log_line(history, step, part, {"loss": loss, **{m: scores[part][m] for m in metrics.METRICS}})
-        fitted[name], results[name] = p, scores
-    worth = {name: results[name]["validation"][config.train.select] for name in CLASSIFIERS}
-    best = max(CLASSIFIERS, key=lambda name: -np.inf if np.isnan(worth[name]) else worth[name])
-
-    own = corpus.subset(made.indices)
-    judged, table = {}, []
+    probabilities, scores = _fit_all(config, workdir / "metrics.jsonl", features.values, y, parts)
+    worth = {name: selection_score(scores[name]["validation"], config.train.select) for name in CLASSIFIERS}
+    best = max(CLASSIFIERS, key=worth.__getitem__)
+    judged, rows = {}, []
     for part in ("validation", "test"):
-        p, i = fitted[best][part], parts[part]
+        p, i = probabilities[best][part], parts[part]
         log_p = np.log(np.stack([p, 1 - p], 1))
-        judged[part] = judge_recordings(own, i, y[i], log_p, config)
-        table += prediction_rows(own, i, y[i], log_p, config.evaluation.threshold, part)
-    write_table(table, workdir / "predictions.csv")
-    _save(workdir, config, best, target, corpus.sample_rate_hz, made.values[parts["train"]], y[parts["train"]])
-    pictures = _pictures(corpus, config, made, y)
+        judged[part] = judge_recordings(with_cycle, i, y[i], log_p, config)
+        rows += prediction_rows(with_cycle, i, y[i], log_p, config.evaluation.threshold, part)
+    write_table(rows, workdir / "predictions.csv")
+    train_part = parts["train"]
+    _save(workdir, config, best, target, corpus.sample_rate_hz, features.values[train_part], y[train_part])
     with files.replacing(workdir / "pictures.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **pictures)
-    asked = None
+        np.savez(file, **_pictures(corpus, config, features, y))
+    table = None
     if config.experiment.runs:
-        asked = experiment(own, config, made._replace(indices=np.arange(len(rows), dtype=np.int32)))
-    files.write_text(workdir / "experiment.json", json.dumps(asked, indent=1))
+        table = experiment(with_cycle, config, features._replace(indices=np.arange(len(y), dtype=np.int32)))
+    files.write_text(workdir / "experiment.json", json.dumps(table, indent=1))
     result = metrics.json_ready({
         **judged,
         "classifiers": {name: {part: {m: s[m] for m in metrics.METRICS} for part, s in of.items()}
-                        for name, of in results.items()},
+                        for name, of in scores.items()},
         "chosen": best,
-        "features": {"left_out": made.left_out, **made.stretches},
+        "features": {"left_out": features.left_out, **features.stretches},
         "picking": picking(corpus, config) if annotated_recordings(corpus) else None,
         "split": {k: split[k] for k in ("kind", "notes", "counts", "people_apart", "leaks")},
         "data": {"prepared": config.data.prepared, "recordings": len(corpus.rows), "sample_rate_hz":
@@ -122,7 +110,39 @@ def train_classical(
     return result
 
 
+def load_classical(
+    workdir: str | pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, bool, int, Callable[[Corpus], np.ndarray]]:
+    """The classifier that `train_classical` kept: (config, that it classifies recordings, sample_rate_hz, a function
+    from a corpus to its (N, 2) log p, log (1 - p), NaN where no cycle was found).
+
+    Fitted again to the features that were saved: the same numbers in, the same classifier out.
+    Raises:
+      CheckpointError: not what `train_classical` wrote.
+    """
+    path = pathlib.Path(workdir) / "checkpoints" / "best.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x, y, meta = file["features"], file["labels"], json.loads(str(file["meta"]))
+    except Exception as error:  # numpy and zipfile raise half a dozen kinds
+        raise files.CheckpointError(f"{path}: not what training wrote ({error}); train again") from None
+    config = ml_collections.ConfigDict(meta["config"])
+    config.task.target = meta["target"]
+    fitted = fit(meta["classifier"], config, config.seed, x, y)
+
+    def answer(corpus: Corpus) -> np.ndarray:
+        features = classical_features(corpus, config)
+        log_p = np.full((len(corpus.rows), 2), np.nan)
+        if len(features.indices):
+            p = _probabilities(fitted, features.values)
+            log_p[features.indices] = np.log(np.stack([p, 1 - p], 1))
+        return log_p
+
+    return config, True, meta["sample_rate_hz"], answer
+
+
 def _check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError, naming the field, where a config cannot be trained."""
     limits = {("train", "epochs"): 1, ("train", "batch_recordings"): 1, ("model", "neighbours"): 1,
               ("model", "hidden"): 1, ("evaluation", "resamples"): 1, ("experiment", "runs"): 0}  # fmt: skip
     for (part, field), least in limits.items():
@@ -138,7 +158,23 @@ def _check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"parallel.strategy={config.parallel.strategy!r}: choose jit or pmap")
 
 
-def _split(config: ml_collections.ConfigDict, workdir: pathlib.Path, rows: list[dict], target: str):
+def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json and run.json, where WORKDIR holds no other experiment.
+
+    Raises:
+      CheckpointError: it holds one.
+    """
+    plain = plain_config(config)
+    if (workdir / "config.json").exists():
+        saved = json.loads((workdir / "config.json").read_text())
+        refuse_changes(saved, {**plain, "optimizer": {}}, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
+    record(workdir, config)
+
+
+def _split(config: ml_collections.ConfigDict, workdir: pathlib.Path, rows: list[dict], target: str) -> dict:
+    """The split of `split.file`, or of WORKDIR, reused or made; checked for leaks."""
     s = config.split
     path = pathlib.Path(s.file or workdir / "split.json")
     if path.exists():
@@ -154,47 +190,43 @@ def _split(config: ml_collections.ConfigDict, workdir: pathlib.Path, rows: list[
     return {**split, "leaks": leaks, "people_apart": not leaks and split["kind"] != "paper301"}
 
 
+def _fit_all(
+    config: ml_collections.ConfigDict, history: pathlib.Path, x: np.ndarray, y: np.ndarray, parts: dict[str, np.ndarray]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, dict[str, float]]]]:
+    """Fits each classifier to the training part: ({classifier: {part: probabilities}}, {classifier: {part: scores}}).
+
+    history: metrics.jsonl, written anew; a classifier is a step.
+    """
+    history.unlink(missing_ok=True)  # a run is made anew as a whole
+    probabilities, scores = {}, {}
+    for step, name in enumerate(CLASSIFIERS, 1):
+        answer = fit(name, config, config.seed, x[parts["train"]], y[parts["train"]])
+        p = {part: _probabilities(answer, x[i]) for part, i in parts.items()}
+        scores[name] = {part: metrics.binary(y[i], p[part], config.evaluation.threshold) for part, i in parts.items()}
+        for part, i in parts.items():
+            loss = float(-np.log(np.where(y[i] == 1, p[part], 1 - p[part])).mean())
+            log_line(history, step, part, {"loss": loss, **{m: scores[name][part][m] for m in metrics.METRICS}})
+        probabilities[name] = p
+    return probabilities, scores
+
+
+def _probabilities(answer: Callable, x: np.ndarray) -> np.ndarray:
+    """A classifier's answers (n,), away from 0 and 1, so that their logarithms are finite."""
+    return np.clip(answer(x), 1e-6, 1 - 1e-6)
+
+
 def _save(
     workdir: pathlib.Path, config: ml_collections.ConfigDict, name: str, target: str, rate_hz: int, x: Any, y: Any
 ) -> None:
+    """Writes checkpoints/best.npz: features x (n, attributes) and labels y (n,) of training, and what `name` needs."""
     meta = {"config": plain_config(config), "classifier": name, "target": target, "sample_rate_hz": rate_hz}
     with files.replacing(workdir / "checkpoints" / "best.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, features=x, labels=y, meta=np.array(json.dumps(meta)))
 
 
-def load_classical(
-    workdir: str | pathlib.Path,
-) -> tuple[ml_collections.ConfigDict, bool, int, Callable[[Corpus], np.ndarray]]:
-    """The classifier that `run` kept, as `evaluate.load_answerer` wants it; recordings without a cycle get NaN.
-
-    Fitted again to the features that `run` saved: the same numbers in, the same classifier out.
-    Raises:
-      CheckpointError: not what `run` wrote.
-    """
-    path = pathlib.Path(workdir) / "checkpoints" / "best.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            x, y, meta = file["features"], file["labels"], json.loads(str(file["meta"]))
-    except Exception as error:  # numpy and zipfile raise half a dozen kinds
-        raise checkpoint.CheckpointError(f"{path}: not what training wrote ({error}); train again") from None
-    config = ml_collections.ConfigDict(meta["config"])
-    config.task.target = meta["target"]
-    probabilities = fit(meta["classifier"], config, config.seed, x, y)
-
-    def answer(corpus: Corpus) -> np.ndarray:
-        made = classical_features(corpus, config)
-        log_p = np.full((len(corpus.rows), 2), np.nan)
-        if len(made.indices):
-            p = np.clip(probabilities(made.values), 1e-6, 1 - 1e-6)
-            log_p[made.indices] = np.log(np.stack([p, 1 - p], 1))
-        return log_p
-
-    return config, True, meta["sample_rate_hz"], answer
-
-
-def _pictures(corpus: Corpus, config: ml_collections.ConfigDict, made: Features, y: np.ndarray) -> dict[str, Any]:
+def _pictures(corpus: Corpus, config: ml_collections.ConfigDict, features: Features, y: np.ndarray) -> dict[str, Any]:
     """Arrays for `write_report`: mean spectra in dB by class, and a recording's samples, envelope and sounds."""
-    spectra = made.values if config.features.decibels else 10 * np.log10(made.values + 1e-20)
+    spectra = features.values if config.features.decibels else 10 * np.log10(features.values + 1e-20)
     shown: dict[str, Any] = {
         "frequencies_hz": np.fft.rfftfreq(config.features.nfft, 1 / corpus.sample_rate_hz),
         "spectra_db": np.stack([spectra[y == v].reshape((y == v).sum(), 2, -1).mean(0) for v in (0, 1)]),
@@ -202,13 +234,14 @@ def _pictures(corpus: Corpus, config: ml_collections.ConfigDict, made: Features,
     }
     # Of each class the one nearest to the class' mean among those long enough to be seen.
     for value, name in enumerate(("normal", "murmur")):
-        own = np.flatnonzero(y == value)
-        off = ((spectra[own] - spectra[own].mean(0)) ** 2).sum(1)
-        long = corpus.lengths[made.indices[own]] >= SHOWN_S * corpus.sample_rate_hz
-        index = int(made.indices[own[np.where(long.any() & ~long, np.inf, off).argmin()]])
-        one = corpus.subset(np.array([index]))
-        [(sounds, cycle, e)] = find_sounds(one, config.features, 1)
-        shown |= {f"{name}_id": np.array(one.rows[0]["id"]), f"{name}_samples": one.read(0).astype(np.float32),
+        of_class = np.flatnonzero(y == value)
+        distance = ((spectra[of_class] - spectra[of_class].mean(0)) ** 2).sum(1)
+        long = corpus.lengths[features.indices[of_class]] >= SHOWN_S * corpus.sample_rate_hz
+        index = int(features.indices[of_class[np.where(long.any() & ~long, np.inf, distance).argmin()]])
+        recording = corpus.subset(np.array([index]))
+        [(sounds, cycle, e)] = find_sounds(recording, config.features, 1)
+        shown |= {f"{name}_id": np.array(recording.rows[0]["id"]),
+                  f"{name}_samples": recording.read(0).astype(np.float32),
                   f"{name}_envelope": e, f"{name}_states": np.array(envelope.states(sounds, cycle))}  # fmt: skip
     step = envelope.frames(config.features.window_s, config.features.hop_s, corpus.sample_rate_hz)
     return shown | {"step_s": step.step_s, "window_s": step.window / corpus.sample_rate_hz}

@@ -130,9 +130,7 @@ def _parts(name: str) -> tuple[str, bool, str]:
     return (kinds[-1].removeprefix("noisy") if kinds else "", noisy, "_".join(words[len(kinds) :]))
 
 
-def _timing(
-    source: pathlib.Path, problems: list[Problem]
-) -> dict[tuple[str, bool, str], list[Span]]:
+def _timing(source: pathlib.Path, problems: list[Problem]) -> dict[tuple[str, bool, str], list[Span]]:
     """`set_a_timing.csv` by `_parts` of the file name: S1 and S2 in order; files with a bad row are left out."""
     path = source / "set_a_timing.csv"
     if not path.is_file():

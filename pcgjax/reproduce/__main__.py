@@ -7,19 +7,9 @@ receives prepared/, runs/ (the workdirs of all trainings, each with its own repo
 and report.html. Another --paper of the same OUT is added to the page. A run that was stopped, by whatever, goes on with
 the same command; settings that differ from those that OUT was made with are an error.
 
-table.json: {"budget", "model", "source", "rows", "stages", "left_out", "versions"}. "left_out" has, by stage, the
-files that could not be read and the clips in which no heartbeat was found: [{"id", "reason"}]. A row is a system's
-score on a data set:
-  experiment, system, dataset, metric
-  paper                 its figure, None where it gives none
-  ours_paper_protocol   S: ours under the paper's protocol
-  ours_honest           S: ours on people who were not heard, with intervals over people
-  ours_database_left_out  S: ours on databases that were not heard, each left out once; None where that was not run
-  trivial, trivial_answer   what the best answer that does not listen scores on the honest test people, and which it is
-  site                  of CinC 2016: mean AUC over databases, AUC of each, and the probe, of the honest run
-  epochs, budget, note  of our training: how long, what is smaller than published, what else differs
-  status, why           done, failed or not run, and why
-S = {"value", "low", "high"}, of the classical chain also "best", "mean", "deviation" over ten runs.
+table.json: {"budget", "model", "source", "rows", "stages", "left_out", "versions"}. `pcgjax.reproduce.rows` describes
+a row; "left_out" has, by stage, the files that could not be read and the clips in which no heartbeat was found:
+[{"id", "reason"}].
 """
 
 from __future__ import annotations
@@ -28,27 +18,29 @@ import pathlib
 
 from absl import app, flags, logging
 
-from pcgjax.pages import reproduce as reproduce_page
-from pcgjax.reproduce.plan import BUDGETS, PAPERS
-from pcgjax.reproduce.run import reproduce
-from pcgjax.runs.log import log_to
+from pcgjax.reproduce.job import BUDGETS, PAPERS
 from pcgjax.runtime import files
+
+FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
+    from pcgjax.pages import reproduce as reproduce_page
+    from pcgjax.reproduce.run import reproduce
+    from pcgjax.runs.log import log_to
+
     logging.set_verbosity(logging.INFO)
-    f = flags.FLAGS
-    log_to(pathlib.Path(f.out))
-    table = reproduce(f.paper, f.source, f.out, f.budget, f.model)
+    log_to(pathlib.Path(FLAGS.out))
+    table = reproduce(FLAGS.paper, FLAGS.source, FLAGS.out, FLAGS.budget, FLAGS.model)
     print(reproduce_page.summary(table))
-    bad = [state for state in table["stages"].values() if state["status"] == "failed"]
-    for state in table["stages"].values():
+    states = table["stages"].values()
+    for state in states:
         if state["status"] != "done":
             print(f"{state['status']}: {state['title']}: {state['why']}")
-    print(f"wrote {f.out}: table.json, report.html")
-    return 1 if bad else 0
+    print(f"wrote {FLAGS.out}: table.json, report.html")
+    return 1 if any(state["status"] == "failed" for state in states) else 0
 
 
 if __name__ == "__main__":
@@ -57,5 +49,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The folder to write; what is there already is not made again.", required=True)
     budgets = "full: the configs as they are; small: what two CPU cores can do in hours."
     flags.DEFINE_enum("budget", "full", list(BUDGETS), budgets)
-    flags.DEFINE_string("model", "", "A local copy of Qwen2-Audio; without it a tiny random one is asked.")
+    flags.DEFINE_string("model", "", "A local copy of Qwen2-Audio; without it a tiny random one.")
     files.run(main)

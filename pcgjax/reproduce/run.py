@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from typing import Any
 
 from absl import logging
 
 from pcgjax import metrics
 from pcgjax.pages import reproduce as reproduce_page
-from pcgjax.reproduce.plan import BUDGETS, PAPERS, Job, plan
+from pcgjax.reproduce.job import BUDGETS, PAPERS, Job
+from pcgjax.reproduce.plan import plan
 from pcgjax.reproduce.rows import left_out_clips, rows_of
 from pcgjax.reproduce.stages import carry_out, saved
 from pcgjax.runs.record import versions
 from pcgjax.runtime import files
 
 
-def reproduce(paper: str, source: str | pathlib.Path, out: str | pathlib.Path, budget: str = "full", model: str = ""):
+def reproduce(
+    paper: str, source: str | pathlib.Path, out: str | pathlib.Path, budget: str = "full", model: str = ""
+) -> dict[str, Any]:
     """Runs what OUT lacks of a paper, or of all; writes and returns what table.json holds.
 
     Raises:

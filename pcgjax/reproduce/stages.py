@@ -34,7 +34,9 @@ class Stage(NamedTuple):
 
 
 def saved(stages: Iterable[Stage], out: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What OUT has of these stages: {name: {"status", "why", "seconds", ...}}.
+    """The states of those of these stages that OUT has: {name: {"status", "why", "seconds", "result", ...}}.
+
+    status: begun, done, failed or not run; result: of the stage's `run`.
 
     Raises:
       ValueError: one was made with other settings.
@@ -53,8 +55,10 @@ def _state_path(out: pathlib.Path, stage: str) -> pathlib.Path:
 
 
 def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Runs the stages that OUT lacks, whatever becomes of the others; returns what `saved` then would, and raises as it
-    does before anything is run."""
+    """Runs the stages that OUT lacks; one that fails stops only those that need it. Returns what `saved` then would.
+
+    Raises: as `saved`, before anything is run.
+    """
     states = saved(stages, out)
     began = time.monotonic()
     for number, stage in enumerate(stages, 1):
@@ -64,12 +68,8 @@ def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str,
         start = time.monotonic()
         state: dict[str, Any] = {"title": stage.title, "settings": stage.settings, "status": "begun"}
         if lacking := [name for name in stage.after if states[name]["status"] != "done"]:
-            reasons = [states[name] for name in lacking]
-            failed = [
-                f"{one['title']} failed: {one['why']}" if one["status"] == "failed" else one["why"] for one in reasons
-            ]
-            why = "; ".join(dict.fromkeys(failed))
-            state |= {"status": "not run", "why": why, "seconds": 0.0}
+            reasons = dict.fromkeys(_reason(states[name]) for name in lacking)
+            state |= {"status": "not run", "why": "; ".join(reasons), "seconds": 0.0}
         else:
             logging.info("[%d/%d] %s, %.0f s since the start", number, len(stages), stage.title, start - began)
             files.write_text(_state_path(out, stage.name), json.dumps(state, indent=1) + "\n")
@@ -84,7 +84,13 @@ def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str,
     return states
 
 
+def _reason(state: Mapping[str, Any]) -> str:
+    """Why a stage is not done."""
+    return f"{state['title']} failed: {state['why']}" if state["status"] == "failed" else state["why"]
+
+
 def _attempt(stage: Stage) -> dict[str, Any]:
+    """{status, why} of running a stage, and its result."""
     try:
         result = _alone(stage.run) if stage.torch and jax.default_backend() != "cpu" else stage.run()
         return {"status": "done", "why": "", "result": result}
@@ -105,6 +111,7 @@ def _alone(run: Callable) -> Any:
 
 
 def _begin_alone() -> None:
+    """In the process of `_alone`: JAX computes on the CPU, and the process ends with its parent."""
     jax.config.update("jax_platforms", "cpu")
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -117,6 +124,7 @@ def _begin_alone() -> None:
 
 
 def _refuse_changes(path: pathlib.Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the field, where a stage was made with other settings."""
     for name in dict.fromkeys([*now, *saved]):
         if saved.get(name) != now.get(name):
             raise ValueError(f"{path}: made with {name}={saved.get(name)}, now {now.get(name)}; give another --out")
