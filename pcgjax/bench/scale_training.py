@@ -14,6 +14,7 @@ from pcgjax.data.batches import stream
 from pcgjax.runtime import sharding
 from pcgjax.training.experiment import set_up
 from pcgjax.training.look_ahead import look_ahead
+from pcgjax.training.start import compile_steps
 from pcgjax.training.step import Totals, zero_totals
 
 
