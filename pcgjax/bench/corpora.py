@@ -10,7 +10,8 @@ import tqdm
 
 from pcgjax.data.corpus import Corpus, from_prepared, in_memory
 from pcgjax.data.shards import FORMAT, RECORDINGS_A_SHARD
-from pcgjax.datasets.simulate import Annotations, Person, draw_person, simulate_person
+from pcgjax.datasets import Span
+from pcgjax.datasets.simulate import Person, draw_person, simulate_person
 from pcgjax.runtime import files
 
 SAMPLE_RATE_HZ = 1000
@@ -93,7 +94,7 @@ def write_prepared(
 
 def _simulated(
     person: Person, rng: np.random.Generator, duration_s: float, rate_hz: int
-) -> tuple[np.ndarray, Annotations]:
+) -> tuple[np.ndarray, list[Span]]:
     """(samples (n,) int16 at full scale, annotations) of a recording at the mitral site."""
     wave, annotations = simulate_person(person, "MV", rng, duration_s, rate_hz)
     return np.round(wave / np.abs(wave).max() * 32767).astype(np.int16), annotations
