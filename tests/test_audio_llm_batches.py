@@ -94,7 +94,7 @@ def test_swapped_audio_is_as_long_as_ones_own(corpus, make_config):
     source = batches.make_source(corpus, make_config({}, "audio_llm").front_end)
     there = len(source.read(1))
     for begin, long in ((0, 20000), (30000, 20000), (0, there - 1), (0, there + 5)):
-        found = batches._swapped(batches.Asked(0, begin, begin + long, ()), 1, source)
+        found = batches._swapped(batches.Clip(0, begin, begin + long, ()), 1, source)
         assert found.recording == 1
         assert found.end - found.begin == min(long, there)
         assert 0 <= found.begin < found.end <= there
@@ -223,7 +223,7 @@ def test_an_error_comes_at_its_batch():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU takes batches from pinned memory")
 def test_a_gpu_is_trained_from_pinned_memory(prepared_16k, tiny_llm, make_config, tmp_path, monkeypatch):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
 
     pinned, move = [], llm.Batch.to
 
@@ -234,7 +234,7 @@ def test_a_gpu_is_trained_from_pinned_memory(prepared_16k, tiny_llm, make_config
 
     monkeypatch.setattr(llm.Batch, "to", moved)
     config = make_config({"data.prepared": str(prepared_16k), "train.epochs": 1}, "audio_llm")
-    train.train(config, str(tiny_llm), tmp_path)
+    train(config, str(tiny_llm), tmp_path)
     assert pinned
     assert all(pinned)
 

@@ -14,26 +14,17 @@ import pytest
 import torch
 
 from pcgjax import datasets, metrics
-from pcgjax.audio_llm import batches, score, tables
-from pcgjax.audio_llm import judge as judge_module
+from pcgjax.audio_llm import batches, comparison, conclude
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
-from pcgjax.audio_llm.judge import (
-    PREDICTION_FIELDS,
-    STATUS,
-    Run,
-    agreement,
-    class_log_p,
-    judge,
-    patients_of,
-    score_part,
-    swapped,
-)
-from pcgjax.audio_llm.tables import summary
+from pcgjax.audio_llm.conclude import PREDICTION_FIELDS, Run, agreement, score_part, swapped
+from pcgjax.audio_llm.judge import STATUS, class_log_p, judge, patients_of
+from pcgjax.audio_llm.score import folders
 from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
 from pcgjax.data import splits
 from pcgjax.data.corpus import decode_recordings, from_prepared, in_memory
 from pcgjax.datasets import synthetic
+from pcgjax.pages.audio_llm import summary, tables
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.streams import EVALUATION
 from pcgjax.segmentation.states import write_tsv
@@ -361,13 +352,13 @@ def workdirs(tiny_llm, prepared_16k, corpus, make_config, tmp_path_factory):
 
 
 def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pascal, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_module, "_GENERATED", 2)
+    monkeypatch.setattr(conclude, "_GENERATED", 2)
     segments = tmp_path / "segments"
     segments.mkdir()
     for path in pascal.glob("set_*/*.wav"):
         write_tsv([(0.0, 0.1, 4), (0.1, 0.2, 1), (0.2, 0.5, 2), (0.5, 0.6, 3)], segments / f"{path.stem}.tsv")
     both = [str(workdirs / "plain"), str(workdirs / "gated")]
-    results = score.score(
+    results = comparison.score(
         str(tiny_llm), both, tmp_path / "out", zero_shots={"pascal": str(pascal)}, segments={"pascal": str(segments)}
     )
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
@@ -390,7 +381,7 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
         assert scores["accuracy"]["value"] == pytest.approx(np.mean(right))
     assert {one["part"] for one in mine} >= {"test", "shuffled audio", "pascal"}
 
-    first, second, *_, third = tables.tables([plain, gated])
+    first, second, *_, third = tables([plain, gated])
     features = ["Timing", "Shape", "Grading", "Pitch", "Quality"]
     assert [line[0].removesuffix(" (one class)") for line in first.body] == features
     assert first.body[2][-3:] == [0.334, 0.334, 0.966]
@@ -415,24 +406,24 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
 
 
 def test_runs_with_different_test_people_are_told_apart(workdirs, tiny_llm, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_module, "_GENERATED", 2)
+    monkeypatch.setattr(conclude, "_GENERATED", 2)
     other = shutil.copytree(workdirs / "plain", tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "seed": 1}))
     split = splits.make(corpus.rows, "person", "murmur_status", 1, tuple(config["split"]["fractions"]))
     splits.save(split, other / "split.json")
-    results = score.score(str(tiny_llm), [str(workdirs / "plain"), str(other)], tmp_path / "out")
+    results = comparison.score(str(tiny_llm), [str(workdirs / "plain"), str(other)], tmp_path / "out")
     said = "These runs were judged on different people: they cannot be compared with each other"
     assert summary(results).count(said) == 3  # tables 1, 2 and the patients'
     assert (tmp_path / "out" / "report.html").read_text().count(said) == 5  # scores and task by task, too
 
 
 def test_the_checkpoint_itself_can_be_scored(prepared_16k, tiny_llm, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_module, "_GENERATED", 2)
-    config = score.plain_config()
+    monkeypatch.setattr(conclude, "_GENERATED", 2)
+    config = comparison.plain_config()
     config.questions.tasks, config.evaluation.resamples = ("murmur", "systolic_pitch"), 20
-    monkeypatch.setattr(score, "plain_config", lambda: config)
-    results = score.score(str(tiny_llm), [], tmp_path, prepared=str(prepared_16k))
+    monkeypatch.setattr(comparison, "plain_config", lambda: config)
+    results = comparison.score(str(tiny_llm), [], tmp_path, prepared=str(prepared_16k))
     [(name, one)] = results["runs"].items()
     assert name == tiny_llm.name
     assert one["test"]["tasks"]["murmur"]["majority_from"] == "test"
@@ -442,14 +433,14 @@ def test_the_checkpoint_itself_can_be_scored(prepared_16k, tiny_llm, tmp_path, m
 
 def test_what_cannot_be_scored_is_named(workdirs, tiny_llm, pascal, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: not a run's config"):
-        score.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
+        comparison.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
     (tmp_path / "config.json").write_text('{"task": {"name": "cnn"}}')
     with pytest.raises(ValueError, match="a run of task 'cnn'"):
-        score.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
+        comparison.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
     with pytest.raises(ValueError, match=r"gated hears through front_end\.kind=gate; give --segments=pascal:DIR"):
-        score.score(str(tiny_llm), [str(workdirs / "gated")], tmp_path / "out", zero_shots={"pascal": str(pascal)})
+        comparison.score(str(tiny_llm), [str(workdirs / "gated")], tmp_path / "out", zero_shots={"pascal": str(pascal)})
     with pytest.raises(ValueError, match="names a run twice"):
-        score.score(str(tiny_llm), [str(workdirs / "gated")] * 2, tmp_path / "out")
+        comparison.score(str(tiny_llm), [str(workdirs / "gated")] * 2, tmp_path / "out")
     with pytest.raises(datasets.DatasetError, match="no such folder"):
         load_unheard("pascal", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
@@ -457,9 +448,9 @@ def test_what_cannot_be_scored_is_named(workdirs, tiny_llm, pascal, tmp_path):
 
 @pytest.mark.parametrize("word", ["circor:DIR", "pascal", "pascal:"])
 def test_a_bad_list_of_folders_is_named(word):
-    assert score._folders("zero_shot", ["cinc2016:a:b"]) == {"cinc2016": "a:b"}
+    assert folders("zero_shot", ["cinc2016:a:b"]) == {"cinc2016": "a:b"}
     with pytest.raises(ValueError, match=f"--zero_shot={word}: need DATASET:DIR with one of cinc2016, pascal"):
-        score._folders("zero_shot", [word])
+        folders("zero_shot", [word])
 
 
 @pytest.mark.slow

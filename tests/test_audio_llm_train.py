@@ -248,15 +248,15 @@ def test_another_experiment_is_refused(words, trained, change, match):
     ],
 )
 def test_impossible_settings_are_named(changes, match, prepared_16k, tiny_llm, make_config, tmp_path):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
 
     config = make_config({"data.prepared": str(prepared_16k), **changes}, "audio_llm")
     with pytest.raises(ValueError, match=match):
-        train.train(config, str(tiny_llm), tmp_path)
+        train(config, str(tiny_llm), tmp_path)
 
 
 def test_a_part_with_nothing_to_ask_is_named(prepared_16k, tiny_llm, make_config, tmp_path):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
     from pcgjax.runs.data import load_data
 
     changes = {"data.prepared": str(prepared_16k), "questions.tasks": ("systolic_pitch",)}
@@ -268,16 +268,16 @@ def test_a_part_with_nothing_to_ask_is_named(prepared_16k, tiny_llm, make_config
     split["train"] = sorted({*split["train"], *moved})
     (tmp_path / "split.json").write_text(json.dumps(split))
     with pytest.raises(ValueError, match="nothing to ask of the validation part"):
-        train.train(config, str(tiny_llm), tmp_path)
+        train(config, str(tiny_llm), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_recordings(prepared_16k, tiny_llm, make_config, tmp_path):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
 
     config = make_config({"data.prepared": str(prepared_16k), "optimizer.learning_rate": 1e30}, "audio_llm")
     config.optimizer.warmup_steps = 0
     with pytest.raises(FloatingPointError, match=r"step \d+: loss .*recordings: .*smaller --config.optimizer"):
-        train.train(config, str(tiny_llm), tmp_path)
+        train(config, str(tiny_llm), tmp_path)
 
 
 def test_a_run_without_a_model_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The loop of an audio LLM's training: a step, its line in the log, its checkpoint, and after each epoch a validation."""
+"""The loop of an audio LLM's training: a step, its line in the log, its checkpoint; after each epoch a validation."""
 
 from __future__ import annotations
 

@@ -159,21 +159,21 @@ def _segments(job: Job, dataset: str, target: str) -> None:
 
 
 def _llm_train(job: Job, changes: Mapping[str, Any], workdir: pathlib.Path) -> None:
-    from pcgjax.audio_llm import train as llm_train
+    from pcgjax.audio_llm.loop import train
 
-    llm_train.train(load_config("audio_llm", changes), _model_of(job), workdir)
+    train(load_config("audio_llm", changes), _model_of(job), workdir)
 
 
 def _llm_score(job: Job) -> dict[str, str]:
     """Scores the honest runs, and asks them about the data sets that nobody trained on; {data set: why not}."""
-    from pcgjax.audio_llm import score
+    from pcgjax.audio_llm.comparison import score
 
     unheard = {name: str(job.source / name) for name in ("cinc2016", "pascal")}
     lacking = {name: f"no data set {name}" for name, folder in unheard.items() if not pathlib.Path(folder).is_dir()}
     unheard = {name: folder for name, folder in unheard.items() if name not in lacking}
     segments = {name: str(job.out / "segments" / name) for name in unheard}
     workdirs = [str(job.out / "runs" / f"llm_{run}_honest") for run in LLM_RUNS]
-    score.score(_model_of(job), workdirs, job.out / "runs" / "llm_scores", zero_shots=unheard, segments=segments)
+    score(_model_of(job), workdirs, job.out / "runs" / "llm_scores", zero_shots=unheard, segments=segments)
     return lacking
 
 
