@@ -40,19 +40,19 @@ def test_heartbeats_last_from_s1_to_the_end_of_s2():
 
 def test_the_front_end_keeps_crops_or_softens():
     x = np.ones(round(1.3 * RATE), np.float32)
-    assert batches.heard(x, SPANS, "none", RATE) is x
-    cropped = batches.heard(x, SPANS, "crop", RATE)
+    assert batches.apply_front_end(x, SPANS, "none", RATE) is x
+    cropped = batches.apply_front_end(x, SPANS, "crop", RATE)
     assert len(cropped) == round(0.6 * RATE)
     assert cropped[0] < 0.01
     assert cropped[round(0.2 * RATE)] == 1
-    gated = batches.heard(x, SPANS, "gate", RATE, 20.0)
+    gated = batches.apply_front_end(x, SPANS, "gate", RATE, 20.0)
     assert gated.shape == x.shape
     at = lambda s: gated[round(s * RATE)]
     np.testing.assert_allclose([at(0.3), at(1.0)], 1, rtol=1e-6)
     np.testing.assert_allclose([at(0.05), at(0.7), at(1.25)], 0.1, rtol=1e-5)
     assert np.abs(np.diff(gated)).max() < 0.01  # no click
     for kind in ("crop", "gate"):
-        np.testing.assert_array_equal(batches.heard(x, [(0.0, 1.0, 0)], kind, RATE), x)
+        np.testing.assert_array_equal(batches.apply_front_end(x, [(0.0, 1.0, 0)], kind, RATE), x)
 
 
 def test_segments_are_read_by_recording(corpus, make_config, tmp_path):

@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from pcgjax.runtime.checkpoint import CheckpointError
+from pcgjax.runs.best import more_accurate
+from pcgjax.runtime.files import CheckpointError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -285,3 +286,28 @@ def test_a_run_without_a_model_is_named(tmp_path):
 
     with pytest.raises(CheckpointError, match="no trained adapter there"):
         best_adapter(tmp_path)
+
+
+def test_the_best_epoch_is_the_most_accurate_then_the_surest():
+    first = more_accurate(None, 0.5, 1.0, 4)
+    assert first == {"accuracy": 0.5, "loss": 1.0, "step": 4}
+    assert more_accurate(first, 0.6, 9.0, 8) == {"accuracy": 0.6, "loss": 9.0, "step": 8}
+    assert more_accurate(first, 0.5, 0.9, 8) == {"accuracy": 0.5, "loss": 0.9, "step": 8}
+    for accuracy, loss in ((0.5, 1.0), (0.4, 0.1), (0.5, float("nan"))):
+        assert more_accurate(first, accuracy, loss, 8) is None
+
+
+@pytest.mark.parametrize("name", ["train", "score", "questions", "merge", "make_tiny"])
+def test_help_needs_no_large_library(name, run_python):
+    code = f"""
+import runpy, sys
+sys.argv = ["{name}", "--help"]
+try:
+    runpy.run_module("pcgjax.audio_llm.{name}", run_name="__main__")
+except SystemExit:
+    print([name for name in ("jax", "torch", "transformers", "matplotlib") if name in sys.modules])
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout or "--workdir" in done.stdout
+    assert done.stdout.endswith("[]\n")

@@ -28,7 +28,7 @@ from pcgjax.audio_llm.encoders.train import train_encoder  # noqa: E402
 from pcgjax.audio_llm.model import ModelError  # noqa: E402
 from pcgjax.data.corpus import in_memory  # noqa: E402
 from pcgjax.pages import run as run_page  # noqa: E402
-from pcgjax.runtime.checkpoint import CheckpointError  # noqa: E402
+from pcgjax.runtime.files import CheckpointError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {

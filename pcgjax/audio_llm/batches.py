@@ -55,7 +55,7 @@ def heartbeats(spans: Sequence[Span]) -> list[tuple[float, float]]:
     return beats
 
 
-def heard(
+def apply_front_end(
     samples_T: np.ndarray, spans: Sequence[Span], kind: str, rate_hz: int, attenuation_db: float = 20.0
 ) -> np.ndarray:
     """What the front end lets through of a recording (SSAMBA paper, Fig. 1): `none` all of it (N.S), `crop` the
@@ -104,7 +104,7 @@ class Source:
         if self.segments is None:
             return samples
         spans = read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv")
-        return heard(samples, spans, self.kind, self.corpus.sample_rate_hz, self.attenuation_db)
+        return apply_front_end(samples, spans, self.kind, self.corpus.sample_rate_hz, self.attenuation_db)
 
     def passes_whole(self, index: int) -> bool:
         """Whether the front end found no heartbeat to go by."""

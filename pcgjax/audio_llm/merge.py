@@ -12,7 +12,6 @@ import tempfile
 from absl import app, flags
 
 from pcgjax.audio_llm import make_tiny
-from pcgjax.audio_llm import model as llm
 from pcgjax.runtime import files
 
 # Of the base: its weights, replaced here or pickled, and `make_tiny`'s mark that the folder may be overwritten.
@@ -32,6 +31,8 @@ def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pat
     """
     import torch
     from safetensors import safe_open
+
+    from pcgjax.audio_llm import model as llm
 
     folder, out = pathlib.Path(model), pathlib.Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

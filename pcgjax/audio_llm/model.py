@@ -377,8 +377,8 @@ class Answerer(nn.Module):
         is_audio = batch.tokens_SxL == base.config.audio_token_id
         # The audio's place is the same in all sequences: nothing is padded in front.
         nth = is_audio.cumsum(1).clamp(min=1, max=audio_CxAxD.shape[1]) - 1
-        heard = audio_CxAxD[batch.clip_S[:, None], nth].to(x.dtype)
-        x = torch.where(is_audio[..., None], heard, x)
+        audio_SxLxD = audio_CxAxD[batch.clip_S[:, None], nth].to(x.dtype)
+        x = torch.where(is_audio[..., None], audio_SxLxD, x)
         hidden = base.model.language_model(
             inputs_embeds=x, attention_mask=question_mask(base.config, batch, x.dtype),
             position_ids=batch.place_SxL, use_cache=False,
