@@ -17,7 +17,7 @@ from pcgjax import datasets, metrics
 from pcgjax.audio_llm import batches, comparison, conclude
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
-from pcgjax.audio_llm.conclude import PREDICTION_FIELDS, Run, agreement, score_part, swapped
+from pcgjax.audio_llm.conclude import PREDICTION_FIELDS, Candidate, agreement, score_part, swapped
 from pcgjax.audio_llm.judge import STATUS, class_log_p, judge, patients_of
 from pcgjax.audio_llm.score import folders
 from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
@@ -214,10 +214,10 @@ def corpus(prepared_16k):
 def run_of(tiny_llm, make_config):
     """run_of({config field: value}) of the tiny model as it is."""
 
-    def make(changes: dict | None = None) -> Run:
+    def make(changes: dict | None = None) -> Candidate:
         config = make_config({"evaluation.resamples": 50, **(changes or {})}, "audio_llm")
         model, processor = llm.load(tiny_llm, "float32", "sdpa")
-        return Run("tiny", llm.Answerer(model), processor, config, torch.device("cpu"))
+        return Candidate("tiny", llm.Answerer(model), processor, config, torch.device("cpu"))
 
     return make
 

@@ -14,13 +14,13 @@ import torch
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.checkpoints import best_adapter
-from pcgjax.audio_llm.conclude import Run, about, score_part, write
+from pcgjax.audio_llm.conclude import Candidate, about, score_part, write
 from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
 from pcgjax.data.corpus import from_prepared
 from pcgjax.runs.data import load_data
 
 
-class Candidate(NamedTuple):
+class Entry(NamedTuple):
     """What is to be scored: a run's best adapter, or the base model without one."""
 
     name: str
@@ -55,7 +55,7 @@ def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
     return config
 
 
-def candidates_of(model: str, workdirs: Sequence[str]) -> list[Candidate]:
+def entries_of(model: str, workdirs: Sequence[str]) -> list[Entry]:
     """One of each workdir, named after its folder, or after its path where two folders have one name; without a
     workdir the checkpoint itself.
 
@@ -63,17 +63,16 @@ def candidates_of(model: str, workdirs: Sequence[str]) -> list[Candidate]:
       ValueError (also CheckpointError): a workdir without a run or an adapter, or named twice.
     """
     if not workdirs:
-        return [Candidate(pathlib.Path(model).resolve().name, plain_config(), None)]
+        return [Entry(pathlib.Path(model).resolve().name, plain_config(), None)]
     names = [pathlib.Path(workdir).resolve().name for workdir in workdirs]
     if len(set(names)) < len(names):
         names = [workdir.rstrip("/") for workdir in workdirs]
-    candidates = [
-        Candidate(name, read_config(workdir), best_adapter(workdir))
-        for name, workdir in zip(names, workdirs, strict=True)
+    entries = [
+        Entry(name, read_config(workdir), best_adapter(workdir)) for name, workdir in zip(names, workdirs, strict=True)
     ]
     if len(set(names)) < len(names):
         raise ValueError(f"--workdir={','.join(workdirs)}: names a run twice")
-    return candidates
+    return entries
 
 
 def score(
@@ -93,36 +92,36 @@ def score(
     """
     zero_shots, segments = zero_shots or {}, segments or {}
     # All that can be wrong is looked at before the first model is loaded.
-    candidates = candidates_of(model, workdirs)
+    entries = entries_of(model, workdirs)
     for dataset in zero_shots:
-        for name, config, _ in candidates:
+        for name, config, _ in entries:
             if config.front_end.kind != "none" and dataset not in segments:
                 raise ValueError(
                     f"--zero_shot={dataset}: {name} hears through front_end.kind={config.front_end.kind}; give "
                     f"--segments={dataset}:DIR, a folder that python -m pcgjax.predict wrote .tsv files to"
                 )
     if workdirs:
-        data = [load_data(one.config, pathlib.Path(path)) for one, path in zip(candidates, workdirs, strict=True)]
+        data = [load_data(one.config, pathlib.Path(path)) for one, path in zip(entries, workdirs, strict=True)]
     else:
         corpus = from_prepared(prepared)
         data = [(corpus, {part: np.arange(len(corpus.rows))}, None)]
-    pairs = list(zip(candidates, data, strict=True))
+    pairs = list(zip(entries, data, strict=True))
     sources = [batches.make_source(corpus, one.config.front_end) for one, (corpus, _, _) in pairs]
     unheard = {dataset: load_unheard(dataset, folder) for dataset, folder in zero_shots.items()}
     unheard_sources = [
         {name: unheard_source(one, config.front_end, segments.get(name)) for name, one in unheard.items()}
-        for _, config, _ in candidates
+        for _, config, _ in entries
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results, predictions = [], []
     for i, ((name, config, adapter), (_, parts, split)) in enumerate(pairs):
         base, processor = llm.load(model, config.model.dtype, config.model.attention)
         adapted = llm.with_adapter(base, adapter) if adapter else base
-        run = Run(name, llm.Answerer(adapted.to(device)), processor, config, device)
-        result, rows = score_part(run, sources[i], batches.lengths_heard(sources[i]), parts, part)
+        candidate = Candidate(name, llm.Answerer(adapted.to(device)), processor, config, device)
+        result, rows = score_part(candidate, sources[i], batches.lengths_heard(sources[i]), parts, part)
         result["split"] = about(split) if split else None
         for dataset, source in unheard_sources[i].items():
-            scores, more_rows = zero_shot(run, source, unheard[dataset].left_out, dataset)
+            scores, more_rows = zero_shot(candidate, source, unheard[dataset].left_out, dataset)
             result["zero_shot"] |= scores
             rows += more_rows
         results.append(result)

@@ -30,8 +30,8 @@ PREDICTION_FIELDS = (
 _GENERATED = 64  # questions that are put to `generate` too
 
 
-class Run(NamedTuple):
-    """What is judged, and how."""
+class Candidate(NamedTuple):
+    """A model that is judged, and how it is asked."""
 
     name: str
     answerer: llm.Answerer
@@ -41,31 +41,26 @@ class Run(NamedTuple):
 
 
 def judge_run(
-    answerer: llm.Answerer,
-    processor: Any,
+    candidate: Candidate,
     source: batches.Source,
     lengths: np.ndarray,
     parts: Mapping[str, np.ndarray],
-    config: ml_collections.ConfigDict,
-    device: torch.device,
-    workdir: str | pathlib.Path,
     split: Mapping[str, Any],
+    workdir: pathlib.Path,
 ) -> dict[str, Any]:
     """Judges a training run on its test part, in all its processes at once, of which the first writes metrics.json,
     predictions.csv and report.html to the workdir. Returns what metrics.json says."""
-    workdir = pathlib.Path(workdir)
-    run = Run(workdir.resolve().name, answerer, processor, config, device)
-    result, rows = score_part(run, source, lengths, parts, "test")
+    result, rows = score_part(candidate, source, lengths, parts, "test")
     result["split"] = about(split)
     if batches.process()[0] > 0:
-        return {"runs": {run.name: metrics.json_ready(result)}}
+        return {"runs": {candidate.name: metrics.json_ready(result)}}
     return write(workdir, [result], rows)
 
 
 def score_part(
-    run: Run, source: batches.Source, lengths: np.ndarray, parts: Mapping[str, np.ndarray], part: str
+    candidate: Candidate, source: batches.Source, lengths: np.ndarray, parts: Mapping[str, np.ndarray], part: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(a run's result, rows of predictions.csv) on one part of its recordings.
+    """(a candidate's result, rows of predictions.csv) on one part of its recordings.
 
     Args: lengths: (N,) samples of each recording behind the front end; parts: {part: indices into the corpus}.
     The result: "name", "front_end" (N.S or W.S), "base", "part"; "test", as of `judge`; "control", the same with
@@ -74,7 +69,7 @@ def score_part(
     Raises:
       ValueError: nothing to ask about this part.
     """
-    config, rows = run.config, source.corpus.rows
+    config, rows = candidate.config, source.corpus.rows
     clips = batches.evaluation_clips(config, source, lengths, parts[part], llm.CLIP_S)
     every = clips + _murmur_elsewhere(config, source, lengths, parts[part], clips)
     if not every:
@@ -89,25 +84,26 @@ def score_part(
     def judged(name: str, answers: list[batches.Answer]) -> tuple[dict, list[dict], list[batches.Answer]]:
         here = [answer for answer in answers if answer.question.id in questions]
         elsewhere = [answer for answer in answers if answer.question.id not in questions]
-        table = [prediction_row(run.name, name, answer) for answer in here]
-        table += [prediction_row(run.name, f"{name}, murmur not heard at this site", answer) for answer in elsewhere]
+        table = [prediction_row(candidate.name, name, answer) for answer in here]
+        other_part = f"{name}, murmur not heard at this site"
+        table += [prediction_row(candidate.name, other_part, answer) for answer in elsewhere]
         scores = judge(here, trivial, patients, config.evaluation.resamples, config.seed, elsewhere)
         return scores, table, here
 
-    test, table, answers = judged(part, ask(run, source, every, part))
+    test, table, answers = judged(part, ask(candidate, source, every, part))
     control = None
-    if shuffled := _ask_shuffled(run, source, every):
+    if shuffled := _ask_shuffled(candidate, source, every):
         control, more, _ = judged("shuffled audio", shuffled)
         table += more
     generated = None
     # `generate` needs the weights in one piece.
-    if not any(hasattr(p, "full_tensor") for p in run.answerer.parameters()):
-        with llm.precision(config.model.dtype, run.device):
-            generated = agreement(run.answerer.model, run.processor, source, clips, answers, _GENERATED)
+    if not any(hasattr(p, "full_tensor") for p in candidate.answerer.parameters()):
+        with llm.precision(config.model.dtype, candidate.device):
+            generated = agreement(candidate.answerer.model, candidate.processor, source, clips, answers, _GENERATED)
     result = {
-        "name": run.name,
+        "name": candidate.name,
         "front_end": "N.S" if source.kind == "none" else f"W.S ({source.kind})",
-        "base": _base(run.answerer.model),
+        "base": _base(candidate.answerer.model),
         "part": part,
         "test": test,
         "control": control,
@@ -122,17 +118,18 @@ def score_part(
 
 
 def ask(
-    run: Run,
+    candidate: Candidate,
     source: batches.Source,
     clips: Sequence[batches.Clip],
     describe: str,
     swap: Mapping[int, int] | None = None,
 ) -> list[batches.Answer]:
-    """`batches.ask_all` with the run's model, in the precision that it was trained in."""
-    with llm.precision(run.config.model.dtype, run.device):
+    """`batches.ask_all` in the precision that the model was trained in."""
+    with llm.precision(candidate.config.model.dtype, candidate.device):
         return batches.ask_all(
-            run.answerer, source, clips, batches.Tokenizer(run.processor), run.config, run.device, swap, describe
-        )
+            candidate.answerer, source, clips, batches.Tokenizer(candidate.processor), candidate.config,
+            candidate.device, swap, describe,
+        )  # fmt: skip
 
 
 def _murmur_elsewhere(
@@ -166,7 +163,7 @@ def murmur_alone(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     return changed
 
 
-def _ask_shuffled(run: Run, source: batches.Source, clips: Sequence[batches.Clip]) -> list[batches.Answer]:
+def _ask_shuffled(candidate: Candidate, source: batches.Source, clips: Sequence[batches.Clip]) -> list[batches.Answer]:
     """The answers to the same questions on the audio of another person, where there is one: a murmur's features on
     that of somebody else who has a murmur, its presence on anybody else's."""
     rows = source.corpus.rows
@@ -178,7 +175,7 @@ def _ask_shuffled(run: Run, source: batches.Source, clips: Sequence[batches.Clip
                 chosen.append(dataclasses.replace(clip, questions=questions))
         recordings = sorted({clip.recording for clip in chosen})
         if len({(rows[i]["database"], rows[i]["person"]) for i in recordings}) > 1:
-            answers += ask(run, source, chosen, name, swapped(rows, recordings, run.config.seed))
+            answers += ask(candidate, source, chosen, name, swapped(rows, recordings, candidate.config.seed))
     return answers
 
 

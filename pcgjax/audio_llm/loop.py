@@ -19,7 +19,7 @@ from absl import logging
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.checkpoints import best_adapter, full, learning_rate, put, save
-from pcgjax.audio_llm.conclude import judge_run
+from pcgjax.audio_llm.conclude import Candidate, judge_run
 from pcgjax.audio_llm.start import Progress, Run, log, start
 from pcgjax.runs.best import more_accurate
 from pcgjax.runs.config import plain_config
@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
     if stopped:
         close_board(run)
         leave(received[0] if received else signal.SIGTERM, progress.step)
-    return conclude(run, progress, began)
+    return judge_best(run, progress, began)
 
 
 # -------------------------------------------------------------------------------------------------------- a step
@@ -227,17 +227,16 @@ def close_board(run: Run) -> None:
         run.board.close()
 
 
-def conclude(run: Run, progress: Progress, began: float) -> dict:
+def judge_best(run: Run, progress: Progress, began: float) -> dict:
     """Judges the best adapter on the test part; returns what metrics.json says.
 
     began: of `time.monotonic`, when the training was started.
     """
     data, model = run.data, run.model
     put(model.weights, best_adapter(run.workdir).parent)
-    results = judge_run(
-        model.answerer, model.tokenize.processor, data.source, data.lengths, data.parts, run.config, model.device,
-        run.workdir, data.split,
-    )  # fmt: skip
+    name = run.workdir.resolve().name
+    candidate = Candidate(name, model.answerer, model.tokenize.processor, run.config, model.device)
+    results = judge_run(candidate, data.source, data.lengths, data.parts, data.split, run.workdir)
     mean = next(iter(results["runs"].values()))["test"]["mean"]
     log(run, progress.step, "test", {"accuracy": mean["accuracy"]["value"]} if mean["accuracy"] else {})
     close_board(run)

@@ -13,7 +13,7 @@ from absl import logging
 from pcgjax import datasets, metrics
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm.conclude import Run, ask, murmur_alone, prediction_row, windows_of
+from pcgjax.audio_llm.conclude import Candidate, ask, murmur_alone, prediction_row, windows_of
 from pcgjax.audio_llm.judge import STATUS, class_log_p
 from pcgjax.data.corpus import Corpus, in_rows
 from pcgjax.data.decode import decode, decode_all
@@ -72,7 +72,9 @@ def unheard_source(
     return batches.make_source(in_rows(corpus, rows), changed)
 
 
-def zero_shot(run: Run, source: batches.Source, left_out: int, dataset: str) -> tuple[dict[str, Any], list[dict]]:
+def zero_shot(
+    candidate: Candidate, source: batches.Source, left_out: int, dataset: str
+) -> tuple[dict[str, Any], list[dict]]:
     """({database, or the data set for all of them: scores}, rows of predictions.csv) of normal against abnormal.
 
     The model is asked the murmur question; Present or Unknown as the likeliest of its three classes means abnormal.
@@ -82,7 +84,7 @@ def zero_shot(run: Run, source: batches.Source, left_out: int, dataset: str) -> 
     """
     rows = source.corpus.rows
     labels = np.array([row["labels"]["abnormal"] == "1" for row in rows])
-    # The question needs a label of its own; any would do, its answer is not compared with it.
+    # A murmur stands in for abnormal, so that the question has an answer.
     with_status = [
         {**row, "labels": {"murmur_status": "Present" if label else "Absent"}}
         for row, label in zip(rows, labels, strict=True)
@@ -91,30 +93,30 @@ def zero_shot(run: Run, source: batches.Source, left_out: int, dataset: str) -> 
         in_rows(source.corpus, with_status), source.kind, source.segments, source.attenuation_db
     )
     clips = batches.evaluation_clips(
-        murmur_alone(run.config), questioned, batches.lengths_heard(source), np.arange(len(rows)), llm.CLIP_S
+        murmur_alone(candidate.config), questioned, batches.lengths_heard(source), np.arange(len(rows)), llm.CLIP_S
     )
-    answers = ask(run, source, clips, dataset)
+    answers = ask(candidate, source, clips, dataset)
     log_p = np.array([class_log_p(answer) for answer in answers])
     murmur, none = log_p[:, :2].max(1), log_p[:, STATUS.index("Absent")]
     abnormal = 1 / (1 + np.exp(none - murmur))  # 0.5 where the two are equally likely
-    scores = _scores(run, rows, labels, abnormal, dataset)
+    scores = _scores(candidate, rows, labels, abnormal, dataset)
     scores[dataset] |= {"left_out": left_out, "windows": windows_of(clips, source)}
     table = []
     for answer, label, called in zip(answers, labels, abnormal >= 0.5, strict=True):
         words = {name: "abnormal" if is_so else "normal" for name, is_so in (("right", label), ("answered", called))}
-        table.append(prediction_row(run.name, dataset, answer) | words)
+        table.append(prediction_row(candidate.name, dataset, answer) | words)
     return scores, table
 
 
 def _scores(
-    run: Run, rows: Sequence[Mapping[str, Any]], labels: np.ndarray, abnormal: np.ndarray, dataset: str
+    candidate: Candidate, rows: Sequence[Mapping[str, Any]], labels: np.ndarray, abnormal: np.ndarray, dataset: str
 ) -> dict[str, dict[str, Any]]:
     """{the data set, or one of its databases: its scores}.
 
     Args: labels: (N,) bool, whether a recording is abnormal; abnormal: (N,) the probability that was given to it.
     """
     persons, databases = ([row[name] for row in rows] for name in ("person", "database"))
-    resamples, seed = run.config.evaluation.resamples, run.config.seed
+    resamples, seed = candidate.config.evaluation.resamples, candidate.config.seed
 
     def judge_as(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
         return metrics.judge(labels, probabilities, persons, databases, databases, threshold, resamples, seed)

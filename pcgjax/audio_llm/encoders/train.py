@@ -60,7 +60,7 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
       ValueError (also ModelError, SplitError, LeakError, CheckpointError): what does not fit, by name.
       FloatingPointError: a loss or gradient that is not finite, naming the step and its recordings.
     """
-    clock, began, workdir = goodput.Clock(), time.monotonic(), pathlib.Path(workdir)
+    clock, workdir = goodput.Clock(), pathlib.Path(workdir)
     check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
     data = load(config, workdir)
@@ -99,7 +99,7 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
     if stop:
         close_board(run)
         leave(stop, progress.step)
-    return judge_best(run, facts, seconds, began)
+    return judge_best(run, facts, seconds, clock.began)
 
 
 # -------------------------------------------------------------------------------------------------------- a step
