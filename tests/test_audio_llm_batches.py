@@ -94,10 +94,10 @@ def test_swapped_audio_is_as_long_as_ones_own(corpus, make_config):
     source = batches.make_source(corpus, make_config({}, "audio_llm").front_end)
     there = len(source.read(1))
     for begin, long in ((0, 20000), (30000, 20000), (0, there - 1), (0, there + 5)):
-        found = batches._swapped(batches.Clip(0, begin, begin + long, ()), 1, source)
-        assert found.recording == 1
-        assert found.end - found.begin == min(long, there)
-        assert 0 <= found.begin < found.end <= there
+        clip = batches._swapped(batches.Clip(0, begin, begin + long, ()), 1, source)
+        assert clip.recording == 1
+        assert clip.end - clip.begin == min(long, there)
+        assert 0 <= clip.begin < clip.end <= there
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_another_rate_and_too_short_recordings_are_refused(corpus, make_config):
 
 @pytest.mark.parametrize("samples", [700, 30 * RATE, 30 * RATE + 1, 100 * RATE + 7])
 def test_windows_cover_a_recording_evenly(samples):
-    found = batches.windows(samples, 30.0)
-    assert found[0][0] == 0
-    assert found[-1][1] == samples
-    assert [b for _, b in found[:-1]] == [a for a, _ in found[1:]]
-    lengths = [b - a for a, b in found]
+    clips = batches.windows(samples, 30.0)
+    assert clips[0][0] == 0
+    assert clips[-1][1] == samples
+    assert [b for _, b in clips[:-1]] == [a for a, _ in clips[1:]]
+    lengths = [b - a for a, b in clips]
     assert max(lengths) <= 30 * RATE
     assert max(lengths) - min(lengths) <= 1
 

@@ -54,8 +54,8 @@ def test_what_the_front_end_passed_whole_is_said(tmp_path):
     result = result_of(["Present", "Absent"], [[True, True]] * 2)
     assert "heard whole" not in page.document([result], tmp_path / "metrics.jsonl")
     result["windows"]["whole"] = 3
-    said = "test: in 3 of 4 recordings the front end found no heartbeat: they were heard whole."
-    assert said in page.document([result], tmp_path / "metrics.jsonl")
+    sentence = "test: in 3 of 4 recordings the front end found no heartbeat: they were heard whole."
+    assert sentence in page.document([result], tmp_path / "metrics.jsonl")
 
 
 def test_an_unsure_score_that_is_always_above_its_baseline_is_clearly_above_it(tmp_path):
@@ -75,19 +75,19 @@ def test_an_unsure_score_that_is_always_above_its_baseline_is_clearly_above_it(t
     assert table.body[0][2] == result["test"]["patients"]["excess"]
 
 
-@pytest.mark.parametrize(("people", "recordings", "said"), [
+@pytest.mark.parametrize(("people", "recordings", "words"), [
     (4, 2, ""),
     (5, 2, "judged on different people"),
     (4, 3, "asked different questions"),
 ])  # fmt: skip
-def test_runs_judged_on_something_else_are_not_to_be_compared(people, recordings, said, tmp_path):
+def test_runs_judged_on_something_else_are_not_to_be_compared(people, recordings, words, tmp_path):
     murmurs = ["Present", "Absent"] * 3
     one = result_of(murmurs[:4], [[True] * 2] * 4, "one")
     other = result_of(murmurs[:people], [[True] * recordings] * people, "other")
-    assert said in page.differences([one, other])
-    assert bool(page.differences([one, other])) == bool(said)
+    assert words in page.differences([one, other])
+    assert bool(page.differences([one, other])) == bool(words)
     assert page.differences([other]) == ""
     first, second, patients = page.tables([one, other])
     html = page.document([one, other], tmp_path / "metrics.jsonl")
     for text in (first.note, second.note, patients.note, html):
-        assert ("cannot be compared with each other" in text) == bool(said)
+        assert ("cannot be compared with each other" in text) == bool(words)

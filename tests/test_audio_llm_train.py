@@ -57,8 +57,8 @@ def adapter(workdir: pathlib.Path, kind: str = "last") -> dict[str, np.ndarray]:
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in history]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def test_a_run_leaves_what_others_read(trained):
     there = {path.name for path in trained.iterdir()}
     assert there >= {"config.json", "split.json", "metrics.jsonl", "metrics.json", "predictions.csv", "report.html",
                      "train.log", "tensorboard", "checkpoints"}  # fmt: skip
-    found = lines(trained)
-    assert [line["split"] for line in found] == ["train", "validation"] * 2 + ["test"]
-    assert found[2]["loss"] < found[0]["loss"]
+    history = lines(trained)
+    assert [line["split"] for line in history] == ["train", "validation"] * 2 + ["test"]
+    assert history[2]["loss"] < history[0]["loss"]
     assert (trained / "predictions.csv").read_text().count("\n") > 5
     split = json.loads((trained / "split.json").read_text())
     assert split["target"] == "murmur_status"
@@ -107,10 +107,10 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(words, trained, 
     assert re.search(r"resuming at step \d+", done.stderr)
     assert lines(workdir) == lines(trained)
     for kind in ("last", "best"):
-        wanted, found = adapter(trained, kind), adapter(workdir, kind)
-        assert wanted.keys() == found.keys()
+        wanted, resumed = adapter(trained, kind), adapter(workdir, kind)
+        assert wanted.keys() == resumed.keys()
         for name in wanted:
-            np.testing.assert_array_equal(found[name], wanted[name])
+            np.testing.assert_array_equal(resumed[name], wanted[name])
     moments = [newest(folder, "last") / "optimizer.safetensors" for folder in (trained, workdir)]
     assert moments[0].read_bytes() == moments[1].read_bytes()
     assert not list((workdir / "checkpoints").glob(".*"))
@@ -144,14 +144,14 @@ def test_two_processes_train_what_one_does_and_one_goes_on(words, fsdp, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"resuming at step \d+", done.stderr)
     assert len(lines(two)) == len(lines(alone))
-    for mine, theirs in zip(lines(two), lines(alone), strict=True):
-        for name in mine.keys() & {"loss", "gradient_norm"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3), (mine, theirs)
-    wanted, found = adapter(alone), adapter(two)
+    for line, other in zip(lines(two), lines(alone), strict=True):
+        for name in line.keys() & {"loss", "gradient_norm"}:
+            assert line[name] == pytest.approx(other[name], rel=2e-3), (line, other)
+    wanted, resumed = adapter(alone), adapter(two)
     moved = max(np.abs(w).max() for name, w in wanted.items() if "lora_B" in name)
     assert moved > 1e-3
     for name in wanted:
-        np.testing.assert_allclose(found[name], wanted[name], atol=0.05 * moved, err_msg=name)
+        np.testing.assert_allclose(resumed[name], wanted[name], atol=0.05 * moved, err_msg=name)
 
 
 @pytest.mark.slow
@@ -165,8 +165,8 @@ def test_divided_bfloat16_weights_stopped_and_resumed_are_the_same_run(words, tm
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     done = run(words, straight, 2)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = lines(straight)
-    assert found[2]["loss"] < found[0]["loss"]
+    history = lines(straight)
+    assert history[2]["loss"] < history[0]["loss"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     process = subprocess.Popen([*launch, f"--workdir={stopped}"], env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for_a_checkpoint(stopped, process)
