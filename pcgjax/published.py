@@ -43,3 +43,17 @@ HINF_PAPER: dict[str, tuple[str, tuple[float, ...]]] = {
     "hubert": ("HuBERT", (0.7121, 0.7121, 0.7185, 0.7058)),
     "distilhubert": ("DistilHuBERT", (0.7445, 0.7823, 0.7247, 0.7654)),
 }
+# "Exploring Finetuned Audio-LLM on Heart Murmur Features", Tables 1 to 3: {task, or data set/score: (without
+# segmentation, with it, what the paper quotes of others)}.
+AUDIO_LLM_PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
+    "systolic_timing": (1.0, 1.0, 0.966), "systolic_shape": (0.997, 1.0, 0.963),
+    "systolic_grading": (0.334, 0.334, 0.966), "systolic_pitch": (0.997, 1.0, 0.966),
+    "systolic_quality": (0.992, 1.0, 0.965),
+    "diastolic_timing": (1.0, 1.0, None), "diastolic_shape": (0.999, 1.0, None),
+    "diastolic_grading": (0.395, 0.427, None), "diastolic_pitch": (1.0, 1.0, None),
+    "diastolic_quality": (1.0, 1.0, None),
+    "weighted_accuracy": (0.637, 0.756, 0.832),
+    "cinc2016/accuracy": (0.1963, 0.6633, None),
+    "pascal-a/precision_normal": (0.487, 0.483, None), "pascal-a/precision_abnormal": (0.0, 1.0, None),
+    "pascal-b/precision_normal": (0.737, 0.753, None), "pascal-b/precision_abnormal": (0.40, 0.625, None),
+}  # fmt: skip

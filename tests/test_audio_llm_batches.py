@@ -40,19 +40,19 @@ def test_heartbeats_last_from_s1_to_the_end_of_s2():
 
 def test_the_front_end_keeps_crops_or_softens():
     x = np.ones(round(1.3 * RATE), np.float32)
-    assert batches.heard(x, SPANS, "none", RATE) is x
-    cropped = batches.heard(x, SPANS, "crop", RATE)
+    assert batches.apply_front_end(x, SPANS, "none", RATE) is x
+    cropped = batches.apply_front_end(x, SPANS, "crop", RATE)
     assert len(cropped) == round(0.6 * RATE)
     assert cropped[0] < 0.01
     assert cropped[round(0.2 * RATE)] == 1
-    gated = batches.heard(x, SPANS, "gate", RATE, 20.0)
+    gated = batches.apply_front_end(x, SPANS, "gate", RATE, 20.0)
     assert gated.shape == x.shape
     at = lambda s: gated[round(s * RATE)]
     np.testing.assert_allclose([at(0.3), at(1.0)], 1, rtol=1e-6)
     np.testing.assert_allclose([at(0.05), at(0.7), at(1.25)], 0.1, rtol=1e-5)
     assert np.abs(np.diff(gated)).max() < 0.01  # no click
     for kind in ("crop", "gate"):
-        np.testing.assert_array_equal(batches.heard(x, [(0.0, 1.0, 0)], kind, RATE), x)
+        np.testing.assert_array_equal(batches.apply_front_end(x, [(0.0, 1.0, 0)], kind, RATE), x)
 
 
 def test_segments_are_read_by_recording(corpus, make_config, tmp_path):
@@ -94,10 +94,10 @@ def test_swapped_audio_is_as_long_as_ones_own(corpus, make_config):
     source = batches.make_source(corpus, make_config({}, "audio_llm").front_end)
     there = len(source.read(1))
     for begin, long in ((0, 20000), (30000, 20000), (0, there - 1), (0, there + 5)):
-        found = batches._swapped(batches.Asked(0, begin, begin + long, ()), 1, source)
-        assert found.recording == 1
-        assert found.end - found.begin == min(long, there)
-        assert 0 <= found.begin < found.end <= there
+        clip = batches._swapped(batches.Clip(0, begin, begin + long, ()), 1, source)
+        assert clip.recording == 1
+        assert clip.end - clip.begin == min(long, there)
+        assert 0 <= clip.begin < clip.end <= there
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_another_rate_and_too_short_recordings_are_refused(corpus, make_config):
 
 @pytest.mark.parametrize("samples", [700, 30 * RATE, 30 * RATE + 1, 100 * RATE + 7])
 def test_windows_cover_a_recording_evenly(samples):
-    found = batches.windows(samples, 30.0)
-    assert found[0][0] == 0
-    assert found[-1][1] == samples
-    assert [b for _, b in found[:-1]] == [a for a, _ in found[1:]]
-    lengths = [b - a for a, b in found]
+    clips = batches.windows(samples, 30.0)
+    assert clips[0][0] == 0
+    assert clips[-1][1] == samples
+    assert [b for _, b in clips[:-1]] == [a for a, _ in clips[1:]]
+    lengths = [b - a for a, b in clips]
     assert max(lengths) <= 30 * RATE
     assert max(lengths) - min(lengths) <= 1
 
@@ -223,7 +223,7 @@ def test_an_error_comes_at_its_batch():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU takes batches from pinned memory")
 def test_a_gpu_is_trained_from_pinned_memory(prepared_16k, tiny_llm, make_config, tmp_path, monkeypatch):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
 
     pinned, move = [], llm.Batch.to
 
@@ -234,7 +234,7 @@ def test_a_gpu_is_trained_from_pinned_memory(prepared_16k, tiny_llm, make_config
 
     monkeypatch.setattr(llm.Batch, "to", moved)
     config = make_config({"data.prepared": str(prepared_16k), "train.epochs": 1}, "audio_llm")
-    train.train(config, str(tiny_llm), tmp_path)
+    train(config, str(tiny_llm), tmp_path)
     assert pinned
     assert all(pinned)
 

@@ -55,9 +55,9 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(legacy, tiny_llm, adapt
     loaded: Any = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
         out, local_files_only=True, output_loading_info=True
     )
-    model, told = loaded
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    model, info = loaded
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert next(model.parameters()).dtype == torch.float32
     processor = transformers.AutoProcessor.from_pretrained(out, local_files_only=True)
@@ -67,8 +67,8 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(legacy, tiny_llm, adapt
     # In the layout that the base has, with its other files.
     from safetensors import safe_open
 
-    with safe_open(out / "model.safetensors", "pt") as mine, safe_open(folder / "model.safetensors", "pt") as theirs:
-        assert set(mine.keys()) == set(theirs.keys())
+    with safe_open(out / "model.safetensors", "pt") as merged, safe_open(folder / "model.safetensors", "pt") as base:
+        assert set(merged.keys()) == set(base.keys())
     others = {path.name for path in folder.iterdir()} - {"model.safetensors", make_tiny.MARKER}
     assert {path.name for path in out.iterdir()} == {*others, "model.safetensors"}
     for name in others:

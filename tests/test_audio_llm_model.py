@@ -54,9 +54,9 @@ def perturbed(model):
 def test_the_clips_own_mel_is_that_of_the_padded_clip(loaded, seconds):
     extractor, [clip] = loaded[1].feature_extractor, clips(seconds)
     padded = extractor([clip], sampling_rate=llm.RATE_HZ, padding="max_length", return_tensors="np")
-    own = llm.mel_of_clip(extractor, clip)
-    assert own.shape[1] == min(2 * llm.positions(len(clip)) + 2, 3000)
-    np.testing.assert_allclose(own, padded["input_features"][0][:, : own.shape[1]], atol=1e-5)
+    mel = llm.mel_of_clip(extractor, clip)
+    assert mel.shape[1] == min(2 * llm.positions(len(clip)) + 2, 3000)
+    np.testing.assert_allclose(mel, padded["input_features"][0][:, : mel.shape[1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])

@@ -14,26 +14,17 @@ import pytest
 import torch
 
 from pcgjax import datasets, metrics
-from pcgjax.audio_llm import batches, score, tables
-from pcgjax.audio_llm import judge as judge_module
+from pcgjax.audio_llm import batches, comparison, conclude
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm import questions as mc
-from pcgjax.audio_llm.judge import (
-    PREDICTION_FIELDS,
-    STATUS,
-    Run,
-    agreement,
-    class_log_p,
-    judge,
-    patients_of,
-    score_part,
-    swapped,
-)
-from pcgjax.audio_llm.tables import summary
+from pcgjax.audio_llm.conclude import PREDICTION_FIELDS, Candidate, agreement, score_part, swapped
+from pcgjax.audio_llm.judge import STATUS, class_log_p, judge, patients_of
+from pcgjax.audio_llm.score import folders
 from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
 from pcgjax.data import splits
 from pcgjax.data.corpus import decode_recordings, from_prepared, in_memory
 from pcgjax.datasets import synthetic
+from pcgjax.pages.audio_llm import summary, tables
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.streams import EVALUATION
 from pcgjax.segmentation.states import write_tsv
@@ -43,7 +34,7 @@ def row(recording: str, person: str, **labels: str) -> dict:
     return {"id": recording, "person": person, "database": "circor", "labels": {"murmur_audible": "1", **labels}}
 
 
-def said(recording: dict, task: str, word: str | None = None, p: float = 0.9, **others: float) -> batches.Answer:
+def answer_of(recording: dict, task: str, word: str | None = None, p: float = 0.9, **others: float) -> batches.Answer:
     """An answer that gives `word`, else the right one, the probability p; all other options get a tenth of the rest."""
     question = mc.ask(recording, task, np.random.default_rng(len(recording["id"])))
     word = word or question.options[question.answer]
@@ -63,14 +54,14 @@ def test_accuracies_are_counted_by_task_beside_the_majority():
         row("4_MV", "4", murmur_status="Absent"),
     ]
     answers = [
-        *(said(one, "systolic_timing") for one in rows[:3]),
-        *(said(one, "systolic_pitch", "High") for one in rows[:3]),
-        *(said(one, "murmur", "Present") for one in rows),
+        *(answer_of(one, "systolic_timing") for one in rows[:3]),
+        *(answer_of(one, "systolic_pitch", "High") for one in rows[:3]),
+        *(answer_of(one, "murmur", "Present") for one in rows),
     ]
     train = mc.questions([row("9_MV", "9", **present, systolic_pitch="Low")], [0])
     trivial = mc.trivial(train, [answer.question for answer in answers])
-    found = judge(answers, trivial, patients_of(rows), 200, 0)
-    timing, pitch, murmur = (found["tasks"][t] for t in ("systolic_timing", "systolic_pitch", "murmur"))
+    scores = judge(answers, trivial, patients_of(rows), 200, 0)
+    timing, pitch, murmur = (scores["tasks"][t] for t in ("systolic_timing", "systolic_pitch", "murmur"))
     assert timing["accuracy"]["value"] == 1
     assert not timing["informative"]
     assert pitch["accuracy"]["value"] == pytest.approx(2 / 3)
@@ -83,19 +74,19 @@ def test_accuracies_are_counted_by_task_beside_the_majority():
     assert murmur["accuracy"]["value"] == 0.75
     assert murmur["excess"]["value"] == 0  # Present is the majority itself
     assert murmur["excess"]["low"] == murmur["excess"]["high"] == 0
-    assert found["mean"]["tasks"] == ["murmur", "systolic_pitch"]
-    assert found["mean"]["accuracy"]["value"] == pytest.approx((0.75 + 2 / 3) / 2)
-    assert found["mean"]["majority_accuracy"] == pytest.approx((0.75 + 1 / 3) / 2)
-    assert found["letters"]["share"] == pytest.approx(0.9 + 5 * 0.01)
-    assert sum(found["letters"]["answered"].values()) == found["questions"] == 10
-    assert (found["recordings"], found["people"]) == (4, 4)
+    assert scores["mean"]["tasks"] == ["murmur", "systolic_pitch"]
+    assert scores["mean"]["accuracy"]["value"] == pytest.approx((0.75 + 2 / 3) / 2)
+    assert scores["mean"]["majority_accuracy"] == pytest.approx((0.75 + 1 / 3) / 2)
+    assert scores["letters"]["share"] == pytest.approx(0.9 + 5 * 0.01)
+    assert sum(scores["letters"]["answered"].values()) == scores["questions"] == 10
+    assert (scores["recordings"], scores["people"]) == (4, 4)
     with pytest.raises(ValueError, match="no question to judge"):
         judge([], trivial, {}, 10, 0)
 
 
 def test_without_training_questions_the_test_majority_stands_in():
     rows = [row(f"{i}_MV", str(i), murmur_status=word) for i, word in enumerate(("Absent", "Absent", "Present"))]
-    answers = [said(one, "murmur") for one in rows]
+    answers = [answer_of(one, "murmur") for one in rows]
     trivial = mc.trivial([], [answer.question for answer in answers])
     murmur = judge(answers, trivial, patients_of(rows), 0, 0)["tasks"]["murmur"]
     assert (murmur["majority"], murmur["majority_from"]) == ("Absent", "test")
@@ -105,11 +96,11 @@ def test_without_training_questions_the_test_majority_stands_in():
 
 def test_intervals_are_over_people():
     rows = [row(f"{person}_{i}", person, murmur_status="Absent") for person in "12" for i in range(20)]
-    answers = [said(one, "murmur", "Absent" if one["person"] == "1" else "Present") for one in rows]
+    answers = [answer_of(one, "murmur", "Absent" if one["person"] == "1" else "Present") for one in rows]
     trivial = mc.trivial([], [answer.question for answer in answers])
-    found = judge(answers, trivial, patients_of(rows), 400, 0)["tasks"]["murmur"]
+    scores = judge(answers, trivial, patients_of(rows), 400, 0)["tasks"]["murmur"]
     # Two people, one always right: drawn anew, one in four times only the one or only the other.
-    assert found["accuracy"] == {"value": 0.5, "low": 0, "high": 1}
+    assert scores["accuracy"] == {"value": 0.5, "low": 0, "high": 1}
     alone = judge(answers[:20], trivial, patients_of(rows), 400, 0)["tasks"]["murmur"]
     assert alone["accuracy"] == {"value": 1, "low": None, "high": None}
 
@@ -127,17 +118,17 @@ def test_a_patient_is_judged_by_the_mean_over_all_recordings():
     patients = patients_of(rows)
     assert len(set(patients.values())) == 5
     answers = [
-        said(rows[0], "murmur", "Absent"),
-        said(rows[1], "murmur", "Unknown"),
-        said(rows[2], "murmur", "Present", 0.9),
-        said(rows[4], "murmur", "Absent"),
-        said(rows[5], "murmur", "Present"),
+        answer_of(rows[0], "murmur", "Absent"),
+        answer_of(rows[1], "murmur", "Unknown"),
+        answer_of(rows[2], "murmur", "Present", 0.9),
+        answer_of(rows[4], "murmur", "Absent"),
+        answer_of(rows[5], "murmur", "Present"),
     ]
-    other_site = said(rows[3], "murmur", "Absent", 0.5)
+    other_site = answer_of(rows[3], "murmur", "Absent", 0.5)
     trivial = mc.trivial([], [answer.question for answer in answers])
-    found = judge(answers, trivial, patients, 100, 0, [other_site])
-    assert found["tasks"]["murmur"]["questions"] == 5  # the other site counts for its patient alone
-    of = found["patients"]
+    scores = judge(answers, trivial, patients, 100, 0, [other_site])
+    assert scores["tasks"]["murmur"]["questions"] == 5  # the other site counts for its patient alone
+    of = scores["patients"]
     # 10 Absent, 11 Unknown (right), 20 Present (log .9 + log .05 > log .01 + log .5), 30 Absent, 40 Present.
     assert of["called"]["Present"] == {"Present": 1, "Unknown": 0, "Absent": 1}
     assert of["called"]["Unknown"] == {"Present": 0, "Unknown": 1, "Absent": 0}
@@ -158,7 +149,7 @@ def test_a_patient_is_judged_by_the_mean_over_all_recordings():
     assert of["weighted_accuracy"]["low"] < of["weighted_accuracy"]["value"] < of["weighted_accuracy"]["high"]
 
     # The other site, surer of Absent, turns patient 20.
-    turned = judge(answers, trivial, patients, 0, 0, [said(rows[3], "murmur", "Absent", 0.9, Present=1e-6)])
+    turned = judge(answers, trivial, patients, 0, 0, [answer_of(rows[3], "murmur", "Absent", 0.9, Present=1e-6)])
     assert turned["patients"]["called"]["Present"]["Absent"] == 2
     # No outcome, no cost.
     nobody = {name: patient._replace(abnormal=None) for name, patient in patients.items()}
@@ -169,22 +160,22 @@ def test_who_was_asked_what_is_told_apart():
     rows = [row(f"{i}_MV", str(i), murmur_status="Absent") for i in range(4)]
     rows.append(row("3_AV", "3", murmur_status="Absent"))
 
-    def asked(answers: list[batches.Answer], *elsewhere: batches.Answer) -> dict:
+    def digests(answers: list[batches.Answer], *elsewhere: batches.Answer) -> dict:
         trivial = mc.trivial([], [answer.question for answer in answers])
         return judge(answers, trivial, patients_of(rows), 0, 0, elsewhere)["asked"]
 
-    first = asked([said(one, "murmur") for one in rows[:3]])
+    first = digests([answer_of(one, "murmur") for one in rows[:3]])
     # Neither what was answered matters, nor the order.
-    assert asked([said(one, "murmur", "Present") for one in rows[2::-1]]) == first
-    others = asked([said(one, "murmur") for one in rows[1:4]])
+    assert digests([answer_of(one, "murmur", "Present") for one in rows[2::-1]]) == first
+    others = digests([answer_of(one, "murmur") for one in rows[1:4]])
     assert others["people"] != first["people"]
     assert others["questions"] != first["questions"]
-    once, twice = asked([said(rows[3], "murmur")]), asked([said(one, "murmur") for one in rows[3:]])
+    once, twice = digests([answer_of(rows[3], "murmur")]), digests([answer_of(one, "murmur") for one in rows[3:]])
     assert once["people"] == twice["people"]
     assert once["questions"] != twice["questions"]
-    assert asked([said(rows[3], "murmur")], said(rows[4], "murmur")) == twice
+    assert digests([answer_of(rows[3], "murmur")], answer_of(rows[4], "murmur")) == twice
     question = mc.ask(rows[3], "murmur", np.random.default_rng(9))  # its options stand in another order
-    assert asked([said(rows[3], "murmur")._replace(question=question)])["questions"] != once["questions"]
+    assert digests([answer_of(rows[3], "murmur")._replace(question=question)])["questions"] != once["questions"]
 
 
 def test_repeated_options_of_a_class_count_together():
@@ -201,12 +192,12 @@ def test_repeated_options_of_a_class_count_together():
 def test_shuffled_audio_is_always_somebody_elses(counts):
     rows = [row(f"{p}_{i}", str(p)) for p, count in enumerate(counts) for i in range(count)]
     indices = np.random.default_rng(0).permutation(len(rows))
-    found = swapped(rows, indices.tolist(), 3)
-    assert found == swapped(rows, sorted(indices), 3)
-    assert sorted(found) == list(range(len(rows)))
-    assert all(rows[i]["person"] != rows[j]["person"] for i, j in found.items())
+    swap = swapped(rows, indices.tolist(), 3)
+    assert swap == swapped(rows, sorted(indices), 3)
+    assert sorted(swap) == list(range(len(rows)))
+    assert all(rows[i]["person"] != rows[j]["person"] for i, j in swap.items())
     if max(counts) * 2 <= len(rows):
-        assert len(set(found.values())) == len(rows)
+        assert len(set(swap.values())) == len(rows)
     with pytest.raises(ValueError, match="two people"):
         swapped(rows, [0], 3)
 
@@ -223,10 +214,10 @@ def corpus(prepared_16k):
 def run_of(tiny_llm, make_config):
     """run_of({config field: value}) of the tiny model as it is."""
 
-    def make(changes: dict | None = None) -> Run:
+    def make(changes: dict | None = None) -> Candidate:
         config = make_config({"evaluation.resamples": 50, **(changes or {})}, "audio_llm")
         model, processor = llm.load(tiny_llm, "float32", "sdpa")
-        return Run("tiny", llm.Answerer(model), processor, config, torch.device("cpu"))
+        return Candidate("tiny", llm.Answerer(model), processor, config, torch.device("cpu"))
 
     return make
 
@@ -238,15 +229,15 @@ def test_generate_says_what_one_forward_pass_says(run_of, corpus):
         weight = run.answerer.model.lm_head.weight
         weight[[i for i in range(len(weight)) if i not in letters]] = 0
     source = batches.make_source(corpus, run.config.front_end)
-    asked = batches.evaluation_clips(run.config, source, corpus.lengths, np.arange(6), llm.CLIP_S)
+    clips = batches.evaluation_clips(run.config, source, corpus.lengths, np.arange(6), llm.CLIP_S)
     tokenize = batches.Tokenizer(run.processor)
-    answers = batches.ask_all(run.answerer, source, asked, tokenize, run.config, "cpu")
-    found = agreement(run.answerer.model, run.processor, source, asked, answers, 4)
-    assert found == {"questions": 4, "same": 1.0, "a_letter": 1.0}
+    answers = batches.ask_all(run.answerer, source, clips, tokenize, run.config, "cpu")
+    shares = agreement(run.answerer.model, run.processor, source, clips, answers, 4)
+    assert shares == {"questions": 4, "same": 1.0, "a_letter": 1.0}
     other = [answer._replace(log_p=tuple(np.roll(answer.log_p, 1))) for answer in answers]
-    assert agreement(run.answerer.model, run.processor, source, asked, other, 64)["same"] == 0
+    assert agreement(run.answerer.model, run.processor, source, clips, other, 64)["same"] == 0
     several = [answer._replace(windows=2) for answer in answers]
-    assert agreement(run.answerer.model, run.processor, source, asked, several, 64)["questions"] == 0
+    assert agreement(run.answerer.model, run.processor, source, clips, several, 64)["questions"] == 0
 
 
 def test_long_recordings_are_said_and_sites_unheard_count_for_patients(run_of):
@@ -287,8 +278,8 @@ def test_zero_shot_calls_present_and_unknown_abnormal(run_of, pascal):
     unheard = load_unheard("pascal", pascal)
     run = run_of()
     source = unheard_source(unheard, run.config.front_end, None)
-    found, predictions = zero_shot(run, source, unheard.left_out, "pascal")
-    assert len(predictions) == len(source.corpus.rows) == found["pascal"]["recordings"]
+    scores_of, predictions = zero_shot(run, source, unheard.left_out, "pascal")
+    assert len(predictions) == len(source.corpus.rows) == scores_of["pascal"]["recordings"]
     truth = {one["id"]: "abnormal" if one["labels"]["abnormal"] == "1" else "normal" for one in source.corpus.rows}
     assert {one["recording"]: one["right"] for one in predictions} == truth
     words = mc.questions(
@@ -299,17 +290,17 @@ def test_zero_shot_calls_present_and_unknown_abnormal(run_of, pascal):
         likeliest = max(STATUS, key=lambda w: float(one[f"log_p_{mc.LETTERS[question.options.index(w)]}"]))
         assert one["answered"] == ("normal" if likeliest == "Absent" else "abnormal")
     databases = {one["id"]: one["database"] for one in source.corpus.rows}
-    for name, scores in found.items():
-        own = [one for one in predictions if name in ("pascal", databases[one["recording"]])]
-        right = [one["right"] == one["answered"] for one in own]
+    for name, scores in scores_of.items():
+        rows = [one for one in predictions if name in ("pascal", databases[one["recording"]])]
+        right = [one["right"] == one["answered"] for one in rows]
         assert scores["accuracy"]["value"] == pytest.approx(np.mean(right))
         for word in ("normal", "abnormal"):
-            called = [r for r, one in zip(right, own, strict=True) if one["answered"] == word]
+            called = [r for r, one in zip(right, rows, strict=True) if one["answered"] == word]
             wanted = pytest.approx(np.mean(called)) if called else None
             assert scores[f"precision_{word}"]["value"] == wanted
-        abnormal = np.mean([one["right"] == "abnormal" for one in own])
+        abnormal = np.mean([one["right"] == "abnormal" for one in rows])
         assert scores["majority_accuracy"] == pytest.approx(max(abnormal, 1 - abnormal))
-    assert set(found) == {"pascal", "pascal-a", "pascal-b"}
+    assert set(scores_of) == {"pascal", "pascal-a", "pascal-b"}
 
 
 def test_a_data_set_is_heard_recording_by_recording(pascal):
@@ -318,9 +309,9 @@ def test_a_data_set_is_heard_recording_by_recording(pascal):
     load_unheard("pascal", pascal)  # what it imports is not to be counted
     tracemalloc.start()
     corpus = load_unheard("pascal", pascal).corpus
-    held, _ = tracemalloc.get_traced_memory()
+    size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < whole.bytes / 4
+    assert size < whole.bytes / 4
     assert corpus.rows == whole.rows
     np.testing.assert_array_equal(corpus.lengths, whole.lengths)
     for i in range(len(whole.rows)):
@@ -361,13 +352,13 @@ def workdirs(tiny_llm, prepared_16k, corpus, make_config, tmp_path_factory):
 
 
 def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pascal, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_module, "_GENERATED", 2)
+    monkeypatch.setattr(conclude, "_GENERATED", 2)
     segments = tmp_path / "segments"
     segments.mkdir()
     for path in pascal.glob("set_*/*.wav"):
         write_tsv([(0.0, 0.1, 4), (0.1, 0.2, 1), (0.2, 0.5, 2), (0.5, 0.6, 3)], segments / f"{path.stem}.tsv")
     both = [str(workdirs / "plain"), str(workdirs / "gated")]
-    results = score.score(
+    results = comparison.score(
         str(tiny_llm), both, tmp_path / "out", zero_shots={"pascal": str(pascal)}, segments={"pascal": str(segments)}
     )
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
@@ -382,15 +373,15 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
     with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == PREDICTION_FIELDS
-    mine = [one for one in rows if one["run"] == "plain"]
-    test = [one for one in mine if one["part"] == "test"]
+    plain_rows = [one for one in rows if one["run"] == "plain"]
+    test = [one for one in plain_rows if one["part"] == "test"]
     assert len(test) == plain["test"]["questions"]
     for task, scores in plain["test"]["tasks"].items():
         right = [one["right"] == one["answered"] for one in test if one["task"] == task]
         assert scores["accuracy"]["value"] == pytest.approx(np.mean(right))
-    assert {one["part"] for one in mine} >= {"test", "shuffled audio", "pascal"}
+    assert {one["part"] for one in plain_rows} >= {"test", "shuffled audio", "pascal"}
 
-    first, second, *_, third = tables.tables([plain, gated])
+    first, second, *_, third = tables([plain, gated])
     features = ["Timing", "Shape", "Grading", "Pitch", "Quality"]
     assert [line[0].removesuffix(" (one class)") for line in first.body] == features
     assert first.body[2][-3:] == [0.334, 0.334, 0.966]
@@ -415,24 +406,24 @@ def test_runs_stand_side_by_side_with_the_papers_figures(workdirs, tiny_llm, pas
 
 
 def test_runs_with_different_test_people_are_told_apart(workdirs, tiny_llm, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_module, "_GENERATED", 2)
+    monkeypatch.setattr(conclude, "_GENERATED", 2)
     other = shutil.copytree(workdirs / "plain", tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "seed": 1}))
     split = splits.make(corpus.rows, "person", "murmur_status", 1, tuple(config["split"]["fractions"]))
     splits.save(split, other / "split.json")
-    results = score.score(str(tiny_llm), [str(workdirs / "plain"), str(other)], tmp_path / "out")
-    said = "These runs were judged on different people: they cannot be compared with each other"
-    assert summary(results).count(said) == 3  # tables 1, 2 and the patients'
-    assert (tmp_path / "out" / "report.html").read_text().count(said) == 5  # scores and task by task, too
+    results = comparison.score(str(tiny_llm), [str(workdirs / "plain"), str(other)], tmp_path / "out")
+    sentence = "These runs were judged on different people: they cannot be compared with each other"
+    assert summary(results).count(sentence) == 3  # tables 1, 2 and the patients'
+    assert (tmp_path / "out" / "report.html").read_text().count(sentence) == 5  # scores and task by task, too
 
 
 def test_the_checkpoint_itself_can_be_scored(prepared_16k, tiny_llm, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_module, "_GENERATED", 2)
-    config = score.plain_config()
+    monkeypatch.setattr(conclude, "_GENERATED", 2)
+    config = comparison.plain_config()
     config.questions.tasks, config.evaluation.resamples = ("murmur", "systolic_pitch"), 20
-    monkeypatch.setattr(score, "plain_config", lambda: config)
-    results = score.score(str(tiny_llm), [], tmp_path, prepared=str(prepared_16k))
+    monkeypatch.setattr(comparison, "plain_config", lambda: config)
+    results = comparison.score(str(tiny_llm), [], tmp_path, prepared=str(prepared_16k))
     [(name, one)] = results["runs"].items()
     assert name == tiny_llm.name
     assert one["test"]["tasks"]["murmur"]["majority_from"] == "test"
@@ -442,14 +433,14 @@ def test_the_checkpoint_itself_can_be_scored(prepared_16k, tiny_llm, tmp_path, m
 
 def test_what_cannot_be_scored_is_named(workdirs, tiny_llm, pascal, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: not a run's config"):
-        score.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
+        comparison.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
     (tmp_path / "config.json").write_text('{"task": {"name": "cnn"}}')
     with pytest.raises(ValueError, match="a run of task 'cnn'"):
-        score.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
+        comparison.score(str(tiny_llm), [str(tmp_path)], tmp_path / "out")
     with pytest.raises(ValueError, match=r"gated hears through front_end\.kind=gate; give --segments=pascal:DIR"):
-        score.score(str(tiny_llm), [str(workdirs / "gated")], tmp_path / "out", zero_shots={"pascal": str(pascal)})
+        comparison.score(str(tiny_llm), [str(workdirs / "gated")], tmp_path / "out", zero_shots={"pascal": str(pascal)})
     with pytest.raises(ValueError, match="names a run twice"):
-        score.score(str(tiny_llm), [str(workdirs / "gated")] * 2, tmp_path / "out")
+        comparison.score(str(tiny_llm), [str(workdirs / "gated")] * 2, tmp_path / "out")
     with pytest.raises(datasets.DatasetError, match="no such folder"):
         load_unheard("pascal", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
@@ -457,9 +448,9 @@ def test_what_cannot_be_scored_is_named(workdirs, tiny_llm, pascal, tmp_path):
 
 @pytest.mark.parametrize("word", ["circor:DIR", "pascal", "pascal:"])
 def test_a_bad_list_of_folders_is_named(word):
-    assert score._folders("zero_shot", ["cinc2016:a:b"]) == {"cinc2016": "a:b"}
+    assert folders("zero_shot", ["cinc2016:a:b"]) == {"cinc2016": "a:b"}
     with pytest.raises(ValueError, match=f"--zero_shot={word}: need DATASET:DIR with one of cinc2016, pascal"):
-        score._folders("zero_shot", [word])
+        folders("zero_shot", [word])
 
 
 @pytest.mark.slow

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pcgjax.audio_llm import batches, tables
+from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import questions as mc
 from pcgjax.audio_llm.judge import judge, patients_of
+from pcgjax.pages import audio_llm as page
 
 
 def result_of(murmurs: list[str], right: list[list[bool]], name: str = "run", **labels: str) -> dict:
@@ -34,7 +35,7 @@ def result_of(murmurs: list[str], right: list[list[bool]], name: str = "run", **
 
 
 def cards(result: dict, tmp_path) -> list[str]:
-    return tables.document([result], tmp_path / "metrics.jsonl").split('<div class="card score">')[1:]
+    return page.document([result], tmp_path / "metrics.jsonl").split('<div class="card score">')[1:]
 
 
 def test_a_score_that_is_sure_above_an_unsure_baseline_is_not_clearly_above_it(tmp_path):
@@ -51,10 +52,10 @@ def test_a_score_that_is_sure_above_an_unsure_baseline_is_not_clearly_above_it(t
 
 def test_what_the_front_end_passed_whole_is_said(tmp_path):
     result = result_of(["Present", "Absent"], [[True, True]] * 2)
-    assert "heard whole" not in tables.document([result], tmp_path / "metrics.jsonl")
+    assert "heard whole" not in page.document([result], tmp_path / "metrics.jsonl")
     result["windows"]["whole"] = 3
-    said = "test: in 3 of 4 recordings the front end found no heartbeat: they were heard whole."
-    assert said in tables.document([result], tmp_path / "metrics.jsonl")
+    sentence = "test: in 3 of 4 recordings the front end found no heartbeat: they were heard whole."
+    assert sentence in page.document([result], tmp_path / "metrics.jsonl")
 
 
 def test_an_unsure_score_that_is_always_above_its_baseline_is_clearly_above_it(tmp_path):
@@ -69,24 +70,24 @@ def test_an_unsure_score_that_is_always_above_its_baseline_is_clearly_above_it(t
     # The murmur of a person is the likeliest over all recordings: everybody is called Present.
     assert result["test"]["patients"]["excess"] == {"value": 0, "low": 0, "high": 0}
     assert '<span class="warn">not clearly above</span> always Present' in patients
-    [table] = (one for one in tables.tables([result]) if one.title.startswith("Patients"))
+    [table] = (one for one in page.tables([result]) if one.title.startswith("Patients"))
     assert table.head[2] == "Over always Present"
     assert table.body[0][2] == result["test"]["patients"]["excess"]
 
 
-@pytest.mark.parametrize(("people", "recordings", "said"), [
+@pytest.mark.parametrize(("people", "recordings", "words"), [
     (4, 2, ""),
     (5, 2, "judged on different people"),
     (4, 3, "asked different questions"),
 ])  # fmt: skip
-def test_runs_judged_on_something_else_are_not_to_be_compared(people, recordings, said, tmp_path):
+def test_runs_judged_on_something_else_are_not_to_be_compared(people, recordings, words, tmp_path):
     murmurs = ["Present", "Absent"] * 3
     one = result_of(murmurs[:4], [[True] * 2] * 4, "one")
     other = result_of(murmurs[:people], [[True] * recordings] * people, "other")
-    assert said in tables.differences([one, other])
-    assert bool(tables.differences([one, other])) == bool(said)
-    assert tables.differences([other]) == ""
-    first, second, patients = tables.tables([one, other])
-    html = tables.document([one, other], tmp_path / "metrics.jsonl")
+    assert words in page.differences([one, other])
+    assert bool(page.differences([one, other])) == bool(words)
+    assert page.differences([other]) == ""
+    first, second, patients = page.tables([one, other])
+    html = page.document([one, other], tmp_path / "metrics.jsonl")
     for text in (first.note, second.note, patients.note, html):
-        assert ("cannot be compared with each other" in text) == bool(said)
+        assert ("cannot be compared with each other" in text) == bool(words)

@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from pcgjax.runtime.checkpoint import CheckpointError
+from pcgjax.runs.best import more_accurate
+from pcgjax.runtime.files import CheckpointError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -56,8 +57,8 @@ def adapter(workdir: pathlib.Path, kind: str = "last") -> dict[str, np.ndarray]:
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in history]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def test_a_run_leaves_what_others_read(trained):
     there = {path.name for path in trained.iterdir()}
     assert there >= {"config.json", "split.json", "metrics.jsonl", "metrics.json", "predictions.csv", "report.html",
                      "train.log", "tensorboard", "checkpoints"}  # fmt: skip
-    found = lines(trained)
-    assert [line["split"] for line in found] == ["train", "validation"] * 2 + ["test"]
-    assert found[2]["loss"] < found[0]["loss"]
+    history = lines(trained)
+    assert [line["split"] for line in history] == ["train", "validation"] * 2 + ["test"]
+    assert history[2]["loss"] < history[0]["loss"]
     assert (trained / "predictions.csv").read_text().count("\n") > 5
     split = json.loads((trained / "split.json").read_text())
     assert split["target"] == "murmur_status"
@@ -106,10 +107,10 @@ def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(words, trained, 
     assert re.search(r"resuming at step \d+", done.stderr)
     assert lines(workdir) == lines(trained)
     for kind in ("last", "best"):
-        wanted, found = adapter(trained, kind), adapter(workdir, kind)
-        assert wanted.keys() == found.keys()
+        wanted, resumed = adapter(trained, kind), adapter(workdir, kind)
+        assert wanted.keys() == resumed.keys()
         for name in wanted:
-            np.testing.assert_array_equal(found[name], wanted[name])
+            np.testing.assert_array_equal(resumed[name], wanted[name])
     moments = [newest(folder, "last") / "optimizer.safetensors" for folder in (trained, workdir)]
     assert moments[0].read_bytes() == moments[1].read_bytes()
     assert not list((workdir / "checkpoints").glob(".*"))
@@ -143,14 +144,14 @@ def test_two_processes_train_what_one_does_and_one_goes_on(words, fsdp, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"resuming at step \d+", done.stderr)
     assert len(lines(two)) == len(lines(alone))
-    for mine, theirs in zip(lines(two), lines(alone), strict=True):
-        for name in mine.keys() & {"loss", "gradient_norm"}:
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3), (mine, theirs)
-    wanted, found = adapter(alone), adapter(two)
+    for line, other in zip(lines(two), lines(alone), strict=True):
+        for name in line.keys() & {"loss", "gradient_norm"}:
+            assert line[name] == pytest.approx(other[name], rel=2e-3), (line, other)
+    wanted, resumed = adapter(alone), adapter(two)
     moved = max(np.abs(w).max() for name, w in wanted.items() if "lora_B" in name)
     assert moved > 1e-3
     for name in wanted:
-        np.testing.assert_allclose(found[name], wanted[name], atol=0.05 * moved, err_msg=name)
+        np.testing.assert_allclose(resumed[name], wanted[name], atol=0.05 * moved, err_msg=name)
 
 
 @pytest.mark.slow
@@ -164,8 +165,8 @@ def test_divided_bfloat16_weights_stopped_and_resumed_are_the_same_run(words, tm
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     done = run(words, straight, 2)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = lines(straight)
-    assert found[2]["loss"] < found[0]["loss"]
+    history = lines(straight)
+    assert history[2]["loss"] < history[0]["loss"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     process = subprocess.Popen([*launch, f"--workdir={stopped}"], env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for_a_checkpoint(stopped, process)
@@ -248,15 +249,15 @@ def test_another_experiment_is_refused(words, trained, change, match):
     ],
 )
 def test_impossible_settings_are_named(changes, match, prepared_16k, tiny_llm, make_config, tmp_path):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
 
     config = make_config({"data.prepared": str(prepared_16k), **changes}, "audio_llm")
     with pytest.raises(ValueError, match=match):
-        train.train(config, str(tiny_llm), tmp_path)
+        train(config, str(tiny_llm), tmp_path)
 
 
 def test_a_part_with_nothing_to_ask_is_named(prepared_16k, tiny_llm, make_config, tmp_path):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
     from pcgjax.runs.data import load_data
 
     changes = {"data.prepared": str(prepared_16k), "questions.tasks": ("systolic_pitch",)}
@@ -268,16 +269,16 @@ def test_a_part_with_nothing_to_ask_is_named(prepared_16k, tiny_llm, make_config
     split["train"] = sorted({*split["train"], *moved})
     (tmp_path / "split.json").write_text(json.dumps(split))
     with pytest.raises(ValueError, match="nothing to ask of the validation part"):
-        train.train(config, str(tiny_llm), tmp_path)
+        train(config, str(tiny_llm), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_recordings(prepared_16k, tiny_llm, make_config, tmp_path):
-    from pcgjax.audio_llm import train
+    from pcgjax.audio_llm.loop import train
 
     config = make_config({"data.prepared": str(prepared_16k), "optimizer.learning_rate": 1e30}, "audio_llm")
     config.optimizer.warmup_steps = 0
     with pytest.raises(FloatingPointError, match=r"step \d+: loss .*recordings: .*smaller --config.optimizer"):
-        train.train(config, str(tiny_llm), tmp_path)
+        train(config, str(tiny_llm), tmp_path)
 
 
 def test_a_run_without_a_model_is_named(tmp_path):
@@ -285,3 +286,28 @@ def test_a_run_without_a_model_is_named(tmp_path):
 
     with pytest.raises(CheckpointError, match="no trained adapter there"):
         best_adapter(tmp_path)
+
+
+def test_the_best_epoch_is_the_most_accurate_then_the_surest():
+    first = more_accurate(None, 0.5, 1.0, 4)
+    assert first == {"accuracy": 0.5, "loss": 1.0, "step": 4}
+    assert more_accurate(first, 0.6, 9.0, 8) == {"accuracy": 0.6, "loss": 9.0, "step": 8}
+    assert more_accurate(first, 0.5, 0.9, 8) == {"accuracy": 0.5, "loss": 0.9, "step": 8}
+    for accuracy, loss in ((0.5, 1.0), (0.4, 0.1), (0.5, float("nan"))):
+        assert more_accurate(first, accuracy, loss, 8) is None
+
+
+@pytest.mark.parametrize("name", ["train", "score", "questions", "merge", "make_tiny"])
+def test_help_needs_no_large_library(name, run_python):
+    code = f"""
+import runpy, sys
+sys.argv = ["{name}", "--help"]
+try:
+    runpy.run_module("pcgjax.audio_llm.{name}", run_name="__main__")
+except SystemExit:
+    print([name for name in ("jax", "torch", "transformers", "matplotlib") if name in sys.modules])
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout or "--workdir" in done.stdout
+    assert done.stdout.endswith("[]\n")

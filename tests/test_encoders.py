@@ -28,7 +28,7 @@ from pcgjax.audio_llm.encoders.train import train_encoder  # noqa: E402
 from pcgjax.audio_llm.model import ModelError  # noqa: E402
 from pcgjax.data.corpus import in_memory  # noqa: E402
 from pcgjax.pages import run as run_page  # noqa: E402
-from pcgjax.runtime.checkpoint import CheckpointError  # noqa: E402
+from pcgjax.runtime.files import CheckpointError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -77,8 +77,8 @@ def trained(config_of, tmp_path_factory) -> pathlib.Path:
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in found]
+    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in history]
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -121,14 +121,14 @@ def test_a_folder_answers_as_transformers_own_classifier(name, kind, changes, co
     samples, mask = batch_of(corpus, clips, extractor, 16000)
     assert (mask is None) == (changes.get("feat_extract_norm") != "layer")
     for i, wave in enumerate(waves):  # an oracle for normalisation and padding
-        own = (wave / 32767 - np.mean(wave / 32767)) / np.std(wave / 32767)
-        np.testing.assert_allclose(samples[i, : len(wave)], own, atol=2e-3)
+        normalised = (wave / 32767 - np.mean(wave / 32767)) / np.std(wave / 32767)
+        np.testing.assert_allclose(samples[i, : len(wave)], normalised, atol=2e-3)
         assert not samples[i, len(wave) :].any()
     with torch.no_grad():
-        found = model.eval()(samples, mask)
+        logits = model.eval()(samples, mask)
         wanted = oracle(samples, attention_mask=mask).logits[:, 0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    assert abs(float(found[0] - found[1])) > 1e-4
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+    assert abs(float(logits[0] - logits[1])) > 1e-4
 
 
 def test_the_base_sizes_are_those_published(config_of):
@@ -153,12 +153,12 @@ def test_what_a_folder_lacks_is_said(config_of, tmp_path):
     fails("num_hidden_layers is 3", saved_folder(tmp_path / "three", "hubert", num_hidden_layers=3), "distilhubert")
 
     weights = folder / "model.safetensors"
-    kept = weights.read_bytes()
-    weights.write_bytes(kept[:-100])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
     fails("cannot be loaded", folder)
     from safetensors.torch import load, save_file
 
-    state = load(kept)
+    state = load(content)
     save_file({k: v for k, v in state.items() if "feature_projection" not in k}, weights, {"format": "pt"})
     fails("4 weights are missing .* feature_projection", folder)
     weights.unlink()
@@ -190,16 +190,16 @@ def test_clips_are_cut_one_after_another_and_their_probabilities_averaged(config
     torch.manual_seed(0)
     model, extractor = make_encoder(config.model)
     device = torch.device("cpu")
-    found = answers(model, extractor, corpus, np.array([2, 0, 1]), config, device)
+    log_p = answers(model, extractor, corpus, np.array([2, 0, 1]), config, device)
     samples, _ = batch_of(corpus, clips_of(corpus, [2], geometry), extractor, window)
     with torch.no_grad():
         p = float(torch.sigmoid(model.eval()(samples)).mean())
-    np.testing.assert_allclose(found[0], [math.log(p), math.log(1 - p)], rtol=1e-5)
-    np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-12)
+    np.testing.assert_allclose(log_p[0], [math.log(p), math.log(1 - p)], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(log_p).sum(1), 1, rtol=1e-12)
     # However the clips are portioned out.
     config.train.portion_clips = 1
     one = answers(model, extractor, corpus, np.array([2, 0, 1]), config, device)
-    np.testing.assert_allclose(one, found, rtol=1e-5)
+    np.testing.assert_allclose(one, log_p, rtol=1e-5)
     corpus = in_memory([{}], [waves[0]], 2000)
     with pytest.raises(ValueError, match="prepare it again with --sample_rate_hz=16000"):
         geometry_of(config, corpus)
@@ -214,14 +214,14 @@ def test_a_run_leaves_what_others_read(trained, corpus_folder, tmp_path):
                      "examples.npz", "run.json", "tensorboard", "checkpoints"}  # fmt: skip
     kinds = sorted(path.name.split("-")[0] for path in (trained / "checkpoints").iterdir())
     assert kinds == ["best", "last"]
-    found = lines(trained)
-    assert [line["split"] for line in found] == ["train", "validation"] * 5 + ["test"]
-    assert found[8]["loss"] < found[0]["loss"]
+    history = lines(trained)
+    assert [line["split"] for line in history] == ["train", "validation"] * 5 + ["test"]
+    assert history[8]["loss"] < history[0]["loss"]
     results = json.loads((trained / "metrics.json").read_text())
     split = json.loads((trained / "split.json").read_text())
     assert results["test"]["recordings"] == len(split["test"]) > 0
     assert results["data"]["parameters"] == 7857
-    assert results["best"]["score"] == max(line["auc"] for line in found if line["split"] == "validation")
+    assert results["best"]["score"] == max(line["auc"] for line in history if line["split"] == "validation")
     run_page.write(trained)
 
     out = tmp_path / "scores.json"
@@ -232,9 +232,9 @@ def test_a_run_leaves_what_others_read(trained, corpus_folder, tmp_path):
     for row in before:
         assert float(rows[row["id"]]["probability"]) == pytest.approx(float(row["probability"]), abs=1e-6)
     wavs = sorted((corpus_folder / "source").rglob(f"{before[0]['id']}.wav"))
-    told = predict.predict(str(trained), [str(wavs[0]), str(tmp_path / "none.wav")], str(tmp_path / "answers.csv"))
-    assert float(told[0]["probability"]) == pytest.approx(float(before[0]["probability"]), abs=1e-6)
-    assert told[1]["error"]
+    table = predict.predict(str(trained), [str(wavs[0]), str(tmp_path / "none.wav")], str(tmp_path / "answers.csv"))
+    assert float(table[0]["probability"]) == pytest.approx(float(before[0]["probability"]), abs=1e-6)
+    assert table[1]["error"]
 
 
 def weights(workdir: pathlib.Path, kind: str) -> dict[str, bytes]:

@@ -46,8 +46,8 @@ def keys(folder):
 
 
 def test_both_layouts_hold_the_same_model(folders, models):
-    for _, told in models.values():
-        assert not any(told.values()), told
+    for _, info in models.values():
+        assert not any(info.values()), info
     current, legacy = (models[of][0].state_dict() for of in (False, True))
     assert current.keys() == legacy.keys()
     assert all(torch.equal(value, legacy[name]) for name, value in current.items())

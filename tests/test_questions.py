@@ -99,8 +99,8 @@ def test_a_feature_left_out_is_not_asked() -> None:
     recording = row()
     del recording["labels"]["diastolic_pitch"]
     assert q.answer_of(recording, "diastolic_pitch") is None
-    asked = {one.task for one in q.questions([recording], (0,))}
-    assert asked == q.TASKS.keys() - {"diastolic_pitch"}
+    tasks = {one.task for one in q.questions([recording], (0,))}
+    assert tasks == q.TASKS.keys() - {"diastolic_pitch"}
 
 
 @pytest.mark.parametrize("padding", q.PADDINGS)
@@ -126,12 +126,12 @@ def test_the_answer_is_the_label_and_stands_there_once(task, word, padding) -> N
 def test_the_text_is_the_same_whatever_the_answer(task) -> None:
     """So nothing that is computed from text and options tells the answer."""
     for seed in range(20):
-        asked = [q.ask(answered(task, word), task, np.random.default_rng(seed)) for word in q.TASKS[task].classes]
-        assert len({one.text for one in asked}) == 1
-        assert {tuple(sorted(one.options)) for one in asked} == {
+        variants = [q.ask(answered(task, word), task, np.random.default_rng(seed)) for word in q.TASKS[task].classes]
+        assert len({one.text for one in variants}) == 1
+        assert {tuple(sorted(one.options)) for one in variants} == {
             tuple(sorted((*q.TASKS[task].classes, *q.OTHERS[task])))
         }
-        assert len({one.answer for one in asked}) == len(asked)
+        assert len({one.answer for one in variants}) == len(variants)
 
 
 def many(task: str, count: int, padding: str) -> list[q.Question]:
@@ -164,15 +164,15 @@ def test_positions_and_phrasings_are_drawn_evenly() -> None:
 
 
 def test_the_key_decides_and_the_order_of_recordings_does_not(rows) -> None:
-    asked = q.questions(rows, (1, 2))
-    assert len({one.id for one in asked}) == len(asked) > 60
-    assert q.questions(rows, (1, 2)) == asked
-    assert {one.id: one for one in q.questions(rows[::-1], (1, 2))} == {one.id: one for one in asked}
-    by_id = {one.id: one for one in asked}
+    drawn = q.questions(rows, (1, 2))
+    assert len({one.id for one in drawn}) == len(drawn) > 60
+    assert q.questions(rows, (1, 2)) == drawn
+    assert {one.id: one for one in q.questions(rows[::-1], (1, 2))} == {one.id: one for one in drawn}
+    by_id = {one.id: one for one in drawn}
     assert all(by_id[one.id] == one for one in q.questions(rows[3:5], (1, 2), ("murmur", "systolic_pitch")))
     other = q.questions(rows, (1, 3))
-    assert [one.id for one in other] == [one.id for one in asked]
-    assert np.mean([one.options != before.options for one, before in zip(other, asked, strict=True)]) > 0.9
+    assert [one.id for one in other] == [one.id for one in drawn]
+    assert np.mean([one.options != before.options for one, before in zip(other, drawn, strict=True)]) > 0.9
 
 
 def test_the_questions_of_evaluation_are_these() -> None:
@@ -229,25 +229,25 @@ def test_trivial_answers_counted_by_hand() -> None:
     test = [pitch("4_AV", "Low"), pitch("5_AV", "Medium"), pitch("5_MV", "Medium"), pitch("6_AV", "Medium")]
     tasks = ("systolic_pitch", "systolic_shape")
     parts = [q.questions(part, (0,), tasks, padding="repeat") for part in (train, test)]
-    found = q.trivial(*parts)
-    assert found["systolic_pitch"] == {
+    scores = q.trivial(*parts)
+    assert scores["systolic_pitch"] == {
         "questions": 4, "people": 3, "classes": 2, "questions_train": 7, "people_train": 3, "informative": True,
         "majority": "Low", "majority_accuracy": 1 / 4, "test_majority_accuracy": 3 / 4, "once_only_accuracy": 1.0,
     }  # fmt: skip
-    shape = found["systolic_shape"]
+    shape = scores["systolic_shape"]
     assert (shape["classes"], shape["informative"], shape["majority_accuracy"]) == (1, False, 1.0)
-    assert set(found) == set(tasks)
+    assert set(scores) == set(tasks)
 
 
 def test_trivial_without_one_of_the_parts() -> None:
-    asked = q.questions([row()], (0,), ("systolic_pitch",))
-    only_test = q.trivial([], asked)["systolic_pitch"]
+    drawn = q.questions([row()], (0,), ("systolic_pitch",))
+    only_test = q.trivial([], drawn)["systolic_pitch"]
     assert (only_test["majority"], only_test["majority_accuracy"], only_test["test_majority_accuracy"]) == (
         None,
         None,
         1,
     )
-    only_train = q.trivial(asked, [])["systolic_pitch"]
+    only_train = q.trivial(drawn, [])["systolic_pitch"]
     assert (only_train["majority"], only_train["questions"], only_train["informative"]) == ("Low", 0, False)
     assert only_train["majority_accuracy"] is only_train["once_only_accuracy"] is None
 
@@ -256,7 +256,7 @@ def test_trivial_without_one_of_the_parts() -> None:
 
 
 @pytest.fixture
-def asked() -> list[q.Question]:
+def drawn() -> list[q.Question]:
     return q.questions([row(), row("50002_MV", "Absent")], (0,))
 
 
@@ -270,12 +270,12 @@ BEFORE_TEXT = "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n"
 
 
 @pytest.mark.parametrize("layout", q.LAYOUTS)
-def test_export_gives_the_prompt_of_the_chat_template(asked, tmp_path, layout) -> None:
+def test_export_gives_the_prompt_of_the_chat_template(drawn, tmp_path, layout) -> None:
     path = tmp_path / "new" / "train.jsonl"
-    q.export(asked, PATHS, path, layout)
+    q.export(drawn, PATHS, path, layout)
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert len(lines) == len(asked) == 12
-    for line, one in zip(lines, asked, strict=True):
+    assert len(lines) == len(drawn) == 12
+    for line, one in zip(lines, drawn, strict=True):
         user, assistant = line["messages"]
         assert user["content"].count("<audio>") == len(line["audios"]) == 1
         assert user["content"].replace("<audio>", IN_PLACE_OF_AUDIO[layout]) == BEFORE_TEXT + one.text
@@ -287,10 +287,10 @@ def test_export_gives_the_prompt_of_the_chat_template(asked, tmp_path, layout) -
     )
 
 
-def test_dataset_info_reads_the_file_and_keeps_other_entries(asked, tmp_path) -> None:
+def test_dataset_info_reads_the_file_and_keeps_other_entries(drawn, tmp_path) -> None:
     (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}')
     for name in ("train", "test", "train"):
-        q.export(asked, PATHS, tmp_path / f"{name}.jsonl", "llama_factory")
+        q.export(drawn, PATHS, tmp_path / f"{name}.jsonl", "llama_factory")
     info = json.loads((tmp_path / "dataset_info.json").read_text())
     assert list(info) == ["mine", "train", "test"]
     assert info["mine"] == {"file_name": "mine.json"}
@@ -304,20 +304,20 @@ def test_dataset_info_reads_the_file_and_keeps_other_entries(asked, tmp_path) ->
     assert line[entry["columns"]["audios"]] == [PATHS["50001_AV"]]
 
 
-def test_export_refuses(asked, tmp_path) -> None:
+def test_export_refuses(drawn, tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(ValueError, match="unknown layout 'alpaca': choose one of llama_factory, ms_swift"):
-        q.export(asked, PATHS, path, "alpaca")
+        q.export(drawn, PATHS, path, "alpaca")
     with pytest.raises(ValueError, match=r"a\.json: name it \.jsonl"):
-        q.export(asked, PATHS, tmp_path / "a.json", "ms_swift")
+        q.export(drawn, PATHS, tmp_path / "a.json", "ms_swift")
     with pytest.raises(ValueError, match="no question to write"):
         q.export([], PATHS, path, "ms_swift")
     with pytest.raises(ValueError, match="no file for 1 recordings, such as 50002_MV"):
-        q.export(asked, {"50001_AV": "x.wav"}, path, "ms_swift")
+        q.export(drawn, {"50001_AV": "x.wav"}, path, "ms_swift")
     for damage in ("{", "[]"):
         (tmp_path / "dataset_info.json").write_text(damage)
         with pytest.raises(ValueError, match=r"dataset_info.json: .*repair it or choose another folder"):
-            q.export(asked, PATHS, path, "llama_factory")
+            q.export(drawn, PATHS, path, "llama_factory")
         assert (tmp_path / "dataset_info.json").read_text() == damage
     assert not path.exists()
 

@@ -44,18 +44,18 @@ def key_words(seed: int, stream: int, *steps: int) -> list[int]:
 def heartbeats(spans: Sequence[Span]) -> list[tuple[float, float]]:
     """(start_s, end_s) from the onset of each S1 to the end of its S2: a segmenter's `states`, or of its `cycle`
     the spans where it holds. What lies between is diastole, or unknown."""
-    found: list[tuple[float, float]] = []
+    beats: list[tuple[float, float]] = []
     for start_s, end_s, state in spans:
         if state in (UNANNOTATED, DIASTOLE):
             continue
-        if found and start_s <= found[-1][1] + 1e-3 and state != 1:
-            found[-1] = (found[-1][0], end_s)
+        if beats and start_s <= beats[-1][1] + 1e-3 and state != S1:
+            beats[-1] = (beats[-1][0], end_s)
         else:
-            found.append((start_s, end_s))
-    return found
+            beats.append((start_s, end_s))
+    return beats
 
 
-def heard(
+def apply_front_end(
     samples_T: np.ndarray, spans: Sequence[Span], kind: str, rate_hz: int, attenuation_db: float = 20.0
 ) -> np.ndarray:
     """What the front end lets through of a recording (SSAMBA paper, Fig. 1): `none` all of it (N.S), `crop` the
@@ -64,10 +64,10 @@ def heard(
     A recording without heartbeats passes as it is.
     """
     samples = np.asarray(samples_T, np.float32)
-    if kind == "none" or not (kept := heartbeats(spans)):
+    if kind == "none" or not (beats := heartbeats(spans)):
         return samples
     ramp = max(round(_RAMP_S * rate_hz), 1)
-    edges = [(round(a * rate_hz), min(round(b * rate_hz), len(samples))) for a, b in kept]
+    edges = [(round(a * rate_hz), min(round(b * rate_hz), len(samples))) for a, b in beats]
     rise = (np.arange(ramp, dtype=np.float32) + 0.5) / ramp
     if kind == "crop":
         pieces = []
@@ -104,7 +104,7 @@ class Source:
         if self.segments is None:
             return samples
         spans = read_tsv(self.segments / f"{self.corpus.rows[index]['id']}.tsv")
-        return heard(samples, spans, self.kind, self.corpus.sample_rate_hz, self.attenuation_db)
+        return apply_front_end(samples, spans, self.kind, self.corpus.sample_rate_hz, self.attenuation_db)
 
     def passes_whole(self, index: int) -> bool:
         """Whether the front end found no heartbeat to go by."""
@@ -114,11 +114,11 @@ class Source:
 
     def digest(self) -> str:
         """Of the segments that the front end goes by."""
-        found = hashlib.sha256(self.kind.encode())
+        digest = hashlib.sha256(self.kind.encode())
         if self.segments is not None:
             for row in self.corpus.rows:
-                found.update((self.segments / f"{row['id']}.tsv").read_bytes())
-        return found.hexdigest()
+                digest.update((self.segments / f"{row['id']}.tsv").read_bytes())
+        return digest.hexdigest()
 
 
 def make_source(corpus: Corpus, front_end: ml_collections.ConfigDict) -> Source:
@@ -198,8 +198,8 @@ def order_of_epoch(
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A clip and the questions on it."""
+class Clip:
+    """A clip of a recording, and the questions on it."""
 
     recording: int  # index into the corpus
     begin: int  # samples behind the front end
@@ -219,50 +219,50 @@ class Tokenizer:
 
 
 def batch_of(
-    asked: Sequence[Asked], source: Source, tokenize: Tokenizer, share_prefix: bool, multiple: int = 1
+    clips: Sequence[Clip], source: Source, tokenize: Tokenizer, share_prefix: bool, multiple: int = 1
 ) -> llm.Batch:
     """The tensors of these clips and their questions, in this order."""
-    clips, kept = [], dict[int, np.ndarray]()
-    for one in asked:
-        if one.recording not in kept:
-            kept[one.recording] = source.read(one.recording)
-        clips.append(kept[one.recording][one.begin : one.end])
-    mels = [llm.mel_of_clip(tokenize.processor.feature_extractor, clip) for clip in clips]
+    waves, recordings = [], dict[int, np.ndarray]()
+    for clip in clips:
+        if clip.recording not in recordings:
+            recordings[clip.recording] = source.read(clip.recording)
+        waves.append(recordings[clip.recording][clip.begin : clip.end])
+    mels = [llm.mel_of_clip(tokenize.processor.feature_extractor, wave) for wave in waves]
     return llm.make_batch(
-        mels, [len(clip) for clip in clips], [[tokenize(q) for q in one.questions] for one in asked],
+        mels, [len(wave) for wave in waves], [[tokenize(q) for q in clip.questions] for clip in clips],
         tokenize.audio_token, tokenize.pad_token, share_prefix, multiple,
     )  # fmt: skip
 
 
 def training_clips(
     config: ml_collections.ConfigDict, source: Source, lengths: np.ndarray, indices: np.ndarray, step: int
-) -> list[Asked]:
+) -> list[Clip]:
     """What a step asks of these recordings: a clip of each, and some of its questions, drawn from the step's key."""
     q, words = config.questions, key_words(config.seed, STEP, step)
-    most, found = int(config.data.clip_s * llm.RATE_HZ), []
+    most, clips = int(config.data.clip_s * llm.RATE_HZ), []
     for index in indices:
         row = source.corpus.rows[index]
-        asked = mc.questions([row], words, tasks_of(q.tasks), q.sites, q.padding)
+        possible = mc.questions([row], words, tasks_of(q.tasks), q.sites, q.padding)
         rng = np.random.default_rng([*words, index])
-        chosen = sorted(rng.permutation(len(asked))[: q.a_clip])
+        chosen = sorted(rng.permutation(len(possible))[: q.a_clip])
         begin = int(rng.integers(max(lengths[index] - most, 0) + 1))
         end = min(begin + most, int(lengths[index]))
-        found.append(Asked(int(index), begin, end, tuple(asked[i] for i in chosen)))
-    return found
+        clips.append(Clip(int(index), begin, end, tuple(possible[i] for i in chosen)))
+    return clips
 
 
 def evaluation_clips(
     config: ml_collections.ConfigDict, source: Source, lengths: np.ndarray, indices: np.ndarray, clip_s: float
-) -> list[Asked]:
+) -> list[Clip]:
     """All questions on all of these recordings, the same every time; of a longer one each window is asked them all."""
     # The same whatever the run's seed, so that runs can be compared.
     q, words = config.questions, key_words(0, EVALUATION)
-    found = []
+    clips = []
     for index in indices:
-        asked = tuple(mc.questions([source.corpus.rows[index]], words, tasks_of(q.tasks), q.sites, q.padding))
-        if asked:
-            found += [Asked(int(index), a, b, asked) for a, b in windows(int(lengths[index]), clip_s)]
-    return found
+        every = tuple(mc.questions([source.corpus.rows[index]], words, tasks_of(q.tasks), q.sites, q.padding))
+        if every:
+            clips += [Clip(int(index), a, b, every) for a, b in windows(int(lengths[index]), clip_s)]
+    return clips
 
 
 def lengths_heard(source: Source) -> np.ndarray:
@@ -272,16 +272,16 @@ def lengths_heard(source: Source) -> np.ndarray:
       ValueError: a recording of which not one audio token is left.
     """
     if source.kind != "crop":
-        found = np.asarray(source.corpus.lengths, np.int64)
+        lengths = np.asarray(source.corpus.lengths, np.int64)
     else:
-        found = np.array([len(source.read(i)) for i in range(len(source.corpus.rows))])
-    short = np.flatnonzero(found < llm.shortest())
+        lengths = np.array([len(source.read(i)) for i in range(len(source.corpus.rows))])
+    short = np.flatnonzero(lengths < llm.shortest())
     if len(short):
         raise ValueError(
             f"{len(short)} recordings are too short for one audio token (20 ms) behind front_end.kind={source.kind}, "
             f"such as {source.corpus.rows[short[0]]['id']}: move their files out of the source and prepare it again"
         )
-    return found
+    return lengths
 
 
 class Answer(NamedTuple):
@@ -295,62 +295,73 @@ class Answer(NamedTuple):
 def ask_all(
     answerer: llm.Answerer,
     source: Source,
-    asked: Sequence[Asked],
+    clips: Sequence[Clip],
     tokenize: Tokenizer,
     config: ml_collections.ConfigDict,
     device: torch.device | str,
     swap: Mapping[int, int] | None = None,
     describe: str = "score",
 ) -> list[Answer]:
-    """The answers to all questions, in the order in which they are first asked; the same on every process, each of
-    which asks its share.
+    """The answers to all questions, in the order in which they first come; the same on every process, each of which
+    asks its share.
 
     swap: {recording: whose audio is heard in its place}, a control.
     """
-    rank, world = process()
+    rank, processes = process()
     if swap is not None:
-        asked = [_swapped(one, swap[one.recording], source) for one in asked]
+        clips = [_swapped(clip, swap[clip.recording], source) for clip in clips]
     # Clips of like length together, every process as many batches: FSDP's forward passes are made by all at once.
-    order = np.argsort([one.end - one.begin for one in asked], kind="stable")
-    batch = config.evaluation.batch_recordings
-    everybodys = [order[i : i + batch] for i in range(0, len(order), batch)]
-    rounds = -(-len(everybodys) // world)
-    mine = [everybodys[min(i * world + rank, len(everybodys) - 1)] for i in range(rounds)]
-    make = lambda n: batch_of([asked[i] for i in mine[n]], source, tokenize, config.model.share_prefix)
+    order = np.argsort([clip.end - clip.begin for clip in clips], kind="stable")
+    size = config.evaluation.batch_recordings
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    rounds = -(-len(groups) // processes)
+    own_groups = [groups[min(i * processes + rank, len(groups) - 1)] for i in range(rounds)]
+
+    def make(number: int) -> llm.Batch:
+        return batch_of([clips[i] for i in own_groups[number]], source, tokenize, config.model.share_prefix)
+
     letters = torch.tensor(tokenize.letters, device=device)
-    training, found = answerer.training, dict[tuple[int, int], np.ndarray]()
+    training, log_p_of = answerer.training, dict[tuple[int, int], np.ndarray]()
     answerer.eval()
     try:
         with torch.no_grad():
             bar = tqdm.tqdm(prefetched(make, rounds), desc=describe, total=rounds, disable=rank > 0, mininterval=1.0)
-            for number, tensors in enumerate(bar):
-                log_p = torch.log_softmax(answerer(tensors.to(device)), -1)[:, letters].double().cpu().numpy()
-                of = [(int(i), n) for i in mine[number] for n in range(len(asked[i].questions))]
-                found |= dict(zip(of, log_p, strict=True))
+            for number, batch in enumerate(bar):
+                log_p = torch.log_softmax(answerer(batch.to(device)), -1)[:, letters].double().cpu().numpy()
+                places = [(int(i), n) for i in own_groups[number] for n in range(len(clips[i].questions))]
+                log_p_of |= dict(zip(places, log_p, strict=True))
     finally:
         answerer.train(training)
-    if world > 1:
-        shares: list[dict] = [{}] * world
-        torch.distributed.all_gather_object(shares, found)
-        found = {key: value for share in shares for key, value in share.items()}
-    windows: dict[str, list[np.ndarray]] = {}
+    if processes > 1:
+        shares: list[dict] = [{}] * processes
+        torch.distributed.all_gather_object(shares, log_p_of)
+        log_p_of = {key: value for share in shares for key, value in share.items()}
+    return _over_windows(clips, log_p_of)
+
+
+def _over_windows(clips: Sequence[Clip], log_p_of: Mapping[tuple[int, int], np.ndarray]) -> list[Answer]:
+    """An answer to each question, of the mean probability over the clips on which it was asked.
+
+    log_p_of: {(clip, which of its questions): (6,) log-probabilities of the letters}.
+    """
+    log_p: dict[str, list[np.ndarray]] = {}
     questions: dict[str, mc.Question] = {}
-    for i, one in enumerate(asked):
-        for n, question in enumerate(one.questions):
+    for i, clip in enumerate(clips):
+        for n, question in enumerate(clip.questions):
             questions[question.id] = question
-            windows.setdefault(question.id, []).append(found[i, n])
+            log_p.setdefault(question.id, []).append(log_p_of[i, n])
     return [
-        Answer(question, tuple(np.logaddexp.reduce(windows[id], 0) - math.log(len(windows[id]))), len(windows[id]))
+        Answer(question, tuple(np.logaddexp.reduce(log_p[id], 0) - math.log(len(log_p[id]))), len(log_p[id]))
         for id, question in questions.items()
     ]
 
 
-def _swapped(one: Asked, other: int, source: Source) -> Asked:
+def _swapped(clip: Clip, other: int, source: Source) -> Clip:
     """The same questions on as long a stretch of another recording, or on all of it where it is shorter."""
-    there = len(source.read(other))
-    long = min(one.end - one.begin, there)
-    begin = min(one.begin, there - long)
-    return Asked(other, begin, begin + long, one.questions)
+    samples = len(source.read(other))
+    length = min(clip.end - clip.begin, samples)
+    begin = min(clip.begin, samples - length)
+    return Clip(other, begin, begin + length, clip.questions)
 
 
 def process() -> tuple[int, int]:

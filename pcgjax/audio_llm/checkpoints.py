@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
-from pcgjax.runtime import checkpoint
+from pcgjax.runtime.files import CheckpointError
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -27,20 +27,20 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def newest(workdir: str | pathlib.Path, kind: str) -> pathlib.Path | None:
     """The newest folder checkpoints/KIND-STEP of a run, kind last or best; each is there whole or not at all."""
-    found = pathlib.Path(workdir).glob(f"checkpoints/{kind}-*")
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    folders = pathlib.Path(workdir).glob(f"checkpoints/{kind}-*")
+    return max(folders, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def best_adapter(workdir: str | pathlib.Path) -> pathlib.Path:
     """The folder with a run's best adapter by validation accuracy.
 
     Raises:
-      checkpoint.CheckpointError: there is none.
+      CheckpointError: there is none.
     """
-    found = newest(workdir, "best")
-    if found is None:
-        raise checkpoint.CheckpointError(f"{workdir}: no trained adapter there (checkpoints/best-*); train one first")
-    return found / "adapter"
+    folder = newest(workdir, "best")
+    if folder is None:
+        raise CheckpointError(f"{workdir}: no trained adapter there (checkpoints/best-*); train one first")
+    return folder / "adapter"
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,10 +55,10 @@ def save(workdir: pathlib.Path, kind: str, step: int, model: Any, weights: dict,
     Every process calls it, for parameters that are divided between them; one writes, the others wait for it.
     """
     tensors, moments = {name: full(p) for name, p in weights.items()}, moments_of(weights, optimizer)
-    rank, world = batches.process()
+    rank, processes = batches.process()
     if rank == 0:
         write(workdir, kind, step, lambda folder: llm.save_adapter(model, folder / "adapter", tensors), moments, meta)
-    if world > 1:
+    if processes > 1:
         dist.barrier()
 
 
@@ -99,7 +99,11 @@ def write(
 
 
 def put(weights: dict[str, Any], folder: pathlib.Path, optimizer: Any = None) -> dict:
-    """Sets adapter weights, and the optimizer's moments, to those of a checkpoint; returns its meta.json."""
+    """Sets adapter weights, and the optimizer's moments, to those of a checkpoint; returns its meta.json.
+
+    Raises:
+      CheckpointError: it cannot be read, or is of another configuration.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -107,7 +111,7 @@ def put(weights: dict[str, Any], folder: pathlib.Path, optimizer: Any = None) ->
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise checkpoint.CheckpointError(f"{path}: cannot be read ({error}); remove {folder.name}") from None
+            raise CheckpointError(f"{path}: cannot be read ({error}); remove {folder.name}") from None
 
     def like(p: Any, value: torch.Tensor) -> torch.Tensor:
         if hasattr(p, "full_tensor") and value.shape == p.shape:
@@ -120,7 +124,7 @@ def put(weights: dict[str, Any], folder: pathlib.Path, optimizer: Any = None) ->
     names = {name.replace(".default.", "."): name for name in weights}
     if saved.keys() != names.keys():
         odd = sorted(saved.keys() ^ names.keys())[0]
-        raise checkpoint.CheckpointError(f"{folder}: its adapter is not this configuration's: {odd}")
+        raise CheckpointError(f"{folder}: its adapter is not this configuration's: {odd}")
     with torch.no_grad():
         for name, value in saved.items():
             weights[names[name]].copy_(like(weights[names[name]], value))

@@ -66,9 +66,9 @@ def _processor() -> Any:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(_text(), trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in learnt["merges"]]
-    vocabulary = learnt["vocab"] | {token: len(learnt["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    model = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in model["merges"]]
+    vocabulary = model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary, merges=merges, pad_token="<|endoftext|>", eos_token="<|im_end|>",
         additional_special_tokens=list(SPECIAL_TOKENS[1:]), padding_side="left", model_max_length=8192,

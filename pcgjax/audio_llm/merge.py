@@ -12,10 +12,9 @@ import tempfile
 from absl import app, flags
 
 from pcgjax.audio_llm import make_tiny
-from pcgjax.audio_llm import model as llm
 from pcgjax.runtime import files
 
-# Of the base: its weights, replaced here or pickled, and the word of `make_tiny` that the folder may be overwritten.
+# Of the base: its weights, replaced here or pickled, and `make_tiny`'s mark that the folder may be overwritten.
 _LEFT_OUT = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", make_tiny.MARKER)
 
 
@@ -32,6 +31,8 @@ def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pat
     """
     import torch
     from safetensors import safe_open
+
+    from pcgjax.audio_llm import model as llm
 
     folder, out = pathlib.Path(model), pathlib.Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -64,14 +65,14 @@ def _stored_type(folder: pathlib.Path) -> str:
     float16. float32 where they have several, or another."""
     from safetensors import SafetensorError, safe_open
 
-    found = set()
+    types = set()
     try:
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
-                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except SafetensorError:
         pass  # `model.load` says what is wrong with it
-    return {("BF16",): "bfloat16", ("F16",): "float16"}.get(tuple(found), "float32")
+    return {("BF16",): "bfloat16", ("F16",): "float16"}.get(tuple(types), "float32")
 
 
 def main(argv: list[str]) -> None:

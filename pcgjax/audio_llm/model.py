@@ -8,6 +8,7 @@ M mel frames, P encoder positions, S sequences, L tokens, Q questions, V vocabul
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -58,8 +59,8 @@ def check(folder: str | pathlib.Path, dtype: str) -> pathlib.Path:
         raise ModelError(f"{folder}/config.json: model_type is {kind!r}; only qwen2_audio is understood here")
     if not any(folder.glob("*.safetensors")):
         pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-        found = f"only {', '.join(sorted(pickled))}, pickled files that are not opened here" if pickled else "none"
-        raise ModelError(f"{folder}: need weights as *.safetensors, found {found}; download those of the checkpoint")
+        others = f"only {', '.join(sorted(pickled))}, pickled files that are not opened here" if pickled else "none"
+        raise ModelError(f"{folder}: need weights as *.safetensors, found {others}; download those of the checkpoint")
     return folder
 
 
@@ -83,8 +84,8 @@ def load(folder: str | pathlib.Path, dtype: str, attention: str, device: str | t
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:400]}") from None
-    model, told = loaded
-    lacking = sorted({*told["missing_keys"], *told["unexpected_keys"], *map(str, told["mismatched_keys"])})
+    model, info = loaded
+    lacking = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
     if lacking:
         raise ModelError(
             f"{folder}: {len(lacking)} weights are missing, unknown or of another shape than config.json says: "
@@ -101,10 +102,10 @@ def letter_ids(processor: Any) -> list[int]:
     Raises:
       ModelError: a letter that is several tokens.
     """
-    found = [processor.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in LETTERS]
-    if wrong := [letter for letter, ids in zip(LETTERS, found, strict=True) if len(ids) != 1]:
+    tokens = [processor.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in LETTERS]
+    if wrong := [letter for letter, ids in zip(LETTERS, tokens, strict=True) if len(ids) != 1]:
         raise ModelError(f"the tokenizer divides the letter {wrong[0]!r}: answers are read from one token a letter")
-    return [ids[0] for ids in found]
+    return [ids[0] for ids in tokens]
 
 
 def fingerprint(model: Any) -> str:
@@ -149,9 +150,9 @@ def add_lora(model: Any, lora: ml_collections.ConfigDict) -> Any:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     base = fingerprint(model)
-    found: Any = peft.get_peft_model(model, config)
-    found.base_fingerprint = base
-    return found
+    adapted: Any = peft.get_peft_model(model, config)
+    adapted.base_fingerprint = base
+    return adapted
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -192,16 +193,21 @@ def with_adapter(model: Any, folder: str | pathlib.Path) -> Any:
     if theirs is not None and theirs != base:
         raise ModelError(f"{folder}: trained on other base weights ({theirs}) than --model has ({base}); give its own")
     try:
-        found: Any = peft.PeftModel.from_pretrained(model, str(folder))
+        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not fit this model: {' '.join(str(error).split())[:300]}") from None
-    found.base_fingerprint = base
-    return found.eval()
+    adapted.base_fingerprint = base
+    return adapted.eval()
 
 
 def base_of(model: Any) -> Any:
     """The Qwen2AudioForConditionalGeneration within an adapter, or itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def precision(dtype: str, device: torch.device) -> Any:
+    """A context within which products are computed in bfloat16 where `config.model.dtype` is; else nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------ its input
@@ -237,10 +243,10 @@ def mel_of_clip(feature_extractor: Any, clip: np.ndarray) -> np.ndarray:
     # Two more frames, so that the reflection at the end reaches none of ours; of 30 s the documented path has one too.
     samples = np.zeros(min((frames + 2) * _HOP, _MOST_FRAMES * _HOP), np.float32)
     samples[: len(clip)] = clip
-    found = feature_extractor(
+    features = feature_extractor(
         samples, sampling_rate=RATE_HZ, padding="do_not_pad", truncation=False, return_tensors="np"
     )
-    return found["input_features"][0][:, :frames]
+    return features["input_features"][0][:, :frames]
 
 
 def conversation(processor: Any, question: str) -> str:
@@ -287,7 +293,7 @@ class Batch(NamedTuple):
 def make_batch(
     mels: Sequence[np.ndarray],
     samples: Sequence[int],
-    asked: Sequence[Sequence[tuple[Sequence[int], int]]],
+    questions: Sequence[Sequence[tuple[Sequence[int], int]]],
     audio_token: int,
     pad_token: int,
     share_prefix: bool = True,
@@ -295,22 +301,26 @@ def make_batch(
 ) -> Batch:
     """A batch of clips and of the questions on each, (token ids as `tokens_of` gives them, right letter's token).
 
-    share_prefix: a clip's questions stand in one sequence behind one copy of prompt and audio; else each in its own.
-    multiple: sequences are padded to multiples of it, so that few shapes are compiled.
+    Args:
+      mels: of `mel_of_clip`; samples: of each clip.
+      share_prefix: a clip's questions stand in one sequence behind one copy of prompt and audio; else each in its own.
+      multiple: sequences are padded to multiples of it, so that few shapes are compiled.
+    Raises:
+      ValueError: a clip's questions that differ before the audio.
     """
-    held = np.array([positions(n) for n in samples])
+    clip_positions = np.array([positions(n) for n in samples])
     mel_CxFxM = np.zeros((len(mels), mels[0].shape[0], max(mel.shape[1] for mel in mels)), np.float32)
     for i, mel in enumerate(mels):
         mel_CxFxM[i, :, : mel.shape[1]] = mel
-    rows: list[tuple[list[int], list[int], list[int]]] = []
+    rows: list[tuple[list[int], list[int], list[int]]] = []  # of each sequence tokens, places, owners
     clip, last, letters = [], [], []
-    for c, questions in enumerate(asked):
+    for c, of_clip in enumerate(questions):
         shared: list[int] | None = None
-        for number, (ids, letter) in enumerate(questions, 1):
+        for number, (ids, letter) in enumerate(of_clip, 1):
             at = list(ids).index(audio_token)
             # Everything up to the audio is the same for all; what follows it is the question's own.
-            prefix = [*ids[:at], *[audio_token] * int(held[c] // 2)]
-            own = list(ids[at + 1 :])
+            prefix = [*ids[:at], *[audio_token] * int(clip_positions[c] // 2)]
+            rest = list(ids[at + 1 :])
             if shared is None or not share_prefix:
                 shared = prefix
                 rows.append((list(prefix), list(range(len(prefix))), [_PREFIX] * len(prefix)))
@@ -318,23 +328,31 @@ def make_batch(
             elif prefix != shared:
                 raise ValueError("a clip's questions begin differently: the chat template must put the audio first")
             tokens, place, owner = rows[-1]
-            tokens += own
-            place += range(len(prefix), len(prefix) + len(own))
-            owner += [number if share_prefix else _PREFIX] * len(own)
+            tokens += rest
+            place += range(len(prefix), len(prefix) + len(rest))
+            owner += [number if share_prefix else _PREFIX] * len(rest)
             last.append((len(rows) - 1, len(tokens) - 1))
             letters.append(letter)
-    length = -(-max(len(tokens) for tokens, _, _ in rows) // multiple) * multiple
-    filled = [np.full((len(rows), length), value, np.int64) for value in (pad_token, 0, _PAD)]
-    filled[1][:] = np.arange(length)  # positions that began anew in the padding would be taken for packed sequences
-    for i, row in enumerate(rows):
-        for array, values in zip(filled, row, strict=True):
-            array[i, : len(values)] = values
-    tensor = lambda x: torch.from_numpy(np.asarray(x))
-    all_tokens, places, owners = (tensor(x) for x in filled)
     return Batch(
-        tensor(mel_CxFxM), tensor(held), tensor(clip), all_tokens, places, owners, tensor(last), tensor(letters),
-        positions=int(held.max()), ragged=bool(held.min() < held.max()), shared=share_prefix and len(last) > len(rows),
+        torch.from_numpy(mel_CxFxM), torch.from_numpy(clip_positions), torch.tensor(clip),
+        *_padded(rows, pad_token, multiple), torch.tensor(last), torch.tensor(letters),
+        positions=int(clip_positions.max()), ragged=bool(clip_positions.min() < clip_positions.max()),
+        shared=share_prefix and len(last) > len(rows),
     )  # fmt: skip
+
+
+def _padded(
+    rows: Sequence[tuple[list[int], list[int], list[int]]], pad_token: int, multiple: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(S, L) int64 tokens, places and owners of these sequences, padded at the end to a multiple of `multiple`."""
+    length = -(-max(len(tokens) for tokens, _, _ in rows) // multiple) * multiple
+    arrays = [np.full((len(rows), length), value, np.int64) for value in (pad_token, 0, _PAD)]
+    arrays[1][:] = np.arange(length)  # positions that began anew in the padding would be taken for packed sequences
+    for i, row in enumerate(rows):
+        for array, values in zip(arrays, row, strict=True):
+            array[i, : len(values)] = values
+    tokens, places, owners = map(torch.from_numpy, arrays)
+    return tokens, places, owners
 
 
 # ------------------------------------------------------------------------------------------------------- forward
@@ -359,8 +377,8 @@ class Answerer(nn.Module):
         is_audio = batch.tokens_SxL == base.config.audio_token_id
         # The audio's place is the same in all sequences: nothing is padded in front.
         nth = is_audio.cumsum(1).clamp(min=1, max=audio_CxAxD.shape[1]) - 1
-        heard = audio_CxAxD[batch.clip_S[:, None], nth].to(x.dtype)
-        x = torch.where(is_audio[..., None], heard, x)
+        audio_SxLxD = audio_CxAxD[batch.clip_S[:, None], nth].to(x.dtype)
+        x = torch.where(is_audio[..., None], audio_SxLxD, x)
         hidden = base.model.language_model(
             inputs_embeds=x, attention_mask=question_mask(base.config, batch, x.dtype),
             position_ids=batch.place_SxL, use_cache=False,
@@ -398,9 +416,9 @@ def question_mask(config: Any, batch: Batch, dtype: torch.dtype) -> torch.Tensor
     kind = config.text_config._attn_implementation
     if kind not in ("sdpa", "eager"):
         raise ModelError(f"model.attention={kind}: cannot share a clip's prefix; set model.share_prefix=False")
-    own, L = owner_SxL[:, :, None] == owner_SxL[:, None], owner_SxL.shape[1]
+    same_question, L = owner_SxL[:, :, None] == owner_SxL[:, None], owner_SxL.shape[1]
     before = torch.ones(L, L, dtype=torch.bool, device=owner_SxL.device).tril()
-    allowed = ((own | (owner_SxL == _PREFIX)[:, None]) & before)[:, None]
+    allowed = ((same_question | (owner_SxL == _PREFIX)[:, None]) & before)[:, None]
     return allowed if kind == "sdpa" else torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, -torch.inf)
 
 

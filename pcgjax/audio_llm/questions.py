@@ -221,12 +221,12 @@ def questions(
     for task in tasks:
         _choose("task", task, tuple(TASKS))
     words = [int(word) for word in key_words]
-    asked = []
+    drawn = []
     for row, task in itertools.product(rows, tasks):
         if answer_of(row, task, sites) is not None:
             rng = np.random.default_rng([*words, zlib.crc32(f"{row['id']}:{task}".encode())])
-            asked.append(ask(row, task, rng, padding))
-    return asked
+            drawn.append(ask(row, task, rng, padding))
+    return drawn
 
 
 def _choose(what: str, value: str, choices: Sequence[str]) -> None:
@@ -360,16 +360,16 @@ def main(argv: list[str]) -> None:
     if FLAGS.split:
         chosen = set(splits.load(FLAGS.split, rows)[FLAGS.part])
         rows = [row for row in rows if row["id"] in chosen]
-    asked = questions(rows, (0,), sites=FLAGS.sites, padding=FLAGS.padding)
+    drawn = questions(rows, (0,), sites=FLAGS.sites, padding=FLAGS.padding)
     paths = {one.id: os.path.abspath(one.path) for one in recordings}
-    export(asked, paths, FLAGS.out, FLAGS.layout)
-    heard = sorted({question.recording for question in asked})
-    long = sum(frames > 30 * rate_hz for rate_hz, frames, _ in map(audio.header, (paths[name] for name in heard)))
-    for task, count in collections.Counter(question.task for question in asked).items():
+    export(drawn, paths, FLAGS.out, FLAGS.layout)
+    names = sorted({question.recording for question in drawn})
+    too_long = sum(frames > 30 * rate_hz for rate_hz, frames, _ in (audio.header(paths[name]) for name in names))
+    for task, count in collections.Counter(question.task for question in drawn).items():
         print(f"{task:18s} {count:6d}")
-    print(f"{len(asked)} questions about {len(heard)} recordings in {FLAGS.out}; {len(problems)} files left out")
-    if long:
-        print(f"{long} recordings are longer than 30 s, of which the tools let the model hear the first 30 s only")
+    print(f"{len(drawn)} questions about {len(names)} recordings in {FLAGS.out}; {len(problems)} files left out")
+    if too_long:
+        print(f"{too_long} recordings are longer than 30 s, of which the tools let the model hear the first 30 s only")
 
 
 FLAGS = flags.FLAGS

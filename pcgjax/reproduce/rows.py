@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from pcgjax import metrics
+from pcgjax.pages.audio_llm import ZERO_SHOT_SCORES
 from pcgjax.pages.classical import CLASSICAL_WORDS, CLASSIFIERS, PROTOCOLS, SCORES, SETS
 from pcgjax.pages.words import WORDS, best_trivial
-from pcgjax.published import CNN_PAPER, HINF_PAPER
+from pcgjax.published import AUDIO_LLM_PAPER, CNN_PAPER, HINF_PAPER
 from pcgjax.reproduce.job import CONFIGURATIONS, LLM_RUNS, Job, stage_name
 from pcgjax.runs.config import load_config
 from pcgjax.runs.results import overall_scores, read_json, read_results
@@ -230,7 +231,7 @@ def _classical_rows(job: Job, states: Any) -> list[dict[str, Any]]:
 
 def _llm_rows(job: Job, states: Any) -> list[dict[str, Any]]:
     try:
-        from pcgjax.audio_llm import tables
+        import torch  # noqa: F401
     except ImportError as error:
         why = f'{error}; pip install "pcgjax[audio-llm]"'
         return [_row("audio_llm", "Qwen2-Audio", "CirCor", "accuracy", status="not run", why=why)]
@@ -256,7 +257,7 @@ def _llm_rows(job: Job, states: Any) -> list[dict[str, Any]]:
             (published, published_majority), (honest, honest_majority) = values
             common["trivial_answer"] = "always Present" if metric == "weighted_accuracy" else "the commoner class"
             rows.append(_row(
-                "audio_llm", system, "CirCor", metric, paper=tables.PAPER.get(metric, (None, None))[column],
+                "audio_llm", system, "CirCor", metric, paper=AUDIO_LLM_PAPER.get(metric, (None, None))[column],
                 ours_paper_protocol=published, ours_honest=honest,
                 trivial=published_majority if honest_majority is None else honest_majority, **common, **status,
             ))  # fmt: skip
@@ -265,8 +266,8 @@ def _llm_rows(job: Job, states: Any) -> list[dict[str, Any]]:
             if (scores := zero_shot.get(database)) is None:
                 continue
             site = _zero_shot_site(zero_shot) if database == "cinc2016" else None
-            for metric in tables.ZERO_SHOT_SCORES:
-                figure = tables.PAPER.get(f"{database}/{metric}", (None, None))[column]
+            for metric in ZERO_SHOT_SCORES:
+                figure = AUDIO_LLM_PAPER.get(f"{database}/{metric}", (None, None))[column]
                 trivial = {"accuracy": scores["majority_accuracy"], "mean_accuracy": 0.5, "auc": 0.5}.get(metric)
                 fields = {**common, "trivial_answer": "the commoner class" if trivial is not None else None}
                 rows.append(_row("audio_llm", f"{system}, zero-shot", database, metric, paper=figure, site=site,

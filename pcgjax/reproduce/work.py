@@ -120,19 +120,19 @@ def segment_dataset(job: Job, dataset: str, target: str) -> None:
 
 def train_llm(job: Job, changes: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Trains configs/audio_llm.py on the job's audio LLM."""
-    from pcgjax.audio_llm import train as llm_train
+    from pcgjax.audio_llm.loop import train
 
-    llm_train.train(load_config("audio_llm", changes), job.llm(), workdir)
+    train(load_config("audio_llm", changes), job.llm(), workdir)
 
 
 def score_llm(job: Job) -> dict[str, str]:
     """Scores the honest runs on CirCor, and on data sets that were not trained on; returns {data set: why not}."""
-    from pcgjax.audio_llm import score
+    from pcgjax.audio_llm.comparison import score
 
     folders = {name: job.source / name for name in ("cinc2016", "pascal")}
     lacking = {name: f"no data set {name}" for name, folder in folders.items() if not folder.is_dir()}
     zero_shots = {name: str(folder) for name, folder in folders.items() if name not in lacking}
     segments = {name: str(job.out / "segments" / name) for name in zero_shots}
     workdirs = [str(job.run(f"llm_{run}_honest")) for run in LLM_RUNS]
-    score.score(job.llm(), workdirs, job.run("llm_scores"), zero_shots=zero_shots, segments=segments)
+    score(job.llm(), workdirs, job.run("llm_scores"), zero_shots=zero_shots, segments=segments)
     return lacking

@@ -30,3 +30,11 @@ def better_epoch(
     if best is not None and score <= best["score"]:
         return None
     return {"score": score, "step": step, "epoch": epoch, "metric": select, "threshold": threshold}
+
+
+def more_accurate(best: Mapping[str, Any] | None, accuracy: float, loss: float, step: int) -> dict[str, Any] | None:
+    """What the audio LLM's checkpoints keep of this epoch, {"accuracy", "loss", "step"}, where it is better than
+    `best`: more accurate on validation, or as accurate with a smaller loss; else None."""
+    if best is None or (accuracy, -loss) > (best["accuracy"], -best["loss"]):
+        return {"accuracy": accuracy, "loss": loss, "step": step}
+    return None

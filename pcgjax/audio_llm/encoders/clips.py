@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -16,11 +15,11 @@ import torch
 
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm.checkpoints import full, moments_of, newest, write
-from pcgjax.audio_llm.encoders.model import Classifier
-from pcgjax.audio_llm.model import RATE_HZ
+from pcgjax.audio_llm.encoders.model import Classifier, make_encoder
+from pcgjax.audio_llm.model import RATE_HZ, precision
 from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import Geometry
-from pcgjax.runtime import checkpoint
+from pcgjax.runtime.files import CheckpointError
 
 
 class Clip(NamedTuple):
@@ -83,9 +82,9 @@ def answers(
     training, logits = model.training, []
     model.eval()
     try:
-        with torch.no_grad(), precision(config, device):
-            made = batches.prefetched(lambda n: batch_of(corpus, pieces[n], extractor, geometry.window), len(pieces))
-            for samples, mask in made:
+        with torch.no_grad(), precision(config.model.dtype, device):
+            steps = batches.prefetched(lambda n: batch_of(corpus, pieces[n], extractor, geometry.window), len(pieces))
+            for samples, mask in steps:
                 logits.append(model(samples.to(device), None if mask is None else mask.to(device)).cpu().numpy())
     finally:
         model.train(training)
@@ -94,11 +93,6 @@ def answers(
     log_pairs = np.stack([-np.logaddexp(0, -z), -np.logaddexp(0, z)], axis=-1)
     of_recording = np.split(log_pairs, np.cumsum(counts)[:-1])
     return np.stack([np.logaddexp.reduce(pairs, axis=0) - math.log(len(pairs)) for pairs in of_recording])
-
-
-def precision(config: ml_collections.ConfigDict, device: torch.device) -> Any:
-    bfloat16 = config.model.dtype == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
 def torch_device() -> torch.device:
@@ -118,7 +112,7 @@ def load_weights(model: Classifier, folder: pathlib.Path, optimizer: Any = None)
     """Sets the weights, and the optimizer's moments, to those of a checkpoint; returns its meta.json.
 
     Raises:
-      checkpoint.CheckpointError: it is damaged, or of another model.
+      CheckpointError: it is damaged, or of another model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -134,9 +128,21 @@ def load_weights(model: Classifier, folder: pathlib.Path, optimizer: Any = None)
         return json.loads((folder / "meta.json").read_text())
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{folder}: not a checkpoint of this run ({reason}); give another --workdir, or remove it"
         ) from None
+
+
+def best_folder(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder with a run's best model by its validation score.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    folder = newest(workdir, "best")
+    if folder is None:
+        raise CheckpointError(f"{workdir}: no trained encoder there (checkpoints/best-*); train one first")
+    return folder
 
 
 def load_encoder(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, int, Callable[[Corpus], np.ndarray]]:
@@ -144,20 +150,18 @@ def load_encoder(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict
 
     The folder that the weights came from is not needed.
     Raises:
-      checkpoint.CheckpointError: there is none, or it is damaged.
+      CheckpointError: there is none, or it is damaged.
     """
     import transformers
 
-    folder = newest(workdir, "best")
-    if folder is None:
-        raise checkpoint.CheckpointError(f"{workdir}: no trained encoder there (checkpoints/best-*); train one first")
+    folder = best_folder(workdir)
     try:
         meta = json.loads((folder / "meta.json").read_text())
         config, kind = ml_collections.ConfigDict(meta["config"]), meta["encoder"].pop("model_type")
         encoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **meta["encoder"]))
         extractor = transformers.Wav2Vec2FeatureExtractor.from_dict(meta["extractor"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(f"{folder}/meta.json: cannot be read ({error}); train again") from None
+        raise CheckpointError(f"{folder}/meta.json: cannot be read ({error}); train again") from None
     model, device = Classifier(encoder), torch_device()
     load_weights(model, folder)
     model.to(device).eval()
@@ -168,29 +172,38 @@ def load_encoder(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict
     return config, RATE_HZ, answer
 
 
-def encoded_features(config: ml_collections.ConfigDict, workdir: Any, corpus: Corpus, indices: np.ndarray) -> dict:
-    import torch
+def encoded_features(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, corpus: Corpus, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    """{"trained", "untrained": (n, D) float64}, the mean over a recording's clips of what the linear layer is given,
+    by a run's best model, and by the model that training began with.
 
-    from pcgjax.audio_llm.checkpoints import newest
-    from pcgjax.audio_llm.encoders.model import make_encoder
-    from pcgjax.runtime import checkpoint
-
-    best = newest(workdir, "best")
-    if best is None:
-        raise checkpoint.CheckpointError(f"{workdir}: no trained encoder there (checkpoints/best-*); train one first")
+    Raises:
+      CheckpointError: there is none, or it is damaged.
+    """
+    folder = best_folder(workdir)
     torch.manual_seed(config.seed)
     model, extractor = make_encoder(config.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seen: list[np.ndarray] = []
-    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu().numpy()))
+    untrained = _embed(model, extractor, corpus, indices, config)
+    load_weights(model, folder)
+    return {"trained": _embed(model, extractor, corpus, indices, config), "untrained": untrained}
 
-    def embed() -> np.ndarray:
-        seen.clear()
+
+def _embed(
+    model: Classifier, extractor: Any, corpus: Corpus, indices: np.ndarray, config: ml_collections.ConfigDict
+) -> np.ndarray:
+    """(n, D) float64, the mean over each recording's clips of the linear layer's input."""
+    inputs: list[np.ndarray] = []
+
+    def add(_: Any, arguments: tuple[torch.Tensor]) -> None:
+        inputs.append(arguments[0].float().cpu().numpy())
+
+    device = torch_device()
+    hook = model.head.register_forward_pre_hook(add)
+    try:
         answers(model.to(device), extractor, corpus, indices, config, device)
-        counts = geometry_of(config, corpus).windows(corpus.lengths[indices])
-        begins = np.cumsum(counts) - counts
-        return np.add.reduceat(np.concatenate(seen), begins, axis=0) / counts[:, None]
-
-    begun = embed()
-    load_weights(model, best)
-    return {"trained": embed(), "untrained": begun}
+    finally:
+        hook.remove()
+    counts = geometry_of(config, corpus).windows(corpus.lengths[indices])
+    begins = np.cumsum(counts) - counts
+    return np.add.reduceat(np.concatenate(inputs), begins, axis=0) / counts[:, None]

@@ -94,7 +94,7 @@ def check(folder: str | pathlib.Path, architecture: str) -> pathlib.Path:
     """The folder, when it looks like a checkpoint of this architecture; nothing large is read.
 
     Raises:
-      ModelError: as `make`.
+      ModelError: as `make_encoder`.
     """
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
@@ -103,16 +103,16 @@ def check(folder: str | pathlib.Path, architecture: str) -> pathlib.Path:
             "it, or leave it empty for random weights"
         )
     try:
-        told = dict(json.loads((folder / "config.json").read_text()))
+        saved = dict(json.loads((folder / "config.json").read_text()))
     except (ValueError, TypeError) as error:
         raise ModelError(f"{folder}/config.json: no JSON object: {error}") from None
     kind, differing = ARCHITECTURES[architecture]
     # The distilled model is a HuBERT of fewer layers, else of the same name and weights.
     wanted = {"model_type": kind} | {k: v for k, v in differing.items() if k == "num_hidden_layers"}
     for field, value in wanted.items():
-        if told.get(field) != value:
+        if saved.get(field) != value:
             raise ModelError(
-                f"{folder}/config.json: {field} is {told.get(field)!r}; model.architecture={architecture} needs "
+                f"{folder}/config.json: {field} is {saved.get(field)!r}; model.architecture={architecture} needs "
                 f"{value!r}: use the config of what the folder holds, or another folder"
             )
     if not any(folder.glob("*.safetensors")):
@@ -148,9 +148,9 @@ def _loaded(model: ml_collections.ConfigDict) -> tuple[Any, Any]:
             extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:400]}") from None
-    encoder, told = loaded
+    encoder, info = loaded
     # What else the file holds belongs to the heads of its pre-training.
-    if lacking := sorted({*told["missing_keys"], *map(str, told["mismatched_keys"])}):
+    if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
         raise ModelError(
             f"{folder}: {len(lacking)} weights are missing or of another shape than config.json says: "
             f"{', '.join(lacking[:5])}; download the checkpoint again"

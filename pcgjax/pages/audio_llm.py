@@ -1,6 +1,6 @@
-"""What was judged, drawn: the paper's tables, the same for a terminal, and the page.
+"""An audio LLM's results: in tables like the paper's, the same for a terminal, and the page.
 
-All of it is drawn from the results alone that `score.score_part` and `score.zero_shot` return.
+All of it is drawn from the results alone, as metrics.json has them (`audio_llm.conclude.score_part`).
 """
 
 from __future__ import annotations
@@ -10,26 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pcgjax import metrics
-from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm import questions as mc
 from pcgjax.pages import page
 from pcgjax.pages.curves import training_curves
+from pcgjax.published import AUDIO_LLM_PAPER
 from pcgjax.runs.log import history
 
-# The paper's figures: without segmentation (N.S), with it (W.S), and those it quotes of others.
-PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
-    "systolic_timing": (1.0, 1.0, 0.966), "systolic_shape": (0.997, 1.0, 0.963),
-    "systolic_grading": (0.334, 0.334, 0.966), "systolic_pitch": (0.997, 1.0, 0.966),
-    "systolic_quality": (0.992, 1.0, 0.965),
-    "diastolic_timing": (1.0, 1.0, None), "diastolic_shape": (0.999, 1.0, None),
-    "diastolic_grading": (0.395, 0.427, None), "diastolic_pitch": (1.0, 1.0, None),
-    "diastolic_quality": (1.0, 1.0, None),
-    "weighted_accuracy": (0.637, 0.756, 0.832),
-    "cinc2016/accuracy": (0.1963, 0.6633, None),
-    "pascal-a/precision_normal": (0.487, 0.483, None), "pascal-a/precision_abnormal": (0.0, 1.0, None),
-    "pascal-b/precision_normal": (0.737, 0.753, None), "pascal-b/precision_abnormal": (0.40, 0.625, None),
-}  # fmt: skip
+FEATURES = ("timing", "shape", "grading", "pitch", "quality")
+LETTERS = "ABCDEF"
+TASKS = ("murmur", *(f"{phase}_{feature}" for phase in ("systolic", "diastolic") for feature in FEATURES))
 ZERO_SHOT_SCORES = ("accuracy", "precision_normal", "precision_abnormal", "mean_accuracy", "auc")
+_MOST_S = 30  # that Qwen2-Audio hears of a clip
 _TINY = 1e9  # parameters: Qwen2-Audio has 8.4e9
 
 
@@ -45,14 +35,13 @@ class Table(NamedTuple):
 def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
     """The paper's Tables 1 to 3 with these runs side by side, and the Challenge's scores.
 
-    Args: results: of `score_part`, one a run, with what `zero_shot` found in "zero_shot".
+    Args: results: of `audio_llm.conclude.score_part`, one a run, the scores of `audio_llm.zero_shot` in "zero_shot".
     """
     names = [f"{one['name']}, {one['front_end']}" for one in results]
     columns = [name for run in names for name in (run, "shuffled audio", "majority")]
-    found = []
+    shown = []
     for number, phase, quoted in ((1, "systolic", "Deep CardioSound"), (2, "diastolic", "M2D + AST")):
-        tasks = [task for task in mc.TASKS if task.startswith(phase)]
-        body = [_task_row(task, task.split("_")[1].capitalize(), results) for task in tasks]
+        body = [_task_row(f"{phase}_{feature}", feature.capitalize(), results) for feature in FEATURES]
         title, note = f"Table {number}: {phase} murmurs", "Majority: always the class of most people in training."
         if any("one class" in row[0] for row in body):
             note += " Where one class alone occurs among these people, 100 % means nothing."
@@ -64,20 +53,20 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
             for one in results:
                 cells += [_patients(one, part).get("weighted_accuracy") for part in ("test", "control")]
                 cells.append(_patients(one, "test").get("trivial_weighted_accuracy", {}).get("always Present"))
-            body += [_task_row("murmur", "Murmur", results), ["W.acc", *cells, *PAPER["weighted_accuracy"]]]
-        found.append(Table(title, ("", *columns, "paper N.S", "paper W.S", quoted), body, note))
+            body += [_task_row("murmur", "Murmur", results), ["W.acc", *cells, *AUDIO_LLM_PAPER["weighted_accuracy"]]]
+        shown.append(Table(title, ("", *columns, "paper N.S", "paper W.S", quoted), body, note))
     if any(one["test"]["patients"] for one in results):
-        found.append(_patients_table(results, names))
+        shown.append(_patients_table(results, names))
     if any(one["zero_shot"] for one in results):
-        found += _zero_shot_tables(results, names)
-    return found
+        shown += _zero_shot_tables(results, names)
+    return shown
 
 
 def differences(results: Sequence[Mapping[str, Any]]) -> str:
     """A sentence to be said of runs that were not judged on the same people and questions, else nothing."""
-    for what, said in (("people", "judged on different people"), ("questions", "asked different questions")):
+    for what, words in (("people", "judged on different people"), ("questions", "asked different questions")):
         if len({one["test"]["asked"][what] for one in results}) > 1:
-            return f"These runs were {said}: they cannot be compared with each other, only each with its own majority."
+            return f"These runs were {words}: they cannot be compared with each other, only each with its own majority."
     return ""
 
 
@@ -88,7 +77,7 @@ def _task_row(task: str, name: str, results: Sequence[Mapping[str, Any]]) -> lis
         cells += [test.get("accuracy"), control.get("accuracy"), test.get("majority_accuracy")]
         if test.get("informative") is False and "one class" not in name:
             name += " (one class)"
-    return [name, *cells, *PAPER.get(task, (None, None, None))]
+    return [name, *cells, *AUDIO_LLM_PAPER.get(task, (None, None, None))]
 
 
 def _patients(result: Mapping[str, Any], part: str) -> Mapping[str, Any]:
@@ -101,8 +90,9 @@ def _patients_table(results: Sequence[Mapping[str, Any]], names: Sequence[str]) 
         for part, who in (("test", name), ("control", f"{name}: shuffled audio")):
             if scores := _patients(one, part):
                 cost = scores["cost"] or {}
-                between = [f"{cost[end]:,.0f}" for end in ("low", "high") if cost.get(end) is not None]
-                money = f"{cost['value']:,.0f}" + f" ({' to '.join(between)})" * bool(between) if cost else None
+                between = " to ".join(f"{cost[end]:,.0f}" for end in ("low", "high") if cost.get(end) is not None)
+                money = f"{cost['value']:,.0f}" if cost else None
+                money = f"{money} ({between})" if between else money
                 body.append([who, scores["weighted_accuracy"], scores["excess"], money, scores["patients"]])
         scores = _patients(one, "test")
         for answer, value in scores.get("trivial_weighted_accuracy", {}).items():
@@ -132,7 +122,7 @@ def _zero_shot_tables(results: Sequence[Mapping[str, Any]], names: Sequence[str]
                 cells: list[Any] = []
                 for one in known:
                     cells += [one.get(score), one.get("majority_accuracy") if score == "accuracy" else None]
-                paper = PAPER.get(f"{database}/{score}", (None, None, None))[:2]
+                paper = AUDIO_LLM_PAPER.get(f"{database}/{score}", (None, None, None))[:2]
                 rows.append([f"{database} ({count:,}): {score.replace('_', ' ')}", *cells, *paper])
         return rows
 
@@ -141,11 +131,11 @@ def _zero_shot_tables(results: Sequence[Mapping[str, Any]], names: Sequence[str]
         "likeliest class means abnormal. Precision: how many of those called so are so. Majority: the commoner class "
         "of the same recordings; what does not listen has a mean accuracy and an AUC of 0.5."
     )
-    found = [Table("Table 3: normal or abnormal, zero-shot", head, body(first), note)]
+    shown = [Table("Table 3: normal or abnormal, zero-shot", head, body(first), note)]
     # PASCAL's two sets are the paper's; of both together it says nothing.
     if rest := [name for name in databases if name not in (*first, "pascal")]:
-        found.append(Table("Zero-shot, the other databases one by one", head, body(rest), ""))
-    return found
+        shown.append(Table("Zero-shot, the other databases one by one", head, body(rest), ""))
+    return shown
 
 
 def as_text(table: Table) -> str:
@@ -163,69 +153,71 @@ def as_text(table: Table) -> str:
 def summary(results: Mapping[str, Any]) -> str:
     """What metrics.json says, for a terminal."""
     judged = list(results["runs"].values())
-    said = [as_text(table) for table in tables(judged)]
-    for one in judged:
-        said.append(f"{one['name']}: " + " ".join(_remarks(one)))
-    return "\n\n".join(said)
+    parts = [as_text(table) for table in tables(judged)]
+    parts += [f"{one['name']}: " + " ".join(_remarks(one)) for one in judged]
+    return "\n\n".join(parts)
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:
     """What else must be said of a run, as sentences."""
     test, mean, control = result["test"], result["test"]["mean"], result["control"]
-    said = []
+    sentences = []
     if result["base"]["parameters"] < _TINY:
-        said.append(
+        sentences.append(
             f"The base model has {result['base']['parameters']:,} parameters, not the 8.4e9 of Qwen2-Audio: its "
             "weights are random, and accuracies say little."
         )
-    said.append(
+    sentences.append(
         f"{page.count(test['questions'], 'question')} about {page.count(test['recordings'], 'recording')} of "
         f"{page.count(test['people'], 'person', 'people')} ({result['part']})."
     )
     if mean["accuracy"]:
         shuffled = f", with shuffled audio {page.number(control['mean']['accuracy'])}" if control else ""
-        said.append(
+        sentences.append(
             f"Mean over the {len(mean['tasks'])} tasks with more than one class: {_spoken(mean['accuracy'])}, majority "
             f"{page.number(mean['majority_accuracy'])}{shuffled}; over the majority {_spoken(mean['excess'])}."
         )
     else:
-        said.append("No task has more than one class here: no accuracy means anything.")
+        sentences.append("No task has more than one class here: no accuracy means anything.")
     if control is None:
-        said.append("No control with shuffled audio: it needs recordings of two people.")
+        sentences.append("No control with shuffled audio: it needs recordings of two people.")
     if any(scores["majority_from"] == "test" for scores in test["tasks"].values()):
-        said.append("Without training questions the majority is that of the test questions themselves.")
-    said.append(f"Probability on the six letters together: {page.number(test['letters']['share'])}.")
-    if (found := result["agreement"]) and found["questions"]:
-        said.append(
-            f"generate gave the same letter to {found['same']:.0%} of {found['questions']} questions, and any letter "
-            f"to {found['a_letter']:.0%}."
+        sentences.append("Without training questions the majority is that of the test questions themselves.")
+    sentences.append(f"Probability on the six letters together: {page.number(test['letters']['share'])}.")
+    generated = result["agreement"]
+    if generated is None:
+        sentences.append("generate was not asked: no device has the weights in one piece.")
+    elif generated["questions"]:
+        sentences.append(
+            f"generate gave the same letter to {generated['same']:.0%} of {generated['questions']} questions, and any "
+            f"letter to {generated['a_letter']:.0%}."
         )
-    if found is None:
-        said.append("generate was not asked: no device has the weights in one piece.")
-    heard = {result["part"]: result, **result["zero_shot"]}
-    for name, windows in ((name, one["windows"]) for name, one in heard.items() if "windows" in one):
+    windows_of = {name: one["windows"] for name, one in result["zero_shot"].items() if "windows" in one}
+    for name, windows in {result["part"]: result["windows"], **windows_of}.items():
         if windows["longer"]:
-            said.append(
+            sentences.append(
                 f"{name}: {windows['longer']:,} of {windows['recordings']:,} recordings are longer than "
-                f"{llm.CLIP_S:g} s; each was divided into clips, of whose probabilities the mean counts."
+                f"{_MOST_S} s; each was divided into clips, of whose probabilities the mean counts."
             )
         if windows["whole"]:
-            said.append(
+            sentences.append(
                 f"{name}: in {windows['whole']:,} of {windows['recordings']:,} recordings the front end found no "
                 "heartbeat: they were heard whole."
             )
     for name, scores in result["zero_shot"].items():
         if scores.get("left_out"):
-            said.append(
+            sentences.append(
                 f"{name}: {page.count(scores['left_out'], 'recording')} without a label or unreadable, left out."
             )
     if split := result.get("split"):
-        apart = split["people_apart"] and result["part"] != "train"
-        said.append("Nobody judged was heard in training." if apart else "People judged were heard in training, too.")
+        if split["people_apart"] and result["part"] != "train":
+            sentences.append("Nobody judged was heard in training.")
+        else:
+            sentences.append("People judged were heard in training, too.")
         if result["part"] == "validation":
-            said.append("The adapter was chosen by its accuracy on these very people.")
-        said += split["notes"]
-    return said
+            sentences.append("The adapter was chosen by its accuracy on these very people.")
+        sentences += split["notes"]
+    return sentences
 
 
 def _spoken(score: Any) -> str:
@@ -241,7 +233,8 @@ def document(results: Sequence[Mapping[str, Any]], log: pathlib.Path) -> str:
       log: the metrics.jsonl whose curves are shown; it need not be there.
     """
     shown = "".join(_html(table) for table in tables(results))
-    apart = f'<p class="warn">{page.escape(said)}</p>' if (said := differences(results)) else ""
+    sentence = differences(results)
+    apart = f'<p class="warn">{page.escape(sentence)}</p>' if sentence else ""
     sections = [
         ("scores", "Scores", apart + "".join(map(_headline, results))),
         ("tasks", "Task by task", apart + _task_by_task(results)),
@@ -292,7 +285,7 @@ def _headline(result: Mapping[str, Any]) -> str:
             f"{page.interval(least, most) or 'n/a'}</p>"
             f'<p class="small">with shuffled audio {page.number(shuffled)}</p></div>'
         )
-    remarks = "".join(f"<li>{page.escape(said)}</li>" for said in _remarks(result))
+    remarks = "".join(f"<li>{page.escape(sentence)}</li>" for sentence in _remarks(result))
     return (
         f"<h3>{page.escape(result['name'])}, {page.escape(result['front_end'])}</h3>"
         f'<div class="cards">{drawn}</div><div class="card prose"><ul>{remarks}</ul></div>'
@@ -302,7 +295,7 @@ def _headline(result: Mapping[str, Any]) -> str:
 def _task_by_task(results: Sequence[Mapping[str, Any]]) -> str:
     """Each task's accuracy as a gauge, whose tick is the majority."""
     body = []
-    for task in mc.TASKS:
+    for task in TASKS:
         for one in results:
             scores = one["test"]["tasks"].get(task)
             if scores is None:
@@ -333,11 +326,11 @@ def _letters(results: Sequence[Mapping[str, Any]]) -> str:
     for one in results:
         counts = one["test"]["letters"]
         for kind, name in (("answered", "answered"), ("right", "right")):
-            body.append([page.escape(f"{one['name']}: {name}"), *(f"{counts[kind][x]:,}" for x in mc.LETTERS)])
+            body.append([page.escape(f"{one['name']}: {name}"), *(f"{counts[kind][x]:,}" for x in LETTERS)])
     note = (
         '<p class="small">How often each letter was answered, and how often it was right: options stand shuffled.</p>'
     )
-    return page.table(["", *mc.LETTERS], body) + note
+    return page.table(["", *LETTERS], body) + note
 
 
 def _setup(results: Sequence[Mapping[str, Any]]) -> str:
