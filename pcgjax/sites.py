@@ -19,6 +19,12 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from pcgjax import metrics
+from pcgjax.data.corpus import Corpus, from_prepared
+from pcgjax.pages import page
+from pcgjax.pages import sites as sites_page
+from pcgjax.pages.words import SITE_WORDS
+from pcgjax.runs.results import read_json, read_results
 from pcgjax.runtime import files
 
 
@@ -30,15 +36,10 @@ def write(workdir: str | pathlib.Path) -> dict[str, Any]:
     from pcgjax.runs.sites import measure
 
     workdir = pathlib.Path(workdir)
-    report = measure(workdir, systems.features)
-    files.write_text(workdir / "sites.json", json.dumps(report, indent=1) + "\n")
-    sections = [
-        ("databases", "Inside each database", databases_card(report)),
-        ("probe", "The probe", probe_card(report)),
-    ]
-    title = f"Sites: run {workdir.resolve().name}"
-    files.write_text(workdir / "sites.html", page.document(title, counts_sentence(report["test"]), sections))
-    return report
+    found = measure(workdir)
+    files.write_text(workdir / "sites.json", json.dumps(found, indent=1) + "\n")
+    files.write_text(workdir / "sites.html", sites_page.document(found, f"Sites: run {workdir.resolve().name}"))
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     report = write(workdir)
     for name, why in report["probed"]["left_out"].items():
         logging.warning("%s is left out of the probe: %s", name, why)
-    print(summary(report))
+    print(sites_page.summary(found))
     print(f"wrote {workdir}: sites.json, sites.html")
 
 

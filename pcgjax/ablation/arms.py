@@ -20,7 +20,8 @@ from pcgjax.data.batches import block, gather_batch
 from pcgjax.data.corpus import Corpus, in_memory
 from pcgjax.data.plan import evaluation_plan
 from pcgjax.models.hinf_lstm import UPDATES, Recurrent
-from pcgjax.pages.ablation import ARMS, LOSSES, WORDS, Arm
+from pcgjax.pages.ablation import ARMS, LOSSES, Arm
+from pcgjax.pages.words import ARM_WORDS
 from pcgjax.runtime import sharding
 from pcgjax.tasks.base import Task, split_model
 from pcgjax.tasks.clips import clip_loss
@@ -357,5 +358,5 @@ def train_arms(
                 arms[name, loss, "fixed"] = p[:, training].clip(0, 1), fixed
             if ADAPTIVE[training] or not PENALISED[training]:
                 arms[name, loss, "sapt"] = p[:, training].clip(0, 1), threshold[:, training]
-        done(WORDS[name])
+        done(ARM_WORDS[name])
     return {arm: arms[arm] for arm in ARMS}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pcgjax import metrics
-from pcgjax.pages.classical import CLASSICAL_WORDS, CLASSIFIERS, PROTOCOLS, SCORES, SETS
-from pcgjax.pages.words import WORDS, best_trivial
+from pcgjax.pages.classical import CLASSIFIERS, PROTOCOLS, SCORES, SETS
+from pcgjax.pages.words import CLASSIFIER_WORDS, WORDS, best_trivial
 from pcgjax.published import CNN_PAPER, HINF_PAPER
 from pcgjax.reproduce.plan import CONFIGURATIONS, LLM_RUNS, Job, stage_name
 from pcgjax.runs.config import load_config
@@ -192,7 +192,7 @@ def _classical_rows(job: Job, states: Any) -> list[dict[str, Any]]:
                     best, mean = record["scores"][metric], person["scores"][metric]
                     best = {key: best[key] for key in ("best", "mean", "deviation")}  # the interval is the mean's
                     rows.append(_row(
-                        "classical", f"{CLASSICAL_WORDS[name]}, {of_set}", "PASCAL B", metric,
+                        "classical", f"{CLASSIFIER_WORDS[name]}, {of_set}", "PASCAL B", metric,
                         paper=record.get("paper", {}).get(metric), ours_paper_protocol={"value": best["best"], **best},
                         ours_honest={"value": mean["mean"], **mean}, trivial=trivial[metric],
                         trivial_answer="the commoner class of training", epochs=f"{asked['runs']} runs",
