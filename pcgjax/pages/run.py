@@ -60,9 +60,10 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         values |= _segmenter_values(results) | {"examples": segmented_figures(segmented)}
     else:
         rows = read_predictions(workdir / "predictions.csv") if (workdir / "predictions.csv").exists() else []
+        test_rows = _test_rows(workdir, test, rows)
         has_examples = rows and (workdir / "examples.npz").exists()
         examples = read_examples(workdir / "examples.npz", rows) if has_examples else []
-        values |= _classifier_values(results, _test_rows(workdir, test, rows), examples)
+        values |= _classifier_values(results, test_rows, examples)
     values |= _reading_values(results, rows) | setup_values(results, config)
     path = workdir / "report.html"
     files.write_text(path, page.render("run.html", **values))
