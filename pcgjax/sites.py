@@ -19,27 +19,20 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from pcgjax import metrics
-from pcgjax.data.corpus import Corpus, from_prepared
-from pcgjax.pages import page
-from pcgjax.pages import sites as sites_page
-from pcgjax.pages.words import SITE_WORDS
-from pcgjax.runs.results import read_json, read_results
 from pcgjax.runtime import files
 
 
 def write(workdir: str | pathlib.Path) -> dict[str, Any]:
     """Measures a run and writes its sites.json and sites.html; returns what the former holds. Raises: as `measure`."""
     from pcgjax import systems
-    from pcgjax.pages import page
-    from pcgjax.pages.sites import counts_sentence, databases_card, probe_card
+    from pcgjax.pages.sites import document
     from pcgjax.runs.sites import measure
 
     workdir = pathlib.Path(workdir)
-    found = measure(workdir)
-    files.write_text(workdir / "sites.json", json.dumps(found, indent=1) + "\n")
-    files.write_text(workdir / "sites.html", sites_page.document(found, f"Sites: run {workdir.resolve().name}"))
-    return found
+    report = measure(workdir, systems.features)
+    files.write_text(workdir / "sites.json", json.dumps(report, indent=1) + "\n")
+    files.write_text(workdir / "sites.html", document(report, f"Sites: run {workdir.resolve().name}"))
+    return report
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +44,7 @@ def main(argv: list[str]) -> None:
     report = write(workdir)
     for name, why in report["probed"]["left_out"].items():
         logging.warning("%s is left out of the probe: %s", name, why)
-    print(sites_page.summary(found))
+    print(summary(report))
     print(f"wrote {workdir}: sites.json, sites.html")
 
 

@@ -262,10 +262,10 @@ def _differences(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _curves(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> dict[str, Any]:
     names = [str(one["name"]) for one in rows]
-    lines = [line for history in histories.values() for line in history if line.get("split") != "test"]
+    lines = [line for history in histories.values() for line in history if line["split"] != "test"]
     by_epoch = all(metrics.finite(line.get("epoch")) is not None for line in lines)
     selected = [(one.get("best") or {}).get("metric") for one in rows]
-    logged = {key for line in lines if line.get("split") == "validation" for key in line}
+    logged = {key for line in lines if line["split"] == "validation" for key in line}
     preferred = (*filter(None, selected), *HEADLINE, *SEGMENTATION_HEADLINE, "loss")
     # The metric by which most runs chose their best epoch, so far as it is not the loss, which is shown anyway.
     score = next((m for m in sorted(preferred, key=lambda m: -selected.count(m)) if m in logged and m != "loss"), None)
@@ -287,7 +287,7 @@ def _curve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(step or epoch, value) of a metric, smoothed where there are many."""
     if by_epoch:  # of an epoch its last line
-        history = list({(h.get("split"), h["epoch"]): {**h, "step": h["epoch"]} for h in history if metric in h
+        history = list({(h["split"], h["epoch"]): {**h, "step": h["epoch"]} for h in history if metric in h
                         and "epoch" in h}.values())  # fmt: skip
     return smoothed(curve_of(history, split, metric))
 
@@ -339,8 +339,7 @@ def _table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -
 def _recordings_per_s(one: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float | None:
     """Between the train lines of the log, so that what the first had to compile is not counted."""
     a_step = one.get("a_step") or metrics.finite(((one.get("config") or {}).get("train") or {}).get("batch_recordings"))
-    train = [line for line in history if line.get("split") == "train"]
-    lines = [line for line in train if metrics.finite(line.get("seconds")) is not None]
+    lines = [line for line in history if line["split"] == "train" and metrics.finite(line.get("seconds")) is not None]
     steps = seconds = 0.0
     for before, after in itertools.pairwise(lines):
         if after["seconds"] > before["seconds"]:  # else the run was resumed in between, its clock began anew

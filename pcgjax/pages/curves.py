@@ -168,7 +168,7 @@ def training_curves(history: Sequence[Mapping[str, Any]] | None) -> page.Html:
 
 def curve_of(history: Iterable[Mapping[str, Any]], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(step, value) of one metric, NaN where it was not finite."""
-    points = [(h["step"], h[metric]) for h in history if h.get("split") == split and "step" in h and metric in h]
+    points = [(h["step"], h[metric]) for h in history if h["split"] == split and metric in h]
     values = [float(v) if isinstance(v, int | float) and math.isfinite(v) else math.nan for _, v in points]
     return np.array([step for step, _ in points], float), np.array(values, float)
 
