@@ -184,12 +184,12 @@ def test_page_stands_alone(page):
 
 
 def test_page_says_what_it_rests_on(page, run):
-    assert "Judged on people not heard" in page
+    assert "Judged on held-out people" in page
     assert "Database a has tape codes only." in page
     assert "<pre>python -m pcgjax.train </pre>" in page
     assert "&#34;epochs&#34;: 5" in page
     assert "0.4871" in page
-    for word in ("probability of abnormal", "Right, and sure of it", "Wrong, and sure of it"):
+    for word in ("probability of abnormal", "Right and confident", "Wrong and confident"):
         assert word in page
 
 
@@ -209,7 +209,7 @@ def test_shared_people_are_told(run, tmp_path):
     (copy / "examples.npz").unlink()
     page = run_page.write(copy).read_text()
     assert "1 person is both in validation and in test" in page
-    assert "Judged on people not heard" not in page
+    assert "Judged on held-out people" not in page
 
 
 def test_everything_from_data_is_escaped(tmp_path):
@@ -455,7 +455,7 @@ def test_comparison_shows_runs_beside_the_paper(comparison):
     assert page.count(">the paper<") >= 2  # in the figure's legend and in the table, of the one run it has
     assert "301 recordings" in page
     assert "probably contaminated" in page
-    assert "their trivial answers differ" in page
+    assert "their baselines differ" in page
     assert "Four &amp; more" in page
     assert re.search("Training loss over steps. Filter ends at 0.3", page)  # not every line has an epoch
     assert re.search("Validation loss over steps. Filter ends at 0.4", page)
@@ -472,6 +472,17 @@ def test_comparison_without_paper_or_history(comparison, tmp_path):
     assert "config.json is missing: bare" in page
     assert "run.json is missing: bare" in page
     assert "paper" not in page.split("<body>")[1].lower()
+
+
+def test_names_of_runs_are_escaped_in_sentences_and_tables(tmp_path):
+    nasty = "<i>&'\"</i>"
+    rows = [{"name": name, "metrics": {"auc": {"value": 0.75}}} for name in (nasty, "b")]
+    page = write(rows, tmp_path / "page.html", nasty).read_text()
+    assert "<i>" not in page
+    shown = "&lt;i&gt;&amp;&#39;&#34;&lt;/i&gt;"
+    # In title and heading, in a table, in an alternative text, and in the sentences of what is missing.
+    assert page.count(f"{shown}</title>") == page.count(f"{shown}</h1>") == page.count(f"<b>{shown}</b>") - 1 == 1
+    assert page.count(f"is missing: {shown}, b.") == 3
 
 
 def test_comparison_refuses_bad_rows(tmp_path):
@@ -561,10 +572,10 @@ def test_runs_of_every_kind_stand_side_by_side(run, segmenter, tmp_path):
     rows = [run_row(folder) for folder in folders]
     page = write(rows, tmp_path / "page.html", "t").read_text()
     heads = re.findall('<th scope="col">(.*?)</th>', section(page, "table"))[1:]
-    names = ("segmenter", "pretrained", "llm", "seeds (mean of 6)", "the commoner class (llm)")
+    names = ("segmenter", "pretrained", "llm", "seeds (mean of 6)", "the majority class (llm)")
     shown = {name: dict(zip(heads, table_row(page, "table", name), strict=True)) for name in names}
     assert shown["llm"]["Mean accuracy over tasks"] == ["0.500", "0.400–0.600"]
-    assert shown["the commoner class (llm)"]["Mean accuracy over tasks"] == ["0.450"]
+    assert shown["the majority class (llm)"]["Mean accuracy over tasks"] == ["0.450"]
     assert shown["llm"]["AUC"] == ["–"]
     assert shown["pretrained"]["loss"] == ["0.250"]
     assert shown["pretrained"]["Accuracy"] == ["0.750"]

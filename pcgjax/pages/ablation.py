@@ -123,14 +123,14 @@ def _setting(row: Mapping[str, Any]) -> page.Html:
 
     figure = page.svg(1060, 360, f"Scores of the arms: {row['title']}", paint)
     best_of = ", ".join(f"{WORDS[m]} {value:.3f} ({WORDS[n]})" for m, (value, n) in trivial.items())
-    caption = f"Mean and 95 % t interval over seeds. Dashed: the best trivial answer: {best_of}."
+    caption = f"Mean and 95 % t interval over seeds. Dashed: the best baseline: {best_of}."
     if from_paper:
         caption += " Diamonds: the paper's."
     shown = [k for k in SCORES if k != "mean_database_auc" or row["databases"] > 1]
     head = ["", *(WORDS[k] for k in shown)]
     body = [[_words(arm), *(_cell(row["arms"][name][k]) for k in shown)]
             for arm, name in zip(ARMS, names, strict=True)]  # fmt: skip
-    body += [[f"Trivial: {WORDS[name]}", *(_cell(s[k]) for k in shown)] for name, s in row["trivial"].items()]
+    body += [[f"Baseline: {WORDS[name]}", *(_cell(s[k]) for k in shown)] for name, s in row["trivial"].items()]
     if from_paper:
         body += [[f"The paper: {_words(arm)}", *(page.number(scores.get(k), 4) for k in shown)]
                  for arm, scores in PAPER.items()]  # fmt: skip

@@ -11,7 +11,6 @@ import numpy as np
 
 from pcgjax.datasets import S1, S2
 from pcgjax.pages import page
-from pcgjax.pages.run import setup_values
 from pcgjax.pages.waveforms import SHOWN_S, draw_states, draw_waveform, state_legend
 from pcgjax.pages.words import CLASSIFIER_WORDS, word_of
 from pcgjax.published import PAPER_NOTE
@@ -37,7 +36,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         experiment=[_experiment_table(experiment, name) for name in SETS] if experiment else [],
         reading=reading(experiment) if experiment else "", classifier_head=["Classifier", *map(word_of, _COMPARED)],
         classifier_rows=_classifier_rows(results), envelopes=envelope_figures(shown, positive),
-        picking=results["picking"], spectra=spectra_figure(shown, positive), **setup_values(results, None) | {
+        picking=results["picking"], spectra=spectra_figure(shown, positive), **page.setup_values(results, None) | {
             "config": (workdir / "config.json").read_text()},
     )  # fmt: skip
     files.write_text(workdir / "report.html", html)
@@ -60,7 +59,7 @@ def _experiment_table(experiment: Mapping[str, Any], name: str) -> tuple[str, li
         held_out = (page.score({**s, "value": s["mean"]}, strong=True) for s in by_person)
         body.append([page.bold(f"{word}: by person"), *held_out])
     trivial = next(t["scores"] for t in experiment["trivial"] if (t["set"], t["protocol"]) == (name, "person"))
-    body.append([page.italic("always the commoner class"), *(page.number(trivial[m]) for m in SCORES)])
+    body.append([page.italic("always the majority class"), *(page.number(trivial[m]) for m in SCORES)])
     counts = experiment["counts"][name]
     counted = " and ".join(
         f"{n} {word} recordings of {page.count(p, 'person', 'people')}"
@@ -74,7 +73,7 @@ def reading(experiment: Mapping[str, Any]) -> page.Html:
     sentences = [
         f"{experiment['runs']} random splits, {experiment['test_share']:.0%} to test. “Best” is the run of best "
         "accuracy of those split by recording, what the paper reports; “by recording” is their mean and deviation.",
-        "“By person” is the honest row: nobody is in training and in test. Its interval widens that of the runs' "
+        "“By person” is the row to trust: nobody is in both training and test. Its interval widens that of the runs' "
         "mean for the recordings that the runs share (Nadeau and Bengio 2003); it does not cover another stethoscope.",
     ]
     if any("paper" in row for row in experiment["rows"]):

@@ -112,7 +112,7 @@ def write(
 
 
 def _llm_scores(path: pathlib.Path, judged: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two headline scores of an audio LLM, and what answers without listening have of them."""
+    """The two headline scores of an audio LLM, and what the baselines have of them."""
     if len(judged) != 1:
         raise ValueError(
             f"{path}, runs: holds {len(judged)} audio LLMs side by side already, see its report.html; give the "
@@ -328,7 +328,7 @@ def _table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -
             paper_cells = (page.muted(page.number(n, 4)) if n is not None else "" for n in numbers)
             body.append([page.muted("the paper"), *paper_cells])
         alike.setdefault(json.dumps(one.get("trivial") or {}, sort_keys=True), []).append(name)
-    # Runs judged on the same recordings have the same trivial answers: those are told once.
+    # Runs judged on the same recordings have the same baselines: those are shown once.
     for answers, names in alike.items():
         for answer, scores in json.loads(answers).items():
             label = word_of(answer) + (f" ({', '.join(names)})" if len(alike) > 1 else "")

@@ -79,6 +79,18 @@ def flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
         yield name, f"{value:.6g}" if isinstance(value, float) else text(value)
 
 
+def setup_values(results: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What `setup` of templates/pieces.html shows of a metrics.json: the command, facts, and the config as JSON."""
+    system = dict(results.get("system") or {})
+    command = system.pop("command", None)
+    split = {k: v for k, v in (results.get("split") or {}).items() if k != "notes"}
+    return {
+        "command": " ".join(map(str, command)) if isinstance(command, list) else command,
+        "facts_of_run": {"Data": results.get("data"), "Split": split, "System": system},
+        "config": None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------- HTML
 
 

@@ -1,4 +1,4 @@
-"""Draws the page of pcgjax.reproduce: every paper's tables and figures, under its protocol and under an honest one."""
+"""Draws the page of pcgjax.reproduce: every paper's tables and figures, under its protocol and with held-out people."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from pcgjax.runtime import files
 
 TITLES = {"classical": "Shannon energy, Burg spectrum, four classifiers", "cnn": "1D CNN with grouped BCE",
           "hinf_lstm": "CNN-H∞-LSTM with PWL and SAPT", "audio_llm": "Qwen2-Audio with LoRA"}  # fmt: skip
-_HELD_OUT = "people not heard"
+_HELD_OUT = "held-out people"
 # A part of a paper's section: its heading and its HTML.
 Block = tuple[str, Any]
 # What differs between the two protocols, and why.
 WHY = {
     "classical": [
-        "As published: split by recording, ten runs, the best of which is reported. Best of ten adds what chance adds, "
-        "and one person's clips are on both sides.",
-        "Honest: split by person, the mean of ten runs, with an interval that allows for the recordings they share.",
+        "As published: split by recording, ten runs, the best of which is reported. The best of ten is partly "
+        "luck, and one person's clips are on both sides.",
+        "Held out: split by person, the mean of ten runs, with an interval that allows for the recordings they share.",
     ],
     "cnn": [
         "As published: 301 recordings are judged, which is the size of the Challenge's validation folder, whose files "
         "are byte-identical copies of training recordings. Where the source has that folder its names are judged, else "
         "150 normal and 151 abnormal ones are drawn, or a fifth where there are too few. Either way people of the test "
         "recordings are in training, too.",
-        "Honest: nobody is in two parts. With a database left out, not even the clinic was heard.",
-        "Classes and clinics go together in CinC 2016: who is told the database alone, and answers with its share of "
-        "abnormal recordings, is hard to beat on all recordings together and is at 0.5 inside each. So beside each "
-        "figure stands the mean AUC over databases, and how well the database can be told from the model's features.",
+        "Held out: nobody is in two parts. With a database left out, the clinic is new as well.",
+        "Classes and clinics go together in CinC 2016: a baseline that knows the database alone, and answers with its "
+        "share of abnormal recordings, is hard to beat on all recordings together and is at 0.5 inside each. So beside "
+        "each figure stands the mean AUC over databases, and how well the features predict the database.",
     ],
     "hinf_lstm": [
         "As published: a random 80:20 split. The paper says that no patient is on both sides, but for most of CinC "
         "2016 it is not published who was recorded; here that protocol is by recording. Its validation set of 250 "
         "normal and 250 abnormal recordings would leave too few of these to train on; here it is a share.",
-        "Honest: nobody is in two parts, the same people for every system. Always answering normal gets an accuracy of "
-        "the normals' share; F1 of an answer that says abnormal to all is shown as the trivial one where it is best.",
+        "Held out: nobody is in two parts, the same people for every system. Always answering normal gets an accuracy "
+        "of the normals' share; the F1 of always answering abnormal is the baseline where it is best.",
         "The paper trains every system for 50 epochs with Adam at 0.001. Here the H-infinity LSTM and its CNN-LSTM "
-        "have that; the baselines have the rate, optimizer and epochs of their config, on the same recordings and "
+        "have that; the other systems have the rate, optimizer and epochs of their config, on the same recordings and "
         "splits, and random weights without a file of other ones.",
         "Figures that the paper takes from other papers (its table III) are not reproduced: it ran none of them.",
     ],
     "audio_llm": [
         "As published: options padded to six with repeated wrong answers, so that the right one is the only one that "
-        "stands there once: a reader who hears nothing gets most of them. Honest: padded with other classes.",
+        "stands there once: without the audio one gets most of them. Ours: padded with other classes.",
         "Both protocols divide people, not patient ids: 70 people have two of these. Timing and shape of diastolic "
         "murmurs have one class among the few who have one; there 100 % means nothing.",
         "N.S: without segmentation. W.S: heartbeats alone, cut out by a segmenter trained here on a third of the "
-        "training people, on nobody of whom the model is then asked.",
+        "training people, none of whom the audio LLM is asked about.",
         "Zero-shot: the murmur question alone, Present or Unknown meaning abnormal, on data sets not trained on.",
     ],
 }  # fmt: skip
@@ -111,7 +111,8 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str
 def summary(table: Mapping[str, Any]) -> str:
     """The rows for a terminal, and beside those of CinC 2016 the site report."""
     lines = []
-    head = ("", "paper", "its protocol", "honest", "database left out", "trivial", "mean AUC in databases; probe")
+    head = ("", "paper", "its protocol", "held-out people", "database left out", "baseline",
+            "mean AUC in databases; probe")  # fmt: skip
     for named, by in _groups(table["rows"]).items():
         body = []
         for metric, row in by.items():
@@ -156,7 +157,8 @@ def _systems(table: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[Any]]
         name = page.noted(system, "" if first["status"] == "done" else first["status"], "warn")
         body.append([page.noted(name, first["epochs"]), *cells])
     head = ("CinC 2016", *(f"Accuracy: {LINES[key]}" for key in keys), f"AUC, {_HELD_OUT}",
-            "Mean AUC inside databases", "AUC of the database alone", "Database told from the features")  # fmt: skip
+            "Mean AUC inside databases", "AUC of the database alone",
+            "Database predicted from the features")  # fmt: skip
     return head, body
 
 
@@ -209,7 +211,7 @@ def _site_text(site: Mapping[str, Any] | None) -> str:
     if site["database_alone_auc"]:
         text += f" The database alone {page.number(site['database_alone_auc'])} overall."
     if probe := site["probe"]:
-        text += f" Database told from the features {page.number(probe['trained'])}"
+        text += f" Database predicted from the features {page.number(probe['trained'])}"
         text += f", untrained {page.number(probe['untrained'])}" if "untrained" in probe else ""
         text += (
             f", from plain statistics {page.number(probe['statistics'])}; chance {page.number(site['probe_chance'])}."
@@ -293,8 +295,8 @@ def _audio_llm(out: pathlib.Path, table: Mapping[str, Any], rows: Any) -> list[B
 def bar_chart(
     names: Sequence[str], series: Mapping[str, Sequence[Any]], paper: Sequence, trivial: Sequence
 ) -> page.Html:
-    """Scores S of some systems or tasks side by side, with the paper's figures as diamonds and trivial answers as
-    ticks; the lists are as long as `names`, with None for what is not known."""
+    """Scores S of some systems or tasks side by side, with the paper's figures as diamonds and baselines as ticks;
+    the lists are as long as `names`, with None for what is not known."""
     width = 0.8 / len(series)
 
     def paint(figure: Any) -> None:
@@ -320,7 +322,7 @@ def bar_chart(
         handles, labels = ax.get_legend_handles_labels()
         handles.append(Line2D([], [], marker="D", color=INK, markerfacecolor="none", markersize=8, linewidth=0))
         handles.append(Line2D([], [], color=ORANGE, linewidth=2))
-        figure.legend(handles, [*labels, "the paper", "without listening"], loc="outside upper left", ncols=4)
+        figure.legend(handles, [*labels, "the paper", "baseline"], loc="outside upper left", ncols=4)
 
     summary = "; ".join(
         f"{label}: " + ", ".join(f"{n} {page.number(finite(s))}" for n, s in zip(names, scores, strict=True))

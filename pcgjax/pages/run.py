@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +63,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         has_examples = rows and (workdir / "examples.npz").exists()
         examples = read_examples(workdir / "examples.npz", rows) if has_examples else []
         values |= _classifier_values(results, test_rows, examples)
-    values |= _reading_values(results, rows) | setup_values(results, config)
+    values |= _reading_values(results, rows) | page.setup_values(results, config)
     path = workdir / "report.html"
     files.write_text(path, page.render("run.html", **values))
     return path
@@ -90,18 +89,6 @@ def _subtitle(test: Mapping[str, Any]) -> str:
         page.count(len(test.get("per_database") or ()) or None, "database"),
     ]
     return " · ".join(filter(None, counts))
-
-
-def setup_values(results: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """What `setup` of templates/pieces.html shows: the command, facts, and the config as JSON."""
-    system = dict(results.get("system") or {})
-    command = system.pop("command", None)
-    split = {k: v for k, v in (results.get("split") or {}).items() if k != "notes"}
-    return {
-        "command": " ".join(map(str, command)) if isinstance(command, list) else command,
-        "facts_of_run": {"Data": results.get("data"), "Split": split, "System": system},
-        "config": None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
-    }
 
 
 def _cards(test: Mapping[str, Any], shown: Sequence[str]) -> list[page.Html]:
@@ -163,14 +150,14 @@ def _classifier_values(
             for word, row in (test.get("per_class") or {}).items()
         ],
         "examples": [
-            ("Right, and sure of it", [example_figure(e) for e in right]),
-            ("Wrong, and sure of it", [example_figure(e) for e in wrong]),
+            ("Right and confident", [example_figure(e) for e in right]),
+            ("Wrong and confident", [example_figure(e) for e in wrong]),
         ] if examples else [],
     }  # fmt: skip
 
 
 def _columns(results: Mapping[str, Any]) -> tuple[list[tuple[str, Mapping[str, Any]]], dict[str, Any]]:
-    """All scores: (title, scores) of test, validation, any control, and the trivial answers; the control's rest."""
+    """All scores: (title, scores) of test, validation, any control, and the baselines; the control's rest."""
     columns: list[tuple[str, Mapping[str, Any]]] = [("Test", overall_scores(results["test"]))]
     if isinstance(results.get("validation"), dict):
         columns.append(("Validation", overall_scores(results["validation"])))
@@ -182,7 +169,7 @@ def _columns(results: Mapping[str, Any]) -> tuple[list[tuple[str, Mapping[str, A
         columns += [(word_of(name), overall_scores(v)) for name, v in judged.items()]
         rest = {k: v for k, v in control.items() if k not in judged and "overall" not in control}
     trivial = results["test"].get("trivial") or {}
-    # In a run's table every answer has the mean over databases: an answer that is the same within one has 0.5 there.
+    # Every baseline answers alike within a database, so its mean AUC over databases is 0.5.
     columns += [(word_of(name).capitalize(), {"mean_database_auc": 0.5, **scores}) for name, scores in trivial.items()]
     return columns, rest
 
@@ -195,7 +182,7 @@ def _segmenter_values(results: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in first if name in answers] + [name for name in answers if name not in first]
     known = (*SEGMENTATION_HEADLINE, "onset_f1_100ms", *SEGMENTATION_DETAILS)
     order = [m for m in known if m in overall] + [m for m in overall if m not in known]
-    trivial = {"metronome": "Trivial: a metronome", "always": "Trivial: always"}
+    trivial = {"metronome": "Baseline: a metronome", "always": "Baseline: always"}
     beside = next(name for name in trivial if name in segmentation)
     shown = [m for m in ("onset_f1_60ms", "frame_accuracy", "f1") if m in segmentation["test"]]
     return {

@@ -29,7 +29,7 @@ def databases_card(report: Mapping[str, Any]) -> page.Html:
         [page.bold("AUC, mean over databases"), page.score(test["mean_database_auc"])],
         ["MAcc, all recordings", page.score(test["overall"]["mean_accuracy"])],
         [page.italic("AUC of the database alone") + ": its share of abnormal in training", page.score(alone["auc"])],
-        [page.italic("the same") + ", told the test set's own shares",
+        [page.italic("the same") + ", given the test set's own shares",
          page.number(test["trivial"]["database_prior"]["auc"])],
     ]  # fmt: skip
     return page.table(["", "Score"], body) + databases_table(test)
@@ -46,7 +46,7 @@ def probe_card(report: Mapping[str, Any]) -> page.Html:
         drawn = page.score(balanced) + page.gauge(*page.bounds(balanced), one["chance"])
         numbers = (one["chance"], one["accuracy"], one["majority_accuracy"], one["features"])
         body.append([SITE_WORDS[name].capitalize(), drawn, *map(page.score_or_count, numbers)])
-    head = ["Database predicted from", "Balanced accuracy", "Chance", "Accuracy", "Commonest database", "Features"]
+    head = ["Database predicted from", "Balanced accuracy", "Chance", "Accuracy", "Most common database", "Features"]
     first = report["probes"]["trained"]
     notes = [
         f"{first['recordings']} recordings of {page.count(first['people'], 'person', 'people')} whom the model was not "
@@ -75,7 +75,7 @@ def _confusion(one: Mapping[str, Any]) -> page.Html:
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(names)), names)
         ax.tick_params(colors=page.INK, length=0)
-        ax.set_xlabel("said to be of")
+        ax.set_xlabel("predicted")
         ax.grid(False)
         for side in ax.spines.values():
             side.set_visible(False)

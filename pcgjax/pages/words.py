@@ -11,7 +11,7 @@ WORDS = {
     "mean_database_auc": "Mean AUC over databases", "auc": "AUC", "auprc": "Average precision",
     "mean_accuracy": "MAcc", "accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1",
     "sensitivity": "Sensitivity", "specificity": "Specificity", "brier": "Brier score",
-    "all_abnormal": "always abnormal", "all_normal": "always normal", "majority": "the commoner class",
+    "all_abnormal": "always abnormal", "all_normal": "always normal", "majority": "the majority class",
     "database_prior": "the database alone", "metronome": "a metronome",
     "onset_f1_60ms": "Onset F1 (60 ms)", "onset_f1_100ms": "Onset F1 (100 ms)", "frame_accuracy": "Frame accuracy",
     "S1_onset_f1_60ms": "S1 onset F1 (60 ms)", "S2_onset_f1_60ms": "S2 onset F1 (60 ms)",
@@ -45,8 +45,8 @@ SITE_WORDS = {
 }  # fmt: skip
 # The columns of scores that pcgjax.reproduce sets side by side.
 LINES = {
-    "paper": "the paper", "ours_paper_protocol": "ours, its protocol", "ours_honest": "ours, people not heard",
-    "ours_database_left_out": "ours, database not heard", "trivial": "without listening",
+    "paper": "the paper", "ours_paper_protocol": "ours, its protocol", "ours_honest": "ours, held-out people",
+    "ours_database_left_out": "ours, held-out database", "trivial": "baseline",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def word_of(name: str) -> str:
 
 
 def best_trivial(test: Mapping[str, Any], metric: str) -> tuple[str, float] | None:
-    """The trivial answer that does best by a score; none for a score of which a trivial answer gets everything."""
+    """(name, value) of the baseline that does best by a score; None for a score of which a baseline can get all."""
     if metric == "mean_database_auc":
         return "the database alone", 0.5
     if metric in ("sensitivity", "specificity", "recall", "precision"):
@@ -69,5 +69,5 @@ def best_trivial(test: Mapping[str, Any], metric: str) -> tuple[str, float] | No
 
 
 def with_chance(scores: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A baseline's scores; an answer that is the same within a database has an AUC of 0.5 there, whatever it is."""
+    """A baseline's scores; one that answers alike within a database has an AUC of 0.5 there."""
     return {"mean_database_auc": 0.5, **scores} if "auc" in scores else scores
