@@ -285,7 +285,7 @@ def test_segmenter_beside_the_metronome(segmenter):
     path, found, _ = segmenter
     page = path.read_text()
     assert "12 test recordings · 6 people" in page
-    assert "people, not recordings, are drawn anew" in page
+    assert "people, not recordings, are resampled" in page
     for metric, name in WORDS.items():
         if metric in found["test"]:
             row = cells(page, name.replace("'", "&#39;"))
