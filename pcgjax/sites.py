@@ -25,19 +25,13 @@ from pcgjax.runtime import files
 def write(workdir: str | pathlib.Path) -> dict[str, Any]:
     """Measures a run and writes its sites.json and sites.html; returns what the former holds. Raises: as `measure`."""
     from pcgjax import systems
-    from pcgjax.pages import page
-    from pcgjax.pages.sites import counts_sentence, databases_card, probe_card
+    from pcgjax.pages.sites import document
     from pcgjax.runs.sites import measure
 
     workdir = pathlib.Path(workdir)
     report = measure(workdir, systems.features)
     files.write_text(workdir / "sites.json", json.dumps(report, indent=1) + "\n")
-    sections = [
-        ("databases", "Inside each database", databases_card(report)),
-        ("probe", "The probe", probe_card(report)),
-    ]
-    title = f"Sites: run {workdir.resolve().name}"
-    files.write_text(workdir / "sites.html", page.document(title, counts_sentence(report["test"]), sections))
+    files.write_text(workdir / "sites.html", document(report, f"Sites: run {workdir.resolve().name}"))
     return report
 
 

@@ -240,7 +240,7 @@ def test_left_out_databases_count_once_and_all_settings_are_on_the_page():
     html = draw(table, verdicts, {"ablation": {"seeds": 5}})
     for row in table:
         assert f"<h2>{row['title']}</h2>" in html
-    for text in (*verdicts.values(), "0.9885", "0.9469", "the commoner class"):
+    for text in (*verdicts.values(), "0.9885", "0.9469", "the majority class"):
         assert text in html
     assert "<script" not in html
 

@@ -8,7 +8,7 @@ import pkgutil
 import pcgjax
 
 HEAVY = ("grain", "librosa", "torch", "matplotlib", "sklearn", "soundfile", "soxr", "pandas", "orjson", "pywt", "ray",
-         "tensorboardX")  # fmt: skip
+         "tensorboardX", "jinja2")  # fmt: skip
 # What computes with PyTorch, imports it where it is read.
 PYTORCH = ("pcgjax.audio_llm.", "pcgjax.bench.peers")
 LIGHT = ("pcgjax.audio_llm.questions",)

@@ -17,7 +17,7 @@ from pcgjax import metrics, report
 from pcgjax.pages import population as population_page
 from pcgjax.pages import run as run_page
 from pcgjax.pages.comparison import run_row, write
-from pcgjax.pages.words import SEGMENTATION_WORDS, WORDS
+from pcgjax.pages.words import COMPARED, WORDS
 from pcgjax.published import CNN_PAPER, PAPER_METRICS
 from pcgjax.runs.results import PREDICTION_FIELDS, save_examples, surest
 from pcgjax.segmentation.decoding import metronome
@@ -122,7 +122,7 @@ def links(page):
 @pytest.mark.parametrize("metric", ["auc", "mean_accuracy", "f1", "accuracy", "sensitivity", "specificity", "auprc"])
 def test_headline_shows_value_and_interval(page, judgement, metric):
     s = judgement["overall"][metric]
-    cards = re.findall(r'<h3>([^<]*)</h3><p class="big">(.*?)</p>.*?interval (.*?)</p>', page)
+    cards = re.findall(r'<h3>([^<]*)</h3><p class="big">(.*?)</p>.*?interval (.*?)</p>', page, re.S)
     want = (WORDS[metric], f"{s['value']:.3f}", f"{s['low']:.3f}–{s['high']:.3f}")
     assert cards.count(want) == 1
 
@@ -184,12 +184,12 @@ def test_page_stands_alone(page):
 
 
 def test_page_says_what_it_rests_on(page, run):
-    assert "Judged on people not heard" in page
+    assert "Judged on held-out people" in page
     assert "Database a has tape codes only." in page
     assert "<pre>python -m pcgjax.train </pre>" in page
-    assert "&quot;epochs&quot;: 5" in page
+    assert "&#34;epochs&#34;: 5" in page
     assert "0.4871" in page
-    for word in ("probability of abnormal", "Right, and sure of it", "Wrong, and sure of it"):
+    for word in ("probability of abnormal", "Right and confident", "Wrong and confident"):
         assert word in page
 
 
@@ -209,7 +209,7 @@ def test_shared_people_are_told(run, tmp_path):
     (copy / "examples.npz").unlink()
     page = run_page.write(copy).read_text()
     assert "1 person is both in validation and in test" in page
-    assert "Judged on people not heard" not in page
+    assert "Judged on held-out people" not in page
 
 
 def test_everything_from_data_is_escaped(tmp_path):
@@ -285,10 +285,10 @@ def test_segmenter_beside_the_metronome(segmenter):
     path, found, _ = segmenter
     page = path.read_text()
     assert "12 test recordings · 6 people" in page
-    assert "people, not recordings, are drawn anew" in page
-    for metric, name in (*WORDS.items(), *SEGMENTATION_WORDS.items()):
+    assert "people, not recordings, are resampled" in page
+    for metric, name in WORDS.items():
         if metric in found["test"]:
-            row = cells(page, name.replace("'", "&#x27;"))
+            row = cells(page, name.replace("'", "&#39;"))
             assert len(row) == 2
             for cell, answer in zip(row, ("test", "metronome"), strict=True):
                 s = found[answer][metric]
@@ -369,7 +369,7 @@ def test_examples_to_save_must_be_whole(segmenter, tmp_path):
         ("metrics.json", '{"test":\n {"a": 1', r"metrics\.json, line 2: not JSON"),
         ("metrics.json", '{"validation": {}}', r"metrics\.json: no object `test`"),
         ("config.json", "[1]", r"config\.json: need a JSON object, found list"),
-        ("metrics.jsonl", '{"step": 1, "split": "train"}\n{"step": 2, "sp', r"\.jsonl, line 2: not JSON.*delete"),
+        ("metrics.jsonl", '{"step": 1, "sp\n{"step": 2, "split": "train"}\n', r"\.jsonl, line 1: not JSON.*remove"),
         ("metrics.jsonl", '{"step": 1, "split": "dev"}\n', r"metrics\.jsonl, line 1: need .*validation"),
         ("predictions.csv", "id,label\na,1\n", r"predictions\.csv, line 1: no column person, database"),
         ("predictions.csv", "{head}\na,p,d,c,1,1.5,1,test,x\n", r"predictions\.csv, line 2, probability.*'1\.5'"),
@@ -389,6 +389,13 @@ def test_damage_is_named_with_file_line_and_fix(run, tmp_path, name, text, messa
     with pytest.raises(ValueError, match=message):
         run_page.write(copy)
     assert not list(copy.glob("report.html*"))
+
+
+def test_a_cut_last_line_of_the_log_is_forgiven(run, page, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "cnn")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 151, "sp')
+    assert run_page.write(copy).read_text(encoding="utf-8") == page
 
 
 @pytest.mark.parametrize(
@@ -440,7 +447,7 @@ def comparison(run, tmp_path_factory):
 def test_comparison_shows_runs_beside_the_paper(comparison):
     rows, page = comparison
     for row, name in zip(rows, ("Filter", "Filter + &lt;Noise&gt;"), strict=True):
-        rest = [m for m in WORDS if m in row["metrics"] and m not in PAPER_METRICS]
+        rest = [m for m in COMPARED if m in row["metrics"] and m not in PAPER_METRICS]
         want = [f"{row['metrics'][m]['value']:.3f}" for m in (*PAPER_METRICS, *rest)]
         assert [c[0] for c in table_row(page, "table", name)] == want
     paper = table_row(page, "table", "the paper")
@@ -448,7 +455,7 @@ def test_comparison_shows_runs_beside_the_paper(comparison):
     assert page.count(">the paper<") >= 2  # in the figure's legend and in the table, of the one run it has
     assert "301 recordings" in page
     assert "probably contaminated" in page
-    assert "their trivial answers differ" in page
+    assert "their baselines differ" in page
     assert "Four &amp; more" in page
     assert re.search("Training loss over steps. Filter ends at 0.3", page)  # not every line has an epoch
     assert re.search("Validation loss over steps. Filter ends at 0.4", page)
@@ -465,6 +472,17 @@ def test_comparison_without_paper_or_history(comparison, tmp_path):
     assert "config.json is missing: bare" in page
     assert "run.json is missing: bare" in page
     assert "paper" not in page.split("<body>")[1].lower()
+
+
+def test_names_of_runs_are_escaped_in_sentences_and_tables(tmp_path):
+    nasty = "<i>&'\"</i>"
+    rows = [{"name": name, "metrics": {"auc": {"value": 0.75}}} for name in (nasty, "b")]
+    page = write(rows, tmp_path / "page.html", nasty).read_text()
+    assert "<i>" not in page
+    shown = "&lt;i&gt;&amp;&#39;&#34;&lt;/i&gt;"
+    # In title and heading, in a table, in an alternative text, and in the sentences of what is missing.
+    assert page.count(f"{shown}</title>") == page.count(f"{shown}</h1>") == page.count(f"<b>{shown}</b>") - 1 == 1
+    assert page.count(f"is missing: {shown}, b.") == 3
 
 
 def test_comparison_refuses_bad_rows(tmp_path):
@@ -554,10 +572,10 @@ def test_runs_of_every_kind_stand_side_by_side(run, segmenter, tmp_path):
     rows = [run_row(folder) for folder in folders]
     page = write(rows, tmp_path / "page.html", "t").read_text()
     heads = re.findall('<th scope="col">(.*?)</th>', section(page, "table"))[1:]
-    names = ("segmenter", "pretrained", "llm", "seeds (mean of 6)", "the commoner class (llm)")
+    names = ("segmenter", "pretrained", "llm", "seeds (mean of 6)", "the majority class (llm)")
     shown = {name: dict(zip(heads, table_row(page, "table", name), strict=True)) for name in names}
     assert shown["llm"]["Mean accuracy over tasks"] == ["0.500", "0.400–0.600"]
-    assert shown["the commoner class (llm)"]["Mean accuracy over tasks"] == ["0.450"]
+    assert shown["the majority class (llm)"]["Mean accuracy over tasks"] == ["0.450"]
     assert shown["llm"]["AUC"] == ["–"]
     assert shown["pretrained"]["loss"] == ["0.250"]
     assert shown["pretrained"]["Accuracy"] == ["0.750"]

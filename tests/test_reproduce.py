@@ -15,7 +15,7 @@ import pytest
 from pcgjax import metrics
 from pcgjax.datasets import synthetic
 from pcgjax.pages import reproduce as reproduce_page
-from pcgjax.pages.classical import CLASSICAL_WORDS
+from pcgjax.pages.words import CLASSIFIER_WORDS
 from pcgjax.published import HINF_PAPER
 from pcgjax.reproduce.job import BUDGETS, CONFIGURATIONS, ENCODERS, PAPERS, Job
 from pcgjax.reproduce.plan import plan
@@ -165,7 +165,7 @@ def test_the_classical_rows_are_those_of_its_experiment(made):
     asked = json.loads((out / "runs" / "classical" / "experiment.json").read_text())
     rows = rows_by(table)
     for of in asked["rows"]:
-        row = rows[f"{CLASSICAL_WORDS[of['classifier']]}, {of['set']}", "PASCAL B", "auc"]
+        row = rows[f"{CLASSIFIER_WORDS[of['classifier']]}, {of['set']}", "PASCAL B", "auc"]
         ours = row["ours_paper_protocol" if of["protocol"] == "record" else "ours_honest"]
         assert ours["value"] == of["scores"]["auc"]["best" if of["protocol"] == "record" else "mean"]
         assert row["status"] == "done"

@@ -22,7 +22,8 @@ from flax import nnx
 from pcgjax import thresholds
 from pcgjax.ablation.data import DROPOUT, INIT, ORDER, Clips, Parts
 from pcgjax.models.hinf_lstm import UPDATES, Recurrent
-from pcgjax.pages.ablation import ARMS, LOSSES, WORDS, Arm
+from pcgjax.pages.ablation import ARMS, LOSSES, Arm
+from pcgjax.pages.words import ARM_WORDS
 from pcgjax.runtime import sharding
 from pcgjax.tasks.base import Task, split_model
 from pcgjax.tasks.clips import clip_loss
@@ -235,7 +236,7 @@ def train_arms(
                 arms[name, loss, "fixed"] = p[:, training].clip(0, 1), fixed
             if ADAPTIVE[training] or not PENALISED[training]:
                 arms[name, loss, "sapt"] = p[:, training].clip(0, 1), threshold[:, training]
-        count(WORDS[name])
+        count(ARM_WORDS[name])
     return {arm: arms[arm] for arm in ARMS}
 
 

@@ -12,7 +12,8 @@ from pcgjax import metrics
 from pcgjax.ablation.arms import Parts
 from pcgjax.data.corpus import Corpus
 from pcgjax.metrics import interval
-from pcgjax.pages.ablation import ARMS, COMPARED, IDEAS, SCORES, WORDS, Arm
+from pcgjax.pages.ablation import ARMS, COMPARED, IDEAS, SCORES, Arm
+from pcgjax.pages.words import WORDS
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray, threshold: float, databases: np.ndarray) -> dict[str, float]:

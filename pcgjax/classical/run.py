@@ -27,7 +27,8 @@ from pcgjax.classical.selection import selected
 from pcgjax.data import splits
 from pcgjax.data.corpus import Corpus, from_prepared
 from pcgjax.features import envelope
-from pcgjax.pages.classical import CLASSIFIERS, SHOWN_S, write_report
+from pcgjax.pages.classical import CLASSIFIERS, write_report
+from pcgjax.pages.waveforms import SHOWN_S
 from pcgjax.runs.best import selection_score
 from pcgjax.runs.config import plain_config, refuse_changes
 from pcgjax.runs.judge import judge_recordings, prediction_rows, write_table

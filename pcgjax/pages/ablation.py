@@ -10,18 +10,13 @@ import numpy as np
 
 from pcgjax.models.hinf_lstm import UPDATES
 from pcgjax.pages import page
+from pcgjax.pages.words import ARM_WORDS, WORDS
 
 LOSSES, THRESHOLDS = ("bce", "pwl"), ("fixed", "sapt")
 Arm = tuple[str, str, str]
 ARMS: tuple[Arm, ...] = tuple(itertools.product(UPDATES, LOSSES, THRESHOLDS))
 SCORES = ("f1", "mean_accuracy", "auc", "mean_database_auc", "accuracy", "sensitivity", "specificity")
 COMPARED = ("f1", "mean_accuracy", "auc")
-WORDS = {
-    "lstm": "LSTM", "convex": "H∞ convex", "forget": "H∞ forget", "bce": "BCE", "pwl": "PWL", "fixed": "fixed",
-    "sapt": "SAPT", "f1": "F1", "mean_accuracy": "MAcc", "auc": "AUC", "mean_database_auc": "Mean AUC over databases",
-    "accuracy": "Accuracy", "sensitivity": "Sensitivity", "specificity": "Specificity",
-    "all_abnormal": "always abnormal", "majority": "the commoner class", "database_prior": "the database alone",
-}  # fmt: skip
 # name -> (title, which of an arm's factors it changes, to what, from what)
 IDEAS = {
     "convex": ("H∞ LSTM, convex update, instead of the LSTM", 0, "convex", "lstm"),
@@ -31,8 +26,11 @@ IDEAS = {
 }
 # The paper's section IV, the two rows with SAPT; MAcc is the mean of its sensitivity and specificity.
 PAPER = {
-    ("convex", "pwl", "sapt"): {"f1": 0.9885, "accuracy": 0.9942, "sensitivity": 0.9923, "specificity": 0.9949},
-    ("lstm", "pwl", "sapt"): {"f1": 0.9619, "accuracy": 0.9816, "sensitivity": 0.9469, "specificity": 0.9929},
+    arm: {**scores, "mean_accuracy": (scores["sensitivity"] + scores["specificity"]) / 2}
+    for arm, scores in {
+        ("convex", "pwl", "sapt"): {"f1": 0.9885, "accuracy": 0.9942, "sensitivity": 0.9923, "specificity": 0.9949},
+        ("lstm", "pwl", "sapt"): {"f1": 0.9619, "accuracy": 0.9816, "sensitivity": 0.9469, "specificity": 0.9929},
+    }.items()
 }
 for _row in PAPER.values():
     _row["mean_accuracy"] = (_row["sensitivity"] + _row["specificity"]) / 2
@@ -44,36 +42,20 @@ PAPER_NOTE = (
 
 def draw(table: Sequence[Mapping[str, Any]], verdicts: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """The page as HTML."""
-    n, comparisons = config["ablation"]["seeds"], len(COMPARED) * sum(row["counts"] for row in table)
-    notes = [
-        f"Differences are paired by seed ({n} seeds: same split, same frozen CNN, same order of clips) and averaged "
-        "over the other two factors. The interval is a 95 % t interval over the seeds.",
-        "All seeds share one data set: the intervals tell what another split and training would give, and nothing "
-        "about another clinic. Test parts of different seeds overlap, so they are, if anything, too narrow.",
-        f"An idea without any effect would look clear in one comparison of twenty: in about {comparisons / 20:.1f} of "
-        f"the {comparisons} here.",
-        "BCE does not know the threshold: BCE with SAPT is the training of BCE with the fixed threshold, judged at "
-        "SAPT's, so their AUC is the same.",
-        "What the last epoch leaves is judged; no epoch is chosen on validation.",
-    ]
-    held = "".join(f"<li>{page.escape(sentence)}</li>" for sentence in verdicts.values())
-    read = "".join(f"<li>{page.escape(note)}</li>" for note in notes)
-    sections = [
-        ("verdicts", "What held up", f'<div class="card prose"><ul>{held}</ul></div>'
-         f'<div class="card prose"><h3>How to read this</h3><ul>{read}</ul></div>'),
-        ("ideas", "What each idea changes", _draw_ideas([row for row in table if row["counts"]])),
-        ("paper", "Beside the paper", _draw_paper(table)),
-        *((row["name"], row["title"], _draw_setting(row)) for row in table),
-        ("setup", "Setup", f'<div class="card">{page.facts(config)}</div>'),
-    ]  # fmt: skip
-    shown = page.count(len(table), "setting")
-    return page.document("Which ideas hold up", f"{shown} · {len(ARMS)} arms · {n} seeds", sections)
+    counted = [row for row in table if row["counts"]]
+    return page.render(
+        "ablation.html", heading="Which ideas hold up",
+        subtitle=f"{page.count(len(table), 'setting')} · {len(ARMS)} arms · {config['ablation']['seeds']} seeds",
+        seeds=config["ablation"]["seeds"], comparisons=len(COMPARED) * len(counted), verdicts=list(verdicts.values()),
+        ideas=_ideas(counted), beside=_beside_paper(table), paper_note=PAPER_NOTE,
+        settings=[(row, _setting(row)) for row in table], config=config,
+    )  # fmt: skip
 
 
 COLOUR = {"lstm": page.BLUE, "convex": page.TEAL, "forget": page.PURPLE}
 
 
-def _draw_ideas(table: Sequence[Mapping[str, Any]]) -> str:
+def _ideas(table: Sequence[Mapping[str, Any]]) -> page.Html:
     lines = [(idea, row) for idea in IDEAS for row in table]
     # A row of space above each idea holds its title.
     y = {(idea, row["name"]): i * (len(table) + 1.4) + j for i, idea in enumerate(IDEAS) for j, row in enumerate(table)}
@@ -107,7 +89,7 @@ def _draw_ideas(table: Sequence[Mapping[str, Any]]) -> str:
     caption = "Right of the line is better with the idea. Green and orange: the 95 % interval leaves out 0."
     head = ["Difference", "Setting", *(WORDS[metric] for metric in COMPARED), "Seeds"]
     body = [
-        [f"{WORDS[IDEAS[idea][2]]} − {WORDS[IDEAS[idea][3]]}", page.escape(row["title"]),
+        [f"{ARM_WORDS[IDEAS[idea][2]]} − {ARM_WORDS[IDEAS[idea][3]]}", row["title"],
          *(_cell(row["ideas"][idea][metric], sign=True) for metric in COMPARED),
          str(row["ideas"][idea][COMPARED[0]]["n"])]
         for idea, row in lines
@@ -115,7 +97,7 @@ def _draw_ideas(table: Sequence[Mapping[str, Any]]) -> str:
     return page.card("", figure, caption) + page.table(head, body)
 
 
-def _draw_setting(row: Mapping[str, Any]) -> str:
+def _setting(row: Mapping[str, Any]) -> page.Html:
     names = [" ".join(arm) for arm in ARMS]
     from_paper = row["group"] != "synthetic"
     trivial = {}
@@ -142,48 +124,44 @@ def _draw_setting(row: Mapping[str, Any]) -> str:
         axes[0].set_ylim(len(ARMS) - 0.4, -0.6)
 
     figure = page.svg(1060, 360, f"Scores of the arms: {row['title']}", paint)
-    said = ", ".join(f"{WORDS[m]} {value:.3f} ({WORDS[n]})" for m, (value, n) in trivial.items())
-    caption = f"Mean and 95 % t interval over seeds. Dashed: the best trivial answer: {said}."
+    best_of = ", ".join(f"{WORDS[m]} {value:.3f} ({WORDS[n]})" for m, (value, n) in trivial.items())
+    caption = f"Mean and 95 % t interval over seeds. Dashed: the best baseline: {best_of}."
     if from_paper:
         caption += " Diamonds: the paper's."
     shown = [k for k in SCORES if k != "mean_database_auc" or row["databases"] > 1]
     head = ["", *(WORDS[k] for k in shown)]
-    body = [[page.escape(_words(arm)), *(_cell(row["arms"][name][k]) for k in shown)]
+    body = [[_words(arm), *(_cell(row["arms"][name][k]) for k in shown)]
             for arm, name in zip(ARMS, names, strict=True)]  # fmt: skip
-    body += [[f"Trivial: {WORDS[name]}", *(_cell(s[k]) for k in shown)] for name, s in row["trivial"].items()]
+    body += [[f"Baseline: {WORDS[name]}", *(_cell(s[k]) for k in shown)] for name, s in row["trivial"].items()]
     if from_paper:
-        body += [[f"The paper: {page.escape(_words(arm))}", *(page.number(scores.get(k), 4) for k in shown)]
+        body += [[f"The paper: {_words(arm)}", *(page.number(scores.get(k), 4) for k in shown)]
                  for arm, scores in PAPER.items()]  # fmt: skip
-    counts = (
-        f"{row['recordings']:,} recordings of {row['people']:,} people; {row['test_recordings']:.0f} recordings test, "
-        "on average over seeds."
-    )
-    return f'<p class="sub">{counts}</p>' + page.card("", figure, page.escape(caption)) + page.table(head, body)
+    return page.card("", figure, caption) + page.table(head, body)
 
 
-def _draw_paper(table: Sequence[Mapping[str, Any]]) -> str:
+def _beside_paper(table: Sequence[Mapping[str, Any]]) -> page.Html:
     shown = ("f1", "accuracy", "sensitivity", "specificity", "mean_accuracy")
     body = []
     judged = [row for row in table if row["counts"] and row["group"] != "synthetic"]
     for arm, scores in PAPER.items():
         system = "CNN-H∞-LSTM with SAPT" if arm[0] == "convex" else "CNN-LSTM with SAPT"
         body.append([f"{system}: the paper", *(page.number(scores[k], 4) for k in shown)])
-        body += [[f"{system}: {page.escape(row['title'].lower())}",
+        body += [[f"{system}: {row['title'].lower()}",
                   *(_cell(row["arms"][" ".join(arm)][k]) for k in shown)]
                  for row in judged]  # fmt: skip
     for row in judged:
         alone = row["trivial"]["database_prior"]
-        body.append([f"The database alone: {page.escape(row['title'].lower())}", *(_cell(alone[k]) for k in shown)])
-    return page.table(["", *(WORDS[k] for k in shown)], body) + f'<p class="small">{page.escape(PAPER_NOTE)}</p>'
+        body.append([f"The database alone: {row['title'].lower()}", *(_cell(alone[k]) for k in shown)])
+    return page.table(["", *(WORDS[k] for k in shown)], body)
 
 
 def _words(arm: Arm) -> str:
-    return " · ".join(WORDS[value] for value in arm)
+    return " · ".join(ARM_WORDS[value] for value in arm)
 
 
-def _cell(s: Mapping[str, float], sign: bool = False) -> str:
+def _cell(s: Mapping[str, float], sign: bool = False) -> page.Html | str:
     if not np.isfinite(s["mean"]):
         return "n/a"
     if sign:
-        return f"{s['mean']:+.3f}<small>{s['low']:+.3f} to {s['high']:+.3f}</small>"
-    return f"{s['mean']:.3f}<small>± {s['deviation']:.3f}</small>"
+        return page.noted(f"{s['mean']:+.3f}", f"{s['low']:+.3f} to {s['high']:+.3f}")
+    return page.noted(f"{s['mean']:.3f}", f"± {s['deviation']:.3f}")

@@ -232,111 +232,76 @@ def document(results: Sequence[Mapping[str, Any]], log: pathlib.Path) -> str:
       results: as metrics.json has them, one a run.
       log: the metrics.jsonl whose curves are shown; it need not be there.
     """
-    shown = "".join(_html(table) for table in tables(results))
-    sentence = differences(results)
-    apart = f'<p class="warn">{page.escape(sentence)}</p>' if sentence else ""
-    sections = [
-        ("scores", "Scores", apart + "".join(map(_headline, results))),
-        ("tasks", "Task by task", apart + _task_by_task(results)),
-        ("tables", "Beside the paper's figures", shown),
-        ("letters", "Letters", _letters(results)),
-        *([("training", "Training", training_curves(history(log)))] if log.exists() else []),
-        ("setup", "Setup", _setup(results)),
-    ]
-    counted = page.count(len(results), "run") + " · " + page.count(results[0]["test"]["people"], "person", "people")
-    return page.document("Audio LLM: eleven features of a murmur", counted, sections)
+    people = results[0]["test"]["people"]
+    return page.render(
+        "audio_llm.html", heading="Audio LLM: eleven features of a murmur",
+        subtitle=f"{page.count(len(results), 'run')} · {page.count(people, 'person', 'people')}",
+        unlike=differences(results),
+        runs=[(f"{one['name']}, {one['front_end']}", _cards(one), _remarks(one)) for one in results],
+        task_rows=_task_by_task(results),
+        tables=[(table.title, table.head, [[*map(_cell, row)] for row in table.body], table.note)
+                for table in tables(results)],
+        letter_head=["", *LETTERS], letter_rows=_letters(results),
+        curves=training_curves(history(log)) if log.exists() else None,
+        setups=[(one["name"], {"model": one["base"], "part": one["part"], "split": one.get("split"),
+                               "windows": one["windows"], "intervals": one["test"]["intervals"]}) for one in results],
+    )  # fmt: skip
 
 
-def _html(table: Table) -> str:
-    def cell(value: Any) -> str:
-        if value is None or isinstance(value, str):
-            return page.escape(value or "–")
-        return page.number(value) if isinstance(value, int) else page.score(value)
-
-    note = f'<p class="small">{page.escape(table.note)}</p>' if table.note else ""
-    return (
-        f"<h3>{page.escape(table.title)}</h3>{page.table(table.head, [[*map(cell, row)] for row in table.body])}{note}"
-    )
+def _cell(value: Any) -> page.Html | str:
+    return value or "–" if value is None or isinstance(value, str) else page.score_or_count(value)
 
 
-def _headline(result: Mapping[str, Any]) -> str:
+def _cards(result: Mapping[str, Any]) -> list[page.Html]:
+    """The two headline scores, each beside its majority and shuffled audio."""
     test, control = result["test"], result["control"] or {"mean": {}}
     patients = _patients(result, "test")
     always = (patients.get("trivial_weighted_accuracy") or {}).get("always Present")
-    cards = [
+    headline = [
         ("Mean accuracy over tasks", test["mean"], "accuracy", test["mean"]["majority_accuracy"], "majority",
          control["mean"].get("accuracy")),
         ("Weighted murmur accuracy", patients, "weighted_accuracy", always, "always Present",
          _patients(result, "control").get("weighted_accuracy")),
     ]  # fmt: skip
-    drawn = ""
-    for title, scores, key, trivial, name, shuffled in cards:
-        value, low, high = (metrics.finite(scores.get(key), end) for end in ("value", "low", "high"))
-        if value is None:
+    cards = []
+    for title, scores, key, trivial, name, shuffled in headline:
+        if metrics.finite(scores.get(key)) is None:
             continue
         # Of the excess: both are counted on the same people, which its interval knows and the accuracy's does not.
-        excess, least, most = (metrics.finite(scores["excess"], end) for end in ("value", "low", "high"))
-        above = least is not None and least > 0
-        verdict = f'<span class="{"good" if above else "warn"}">{"clearly" if above else "not clearly"} above</span>'
-        drawn += (
-            f'<div class="card score"><h3>{title}</h3><p class="big">{page.number(value)}</p>'
-            f'{page.gauge(value, low, high, trivial)}<p class="small">95 % interval {page.interval(low, high) or "n/a"}'
-            f'</p><p class="small">{verdict} {name} ({page.number(trivial)}): {excess:+.3f}, 95 % interval '
-            f"{page.interval(least, most) or 'n/a'}</p>"
-            f'<p class="small">with shuffled audio {page.number(shuffled)}</p></div>'
-        )
-    remarks = "".join(f"<li>{page.escape(sentence)}</li>" for sentence in _remarks(result))
-    return (
-        f"<h3>{page.escape(result['name'])}, {page.escape(result['front_end'])}</h3>"
-        f'<div class="cards">{drawn}</div><div class="card prose"><ul>{remarks}</ul></div>'
-    )
+        excess, low, high = page.bounds(scores["excess"])
+        verdict = page.verdict(low is not None and low > 0, name, trivial)
+        notes = [verdict + f": {excess:+.3f}, 95 % interval {page.interval(low, high) or 'n/a'}",
+                 f"with shuffled audio {page.number(shuffled)}"]  # fmt: skip
+        cards.append(page.score_card(title, scores[key], trivial, notes))
+    return cards
 
 
-def _task_by_task(results: Sequence[Mapping[str, Any]]) -> str:
+def _task_by_task(results: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """Each task's accuracy as a gauge, whose tick is the majority."""
-    body = []
+    body: list[list[Any]] = []
     for task in TASKS:
         for one in results:
             scores = one["test"]["tasks"].get(task)
             if scores is None:
                 continue
             control = ((one["control"] or {"tasks": {}})["tasks"].get(task) or {}).get("accuracy")
-            value, low, high = (metrics.finite(scores["accuracy"], key) for key in ("value", "low", "high"))
+            accuracy, majority = scores["accuracy"], scores["majority_accuracy"]
             above = (metrics.finite(scores["excess"], "low") or 0) > 0
-            excess = f'<span class="{"good" if above else "warn"}">{page.score(scores["excess"])}</span>'
+            excess = page.marked("good" if above else "warn", page.score(scores["excess"]))
             body.append([
-                f"{task.replace('_', ' ')}<small>{page.escape(one['name'])}, {page.escape(one['front_end'])}</small>",
-                page.score(scores["accuracy"]) + page.gauge(value, low, high, scores["majority_accuracy"]),
-                f"{page.number(scores['majority_accuracy'])}<small>{page.escape(scores['majority'])}</small>",
+                page.noted(task.replace("_", " "), f"{one['name']}, {one['front_end']}"),
+                page.score(accuracy) + page.gauge(*page.bounds(accuracy), majority),
+                page.noted(page.number(majority), scores["majority"]),
                 page.score(control),
                 excess if scores["informative"] else "one class",
-                f"{scores['questions']:,}<small>{page.count(scores['people'], 'person', 'people')}</small>",
+                page.noted(page.number(scores["questions"]), page.count(scores["people"], "person", "people")),
             ])  # fmt: skip
-    head = ("Task", "Accuracy", "Majority", "Shuffled audio", "Over the majority", "Questions")
-    note = (
-        "Intervals hold 95 % of the scores when people are drawn anew. The orange tick is the majority, the class of "
-        "most people in training; what an answer is worth is what it has over the majority. Where one class alone "
-        "occurs among these people, no accuracy means anything."
-    )
-    return page.table(head, body) + f'<p class="small">{note}</p>'
+    return body
 
 
-def _letters(results: Sequence[Mapping[str, Any]]) -> str:
-    body = []
-    for one in results:
-        counts = one["test"]["letters"]
-        for kind, name in (("answered", "answered"), ("right", "right")):
-            body.append([page.escape(f"{one['name']}: {name}"), *(f"{counts[kind][x]:,}" for x in LETTERS)])
-    note = (
-        '<p class="small">How often each letter was answered, and how often it was right: options stand shuffled.</p>'
-    )
-    return page.table(["", *LETTERS], body) + note
-
-
-def _setup(results: Sequence[Mapping[str, Any]]) -> str:
-    cards = ""
-    for one in results:
-        facts = {"model": one["base"], "part": one["part"], "split": one.get("split"), "windows": one["windows"],
-                 "intervals": one["test"]["intervals"]}  # fmt: skip
-        cards += f'<div class="card"><h3>{page.escape(one["name"])}</h3>{page.facts(facts)}</div>'
-    return f'<div class="grid two">{cards}</div>'
+def _letters(results: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """How often each letter was answered, and how often it was right."""
+    return [
+        [f"{one['name']}: {kind}", *(page.number(one["test"]["letters"][kind][letter]) for letter in LETTERS)]
+        for one in results for kind in ("answered", "right")
+    ]  # fmt: skip

@@ -16,20 +16,17 @@ from typing import Any
 import numpy as np
 
 from pcgjax import metrics
-from pcgjax.pages import page, words
+from pcgjax.pages import page
 from pcgjax.pages.curves import curve_of, smoothed
 from pcgjax.pages.page import INK, SERIES
-from pcgjax.pages.words import HEADLINE
+from pcgjax.pages.words import COMPARED, HEADLINE, LESS_IS_BETTER, LLM_HEADLINE, with_chance, word_of
 from pcgjax.published import PAPER_METRICS
+from pcgjax.runs import log
 from pcgjax.runs.config import flat_fields
-from pcgjax.runs.log import history
 from pcgjax.runs.results import overall_scores, read_json, read_population, read_results
 from pcgjax.runtime import files
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
-LLM_WORDS = {"task_accuracy": "Mean accuracy over tasks", "weighted_accuracy": "Weighted murmur accuracy"}
-WORDS = {**words.WORDS, **LLM_WORDS}
-LESS_IS_BETTER = ("loss", "brier")
 _DASHES = ("-", "--", ":", "-.")  # six colours, then the next kind of line
 
 
@@ -43,13 +40,12 @@ def run_row(workdir: str | pathlib.Path, name: str | None = None) -> dict[str, A
     """
     workdir = pathlib.Path(workdir)
     name = name or workdir.resolve().name
-    read = lambda file: read_json(workdir / file) if (workdir / file).exists() else {}
     best: dict[str, Any] = {}
     system: dict[str, Any] = {}
     if (workdir / "population.json").exists():
-        found = read_population(workdir / "population.json")
-        scores = {m: {**s, "value": s.get("mean")} for m, s in found["summary"].items()}
-        trivial, name = found["trivial"], f"{name} (mean of {len(found['members'])})"
+        population = read_population(workdir / "population.json")
+        scores = {m: {**s, "value": s.get("mean")} for m, s in population["summary"].items()}
+        trivial, name = population["trivial"], f"{name} (mean of {len(population['members'])})"
         results: dict[str, Any] = {}
     elif "runs" in (results := read_json(workdir / "metrics.json")):
         scores, trivial = _llm_scores(workdir / "metrics.json", results["runs"])
@@ -57,7 +53,7 @@ def run_row(workdir: str | pathlib.Path, name: str | None = None) -> dict[str, A
         results = read_results(workdir / "metrics.json")
         scores, trivial = overall_scores(results["test"]), results["test"].get("trivial") or {}
         best, system = results.get("best") or {}, results.get("system") or {}
-    starts = read("run.json").get("starts") or []
+    starts = _json_of(workdir / "run.json").get("starts") or []
     last = {k: system[k] for k in ("versions", "device", "devices", "platform", "command") if k in system}
     data = results.get("data") or {}
     return {
@@ -65,14 +61,18 @@ def run_row(workdir: str | pathlib.Path, name: str | None = None) -> dict[str, A
         "metrics": scores,
         "trivial": trivial,
         "history": workdir / "metrics.jsonl",
-        "config": read("config.json"),
+        "config": _json_of(workdir / "config.json"),
         "best": best,
         "epochs": results.get("epochs"),
         "system": system,
         "a_step": data["train_recordings"] / data["steps_an_epoch"] if data.get("steps_an_epoch") else None,
         "starts": starts or ([last] if last else []),
-        "heard": _judged_on(workdir),
+        "judged_on": _judged_on(workdir),
     }
+
+
+def _json_of(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def write(
@@ -81,7 +81,8 @@ def write(
     """A page that sets runs side by side: scores, the fields in which they differ, curves, speed. Returns `out`.
 
     Args:
-      rows: one a run, of `row`; or {"name", "metrics": {metric: {"value", "low", "high"}}} alone, the rest is left out.
+      rows: one a run, of `run_row`; or {"name", "metrics": {metric: {"value", "low", "high"}}} alone, the rest is left
+        out.
       paper: the paper's numbers to set beside, {"source", "note", "results": {a row's name: {metric: number}}}.
 
     Raises:
@@ -100,21 +101,18 @@ def write(
     for name, one in zip(names, rows, strict=True):
         path = one.get("history")
         if path is not None and pathlib.Path(path).exists():
-            histories[name] = history(pathlib.Path(path))
-    sections = [
-        ("scores", "Scores", _people(rows) + bars_figure(rows, paper)),
-        ("differences", "What differs", _differences(rows)),
-        ("training", "Learning curves", _curves(rows, histories)),
-        ("table", "All numbers", _table(rows, paper)),
-        ("speed", "Training and speed", _speed(rows, histories)),
-        ("setup", "What ran", _what_ran(rows)),
-    ]
-    files.write_text(pathlib.Path(out), page.document(title, page.count(len(rows), "run"), sections))
+            histories[name] = log.history(pathlib.Path(path))
+    html = page.render(
+        "comparison.html", heading=title, subtitle=page.count(len(rows), "run"), names=names, paper=paper,
+        bars=bars_figure(rows, paper), **_people(rows), **_differences(rows), **_curves(rows, histories),
+        **_table(rows, paper), **_speed(rows, histories), **_what_ran(rows),
+    )  # fmt: skip
+    files.write_text(pathlib.Path(out), html)
     return pathlib.Path(out)
 
 
 def _llm_scores(path: pathlib.Path, judged: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two headline scores of an audio LLM, and what answers without listening have of them."""
+    """The two headline scores of an audio LLM, and what the baselines have of them."""
     if len(judged) != 1:
         raise ValueError(
             f"{path}, runs: holds {len(judged)} audio LLMs side by side already, see its report.html; give the "
@@ -166,42 +164,33 @@ def field_text(value: Any) -> str:
 
 def _known(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics that at least one row has, in the order of a run's page; other tasks' loss last."""
-    return [m for m in (*WORDS, "loss") if any(metrics.finite(one["metrics"].get(m)) is not None for one in rows)]
-
-
-def metric_word(metric: str) -> str:
-    return WORDS.get(metric, metric.replace("_", " "))
+    return [m for m in (*COMPARED, "loss") if any(metrics.finite(one["metrics"].get(m)) is not None for one in rows)]
 
 
 def _style(i: int) -> dict[str, Any]:
     return {"color": SERIES[i % len(SERIES)], "linestyle": _DASHES[i // len(SERIES) % len(_DASHES)]}
 
 
-def _people(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A warning where the runs were not judged on the same people."""
-    says = []
-    known = {str(one["name"]): one["heard"] for one in rows if one.get("heard")}
+def _people(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where the runs were not judged on the same people or recordings: (kind, counts by run, how many in common)."""
+    unlike = []
+    known = {str(one["name"]): one["judged_on"] for one in rows if one.get("judged_on")}
     for kind in ("people", "recordings"):
-        heard = {name: who for name, (k, who) in known.items() if k == kind}
-        if len(set(heard.values())) > 1:
-            counts = ", ".join(f"{page.escape(name)} on {len(who):,}" for name, who in heard.items())
-            says.append(
-                f'<span class="warn">The runs were not judged on the same {kind}</span>: {counts}; '
-                f"{len(frozenset.intersection(*heard.values())):,} in common. Their scores differ for that alone: give "
-                "the runs one split with config.split.file."
-            )
-    if known and (unknown := [str(one["name"]) for one in rows if str(one["name"]) not in known]):
-        says.append(f"Whom it was judged on is not known of {page.escape(', '.join(unknown))}.")
-    return f'<div class="card prose">{"".join(f"<p>{said}</p>" for said in says)}</div>' if says else ""
+        judged = {name: ids for name, (of, ids) in known.items() if of == kind}
+        if len(set(judged.values())) > 1:
+            counts = ", ".join(f"{name} on {len(ids):,}" for name, ids in judged.items())
+            unlike.append((kind, counts, len(frozenset.intersection(*judged.values()))))
+    unknown = [str(one["name"]) for one in rows if str(one["name"]) not in known] if known else []
+    return {"unlike": unlike, "unknown": unknown}
 
 
 def _paper_number(paper: Mapping[str, Any] | None, name: str, metric: str) -> float | None:
     return metrics.finite(((paper or {}).get("results") or {}).get(name, {}).get(metric))
 
 
-def bars_figure(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> str:
-    """HTML of the runs' test scores side by side, with the paper's where it gives them."""
-    first = PAPER_METRICS if paper else (*HEADLINE, *SEGMENTATION_HEADLINE, *LLM_WORDS)
+def bars_figure(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> page.Html:
+    """The runs' test scores side by side, with the paper's where it gives them."""
+    first = PAPER_METRICS if paper else (*HEADLINE, *SEGMENTATION_HEADLINE, *LLM_HEADLINE)
     known = [m for m in _known(rows) if m != "loss"]
     shown = [m for m in first if m in known] or known
     if not shown:
@@ -215,8 +204,7 @@ def bars_figure(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | No
         for i, one in enumerate(rows):
             label: str | None = str(one["name"])
             for j, metric in enumerate(shown):
-                s = one["metrics"].get(metric)
-                value, low, high = (metrics.finite(s, key) for key in ("value", "low", "high"))
+                value, low, high = page.bounds(one["metrics"].get(metric))
                 x = j + (i - (len(rows) - 1) / 2) * width
                 ax.bar(x, value or 0, width * 0.9, color=SERIES[i % len(SERIES)],
                        alpha=0.8 if i < len(SERIES) else 0.4, label=label)  # fmt: skip
@@ -226,7 +214,7 @@ def bars_figure(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | No
                 number = _paper_number(paper, str(one["name"]), metric)
                 if number is not None:
                     ax.plot([x], [number], marker="D", color=INK, markerfacecolor="none", markersize=8, linewidth=0)
-        ax.set_xticks(range(len(shown)), [metric_word(m).replace(" over ", "\nover ") for m in shown])
+        ax.set_xticks(range(len(shown)), [word_of(m).replace(" over ", "\nover ") for m in shown])
         if len(shown) > len(HEADLINE):  # runs of several kinds
             ax.tick_params(axis="x", rotation=35)
         ax.tick_params(axis="x", colors=INK, length=0)
@@ -238,133 +226,114 @@ def bars_figure(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | No
             labels.append("the paper")
         figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
 
-    told = []
+    scores = []
     for one in rows:
-        scores = (f"{metric_word(m)} {page.number(metrics.finite(one['metrics'].get(m)))}" for m in shown)
-        told.append(f"{one['name']}: {', '.join(scores)}")
-    figure = page.svg(960, 400, f"Scores of each run. {'; '.join(told)}", paint)
+        values = (f"{word_of(m)} {page.number(metrics.finite(one['metrics'].get(m)))}" for m in shown)
+        scores.append(f"{one['name']}: {', '.join(values)}")
+    figure = page.svg(960, 400, f"Scores of each run. {'; '.join(scores)}", paint)
     caption = (
         "Whiskers are 95 % intervals over people, of a population over its members. Where they overlap, the order of "
         "the bars may be chance."
     )
-    return page.card("", figure, caption) + _paper_note(paper)
+    return page.card("", figure, caption) + (page.paper_card(paper) if paper else "")
 
 
-def _paper_note(paper: Mapping[str, Any] | None) -> str:
-    if not paper:
-        return ""
-    return (
-        f'<div class="card prose"><h3>About the paper\'s numbers</h3><p>{page.escape(paper.get("note") or "")}</p>'
-        f'<p class="small">{page.escape(paper.get("source") or "")}</p></div>'
-    )
-
-
-def _beside(rows: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> str:
+def _beside(rows: Sequence[Mapping[str, Any]], fields: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> page.Html:
     """A table of fields by runs, where a run lacks a field with a dash."""
-    body = [
-        [page.escape(field), *(page.escape(field_text(of[field])) if field in of else "–" for of in fields)]
-        for field in differing
-    ]
+    body = [[field, *(field_text(of[field]) if field in of else "–" for of in fields)] for field in shown]
     return page.table(["", *(str(one["name"]) for one in rows)], body)
 
 
-def _differences(rows: Sequence[Mapping[str, Any]]) -> str:
+def _differences(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     having = [one for one in rows if one.get("config")]
-    lacking = [str(one["name"]) for one in rows if not one.get("config")]
-    left_out = page.absent(f"Not compared, as config.json is missing: {', '.join(lacking)}.") if lacking else ""
     configs = [flat_fields(one["config"]) for one in having]
     differing = varied_fields(configs)
-    if not differing:
-        same = "No field of the config differs." if len(having) > 1 else ""
-        return (f"<p>{same}</p>" if same else "") + left_out
     # Of runs of different kinds most fields are of one kind alone: they do not hide the others.
     shared = [field for field in differing if all(field in config for config in configs)]
     rest = [field for field in differing if field not in shared]
-    parts = [_beside(having, configs, shared)] if shared else []
-    if rest:
-        summary = page.count(len(rest), "field that not all have", "fields that not all have")
-        parts.append(f"<details><summary>{summary}</summary>{_beside(having, configs, rest)}</details>")
-    return "".join(parts) + left_out
+    return {
+        "without_config": [str(one["name"]) for one in rows if not one.get("config")],
+        "same_config": not differing and len(having) > 1,
+        "differences": _beside(having, configs, shared) if shared else "",
+        "lacking_count": len(rest),
+        "lacking": _beside(having, configs, rest) if rest else "",
+    }
 
 
-def _curves(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> str:
+def _curves(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> dict[str, Any]:
     names = [str(one["name"]) for one in rows]
     lines = [line for history in histories.values() for line in history if line["split"] != "test"]
     by_epoch = all(metrics.finite(line.get("epoch")) is not None for line in lines)
-    x_label = "epoch" if by_epoch else "step"
-
-    def drawn(history: Sequence[Mapping[str, Any]], split: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        if by_epoch:  # of an epoch its last line
-            history = list({(h["split"], h["epoch"]): {**h, "step": h["epoch"]} for h in history if metric in h
-                            and "epoch" in h}.values())  # fmt: skip
-        return smoothed(curve_of(history, split, metric))
-
     selected = [(one.get("best") or {}).get("metric") for one in rows]
     logged = {key for line in lines if line["split"] == "validation" for key in line}
     preferred = (*filter(None, selected), *HEADLINE, *SEGMENTATION_HEADLINE, "loss")
     # The metric by which most runs chose their best epoch, so far as it is not the loss, which is shown anyway.
     score = next((m for m in sorted(preferred, key=lambda m: -selected.count(m)) if m in logged and m != "loss"), None)
     wanted = [("train", "loss", "Training loss"), ("validation", "loss", "Validation loss")]
-    wanted += [("validation", score, f"{metric_word(score)} on validation")] if score else []
-    parts = []
+    wanted += [("validation", score, f"{word_of(score)} on validation")] if score else []
+    figures = []
     for split, metric, title in wanted:
-        curves = {name: drawn(history, split, metric) for name, history in histories.items()}
+        curves = {name: _curve(history, split, metric, by_epoch) for name, history in histories.items()}
         curves = {name: curve for name, curve in curves.items() if np.isfinite(curve[1]).any()}
-        if not curves:
-            parts.append(page.absent(f"No {split} {metric}: no metrics.jsonl has one."))
-            continue
-
-        def paint(figure: Any, curves: Mapping[str, Any] = curves, loss: bool = metric == "loss") -> None:
-            ax = figure.subplots()
-            for name, curve in curves.items():
-                marks = {"marker": "o", "markersize": 3} if len(curve[0]) < 40 else {}
-                ax.plot(*curve, **_style(names.index(name)), **marks, label=name)
-            ax.set_xlabel(x_label)
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            if loss:
-                ax.set_ylim(bottom=0)
-            figure.legend(loc="outside lower center", ncols=3)
-
-        last = "; ".join(f"{name} ends at {page.number(curve[1][-1])}" for name, curve in curves.items())
-        figure = page.svg(460, 320, f"{title} over {x_label}s. {last}", paint)
-        parts.append(page.card(title, figure, f"{page.escape(last)}."))
-    missing = [name for name in names if name not in histories]
-    left_out = f"Without curves, as metrics.jsonl is missing: {', '.join(missing)}." if missing else ""
-    return f'<div class="grid two">{"".join(parts)}</div>' + (page.absent(left_out) if left_out else "")
+        if curves:
+            figures.append(_curves_figure(title, names, curves, "epoch" if by_epoch else "step", metric == "loss"))
+        else:
+            figures.append(page.absent(f"No {split} {metric}: no metrics.jsonl has one."))
+    return {"curves": figures, "without_history": [name for name in names if name not in histories]}
 
 
-def muted(text: str) -> str:
-    return f'<span class="muted">{text}</span>'
+def _curve(
+    history: Sequence[Mapping[str, Any]], split: str, metric: str, by_epoch: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(step or epoch, value) of a metric, smoothed where there are many."""
+    if by_epoch:  # of an epoch its last line
+        history = list({(h["split"], h["epoch"]): {**h, "step": h["epoch"]} for h in history if metric in h
+                        and "epoch" in h}.values())  # fmt: skip
+    return smoothed(curve_of(history, split, metric))
 
 
-def _table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> str:
+def _curves_figure(
+    title: str, names: Sequence[str], curves: Mapping[str, tuple[np.ndarray, np.ndarray]], x_label: str, loss: bool
+) -> page.Html:
+    def paint(figure: Any) -> None:
+        ax = figure.subplots()
+        for name, curve in curves.items():
+            marks = {"marker": "o", "markersize": 3} if len(curve[0]) < 40 else {}
+            ax.plot(*curve, **_style(names.index(name)), **marks, label=name)
+        ax.set_xlabel(x_label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if loss:
+            ax.set_ylim(bottom=0)
+        figure.legend(loc="outside lower center", ncols=3)
+
+    last = "; ".join(f"{name} ends at {page.number(curve[1][-1])}" for name, curve in curves.items())
+    return page.card(title, page.svg(460, 320, f"{title} over {x_label}s. {last}", paint), f"{last}.")
+
+
+def _table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Any] | None) -> dict[str, Any]:
     shown = _known(rows)
     if paper:
         shown = [m for m in PAPER_METRICS if m in shown] + [m for m in shown if m not in PAPER_METRICS]
 
-    def cells(scores: Mapping[str, Any]) -> list[str]:
+    def cells(scores: Mapping[str, Any]) -> list[Any]:
         return [page.score(scores[m]) if m in scores else "–" for m in shown]
 
-    body: list[list[str]] = []
+    body: list[list[Any]] = []
     alike: dict[str, list[str]] = {}
     for one in rows:
         name = str(one["name"])
-        body.append([f"<b>{page.escape(name)}</b>", *cells(one["metrics"])])
+        body.append([page.bold(name), *cells(one["metrics"])])
         numbers = [_paper_number(paper, name, m) for m in shown]
         if any(number is not None for number in numbers):
-            body.append([muted("the paper"), *(muted(page.number(n, 4)) if n is not None else "" for n in numbers)])
+            paper_cells = (page.muted(page.number(n, 4)) if n is not None else "" for n in numbers)
+            body.append([page.muted("the paper"), *paper_cells])
         alike.setdefault(json.dumps(one.get("trivial") or {}, sort_keys=True), []).append(name)
-    # Runs judged on the same recordings have the same trivial answers: those are told once.
+    # Runs judged on the same recordings have the same baselines: those are shown once.
     for answers, names in alike.items():
         for answer, scores in json.loads(answers).items():
-            label = metric_word(answer) + (f" ({', '.join(names)})" if len(alike) > 1 else "")
-            scores = {"mean_database_auc": 0.5, **scores} if "auc" in scores else scores
-            body.append([muted(page.escape(label)), *map(muted, cells(scores))])
-    note = "" if len(alike) == 1 else (
-        '<p class="small warn">The runs were not judged on the same recordings: their trivial answers differ, so '
-        "compare each with its own.</p>"
-    )  # fmt: skip
-    return page.table(["Run", *(metric_word(m) for m in shown)], body) + note
+            label = word_of(answer) + (f" ({', '.join(names)})" if len(alike) > 1 else "")
+            body.append([page.muted(label), *map(page.muted, cells(with_chance(scores)))])
+    return {"score_head": ["Run", *(word_of(m) for m in shown)], "score_rows": body, "same_trivial": len(alike) == 1}
 
 
 def _recordings_per_s(one: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> float | None:
@@ -378,22 +347,27 @@ def _recordings_per_s(one: Mapping[str, Any], history: Sequence[Mapping[str, Any
     return a_step * steps / seconds if a_step and seconds else None
 
 
-def _speed(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> str:
+def _best_epoch(one: Mapping[str, Any]) -> Any:
+    """Such as "7 of 9", and beneath it the score by which it was chosen."""
+    best = one.get("best") or {}
+    epoch, metric, score = best.get("epoch"), best.get("metric"), metrics.finite(best.get("score"))
+    chosen = page.number(epoch) + (f" of {one['epochs']}" if one.get("epochs") else "") if epoch else "n/a"
+    if not metric or score is None:
+        return chosen
+    shown = page.number(-score if metric in LESS_IS_BETTER else score)  # it is so turned that more is better
+    return page.noted(chosen, f"{word_of(metric)} {shown} on validation")
+
+
+def _speed(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> dict[str, Any]:
     systems = [one.get("system") or {} for one in rows]
     parts = list(dict.fromkeys(part for system in systems for part in system.get("seconds") or {}))
     goodput = any(metrics.finite(system.get("goodput")) is not None for system in systems)
     body = []
     for one, system in zip(rows, systems, strict=True):
-        best = one.get("best") or {}
-        epoch, metric, score = best.get("epoch"), best.get("metric"), metrics.finite(best.get("score"))
-        chosen = page.number(epoch) + (f" of {one['epochs']}" if one.get("epochs") else "") if epoch else "n/a"
-        if metric and score is not None:  # the score is so turned that more is better
-            shown = page.number(-score if metric in LESS_IS_BETTER else score)
-            chosen += f"<small>{page.escape(metric_word(metric))} {shown} on validation</small>"
         rate = _recordings_per_s(one, histories.get(str(one["name"]), ()))
         seconds = system.get("seconds") or {}
         body.append([
-            f"<b>{page.escape(one['name'])}</b>", chosen, page.number(rate, 1 if rate and rate < 100 else 0),
+            page.bold(one["name"]), _best_epoch(one), page.number(rate, 1 if rate and rate < 100 else 0),
             *(page.number(metrics.finite(seconds.get(part)), 1) for part in parts),
             page.number(metrics.finite(system.get("wall_s")), 1),
             *([page.share(system.get("goodput"))] if goodput else []),
@@ -402,35 +376,27 @@ def _speed(rows: Sequence[Mapping[str, Any]], histories: Mapping[str, Any]) -> s
     spent = [f"{'Data wait' if part == 'wait' else part.capitalize()} (s)" for part in parts]
     shared = ["Goodput"] if goodput else []
     head = ["Run", "Best epoch", "Recordings/s trained", *spent, "In all (s)", *shared, "Started"]
-    note = (
-        '<p class="small">Seconds are those of the last start. Recordings a second are counted between the lines of '
-        "metrics.jsonl, without what was compiled before the first.</p>"
-    )
-    return page.table(head, body) + note
+    return {"speed_head": head, "speed_rows": body}
 
 
-def _what_ran(rows: Sequence[Mapping[str, Any]]) -> str:
+def _what_ran(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     apart = ("command", "config", "flags", "git", "step")
-    facts = {}
+    facts: dict[str, dict[str, Any]] = {}
+    commands = []
     for one in rows:
         starts = one.get("starts") or [{}]
         states = [start["git"] for start in starts if "git" in start]
         commits = [str(git["commit"])[:12] + (" and changes" if git.get("dirty") else "") for git in states]
         last = flat_fields({key: value for key, value in starts[-1].items() if key not in apart})
         facts[str(one["name"])] = ({"commit": ", then ".join(dict.fromkeys(commits))} if commits else {}) | last
+        if command := starts[-1].get("command"):
+            commands.append((one["name"], " ".join(map(str, command)) if isinstance(command, list) else command))
     having = [one for one in rows if facts[str(one["name"])]]
-    lacking = [name for name, found in facts.items() if not found]
-    parts = []
-    if having:
-        found = [facts[str(one["name"])] for one in having]
-        differing = varied_fields(found)
-        same = {key: value for key, value in found[0].items() if key not in differing}
-        parts.append(_beside(having, found, differing) if differing else "")
-        parts.append(f'<div class="card"><h3>The same in all</h3>{page.facts(same)}</div>' if same else "")
-    if lacking:
-        parts.append(page.absent(f"Not known, as run.json is missing: {', '.join(lacking)}."))
-    for one in rows:
-        if command := (one.get("starts") or [{}])[-1].get("command"):
-            command = " ".join(map(str, command)) if isinstance(command, list) else command
-            parts.append(f"<h3>{page.escape(one['name'])}</h3><pre>{page.escape(command)}</pre>")
-    return "".join(parts)
+    known = [facts[str(one["name"])] for one in having]
+    differing = varied_fields(known)
+    return {
+        "ran": _beside(having, known, differing) if differing else "",
+        "ran_same": {key: value for key, value in known[0].items() if key not in differing} if known else {},
+        "without_record": [name for name, values in facts.items() if not values],
+        "commands": commands,
+    }

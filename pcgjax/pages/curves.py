@@ -1,4 +1,4 @@
-"""Curves and tables of a classifier: ROC, precision-recall, reliability, confusion, training."""
+"""Curves and tables of a classifier: ROC, precision-recall, reliability, confusion, training. All return HTML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pcgjax.runs.results import overall_scores
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
 
-def decision_figures(test: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def decision_figures(test: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> page.Html:
+    """Of a judgement and its rows of predictions.csv, what can be drawn of them."""
     parts = []
     if rows:
         y = np.array([row["label"] for row in rows])
@@ -33,11 +34,11 @@ def decision_figures(test: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
     parts.append(confusion_table(test) if counts else page.absent("No confusion matrix: metrics.json has no counts."))
     none = "No reliability curve: metrics.json has no calibration."
     parts.append(_reliability(test) if bins else page.absent(none))
-    return f'<div class="grid two">{"".join(parts)}</div>'
+    return page.join(parts)
 
 
-def roc_figure(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
-    """HTML of the curve of labels `y` and probabilities `p`, both (N,), with the decision that was taken."""
+def roc_figure(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> page.Html:
+    """The curve of labels `y` and probabilities `p`, both (N,), with the decision that was taken."""
     fpr, tpr, _ = metrics.roc_curve(y, p)
     auc, se, sp = (metrics.finite(overall_scores(test).get(k)) for k in ("auc", "sensitivity", "specificity"))
 
@@ -55,11 +56,11 @@ def roc_figure(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
 
     at = f"at the threshold sensitivity {page.number(se)}, specificity {page.number(sp)}"
     figure = page.svg(420, 380, f"ROC curve of the test set, AUC {page.number(auc)}; {at}", paint)
-    said = "of an abnormal and a normal recording, how often the abnormal one gets the higher probability"
-    return page.card("ROC curve", figure, f"AUC {page.number(auc)}: {said}.")
+    meaning = "of an abnormal and a normal recording, how often the abnormal one gets the higher probability"
+    return page.card("ROC curve", figure, f"AUC {page.number(auc)}: {meaning}.")
 
 
-def _pr(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
+def _pr(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> page.Html:
     recall, precision, _ = metrics.pr_curve(y, p)
     ap, re, pr = (metrics.finite(overall_scores(test).get(k)) for k in ("auprc", "recall", "precision"))
     share = float(y.mean())
@@ -74,35 +75,28 @@ def _pr(test: Mapping[str, Any], y: np.ndarray, p: np.ndarray) -> str:
             ax.plot([re], [pr], "o", color=ORANGE, markersize=8)
         _unit_square(ax, "recall", "precision")
 
-    said = f"average precision {page.number(ap)}, share of abnormal {share:.3f}"
-    figure = page.svg(420, 380, f"Precision-recall curve of the test set, {said}", paint)
+    scores = f"average precision {page.number(ap)}, share of abnormal {share:.3f}"
+    figure = page.svg(420, 380, f"Precision-recall curve of the test set, {scores}", paint)
     caption = f"Average precision {page.number(ap)}. The orange point is the decision threshold."
     return page.card("Precision and recall", figure, caption)
 
 
-def confusion_table(test: Mapping[str, Any]) -> str:
-    """HTML of the counts that `metrics.judge` found."""
-    counts = test["counts"]
-    cells = {key: int(counts.get(key) or 0) for key in ("tn", "fp", "fn", "tp")}
-    body = []
+def confusion_table(test: Mapping[str, Any]) -> page.Html:
+    """The counts of a judgement, of `metrics.judge`."""
+    counts = {key: int(test["counts"].get(key) or 0) for key in ("tn", "fp", "fn", "tp")}
+    rows = []
     for truth, keys in (("normal", ("tn", "fp")), ("abnormal", ("fn", "tp"))):
-        total = sum(cells[key] for key in keys)
-        row = "".join(
-            f'<td class="{"right" if key in ("tn", "tp") else "wrong"}" '
-            f'style="--share:{100 * cells[key] / max(1, total):.0f}%">'
-            f"<b>{cells[key]}</b><span>{f'{cells[key] / total:.0%}' if total else 'n/a'} of {truth}</span></td>"
+        total = sum(counts[key] for key in keys)
+        rows.append((truth, total, [
+            ("right" if key in ("tn", "tp") else "wrong", counts[key], counts[key] / total if total else None)
             for key in keys
-        )
-        body.append(f'<tr><th scope="row">{truth}<small>{total} recordings</small></th>{row}</tr>')
-    table = (
-        '<table class="confusion"><thead><tr><td>truth</td><th scope="col">called normal</th>'
-        f'<th scope="col">called abnormal</th></tr></thead><tbody>{"".join(body)}</tbody></table>'
-    )
+        ]))  # fmt: skip
     threshold = page.number(test.get("threshold"), 2)
-    return page.card("Confusion matrix", table, f"Called abnormal when the probability is {threshold} or more.")
+    caption = f"Called abnormal when the probability is {threshold} or more."
+    return page.card("Confusion matrix", page.confusion(rows), caption)
 
 
-def _reliability(test: Mapping[str, Any]) -> str:
+def _reliability(test: Mapping[str, Any]) -> page.Html:
     bins = test["calibration"]["bins"]
     used = [b for b in bins if b["recordings"]]
     ece, brier = metrics.finite(test["calibration"].get("ece")), metrics.finite(overall_scores(test).get("brier"))
@@ -121,14 +115,14 @@ def _reliability(test: Mapping[str, Any]) -> str:
         bottom.set_title("recordings", color=MUTED, fontweight="normal", fontsize=11)
         bottom.grid(False, axis="x")
 
-    said = f"expected calibration error {page.number(ece)}, Brier score {page.number(brier)}"
-    alt = f"Reliability curve of the test set and histogram of its probabilities, {said}"
+    scores = f"expected calibration error {page.number(ece)}, Brier score {page.number(brier)}"
+    alt = f"Reliability curve of the test set and histogram of its probabilities, {scores}"
     figure = page.svg(420, 380, alt, paint)
-    return page.card("Reliability", figure, f"E{said[1:]}. On the dashed line a probability is what it says.")
+    return page.card("Reliability", figure, f"E{scores[1:]}. On the dashed line a probability is what it says.")
 
 
-def training_curves(history: Sequence[Mapping[str, Any]] | None) -> str:
-    """Loss and validation score by step, as HTML; history: of `runs.log.history`."""
+def training_curves(history: Sequence[Mapping[str, Any]] | None) -> page.Html:
+    """Loss and validation score by step; history: of `runs.log.history`."""
     if not history:
         return page.absent("No curves: the run left no metrics.jsonl.")
     train, validation = (curve_of(history, split, "loss") for split in ("train", "validation"))
@@ -188,8 +182,8 @@ def smoothed(curve: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     return step, value
 
 
-def databases_table(test: Mapping[str, Any]) -> str:
-    """HTML of what `metrics.judge` found inside each database."""
+def databases_table(test: Mapping[str, Any]) -> page.Html:
+    """The scores inside each database, of `metrics.judge`."""
     per_database = test.get("per_database")
     if not per_database:
         return page.absent("metrics.json has no per_database.")
@@ -199,7 +193,7 @@ def databases_table(test: Mapping[str, Any]) -> str:
     def paint(figure: Any) -> None:
         ax = figure.subplots()
         for i, (_, scores) in enumerate(per_database.items()):
-            value, low, high = (metrics.finite(scores.get("auc"), key) for key in ("value", "low", "high"))
+            value, low, high = page.bounds(scores.get("auc"))
             if value is None:
                 ax.text(0.505, i, "one class only", va="center", color=MUTED, fontsize=10)
             else:
@@ -225,11 +219,11 @@ def databases_table(test: Mapping[str, Any]) -> str:
         ax.set_xlabel("AUC (0.5 is chance)")
         figure.subplots_adjust(left=0.12, right=0.73, top=1 - 28 / height, bottom=42 / height)
 
-    told = "; ".join(f"{name} {page.number(metrics.finite(s.get('auc')))}" for name, s in per_database.items())
-    figure = page.svg(960, height, f"AUC of each database with its interval: {told}", paint, free=True)
+    summary = "; ".join(f"{name} {page.number(metrics.finite(s.get('auc')))}" for name, s in per_database.items())
+    figure = page.svg(960, height, f"AUC of each database with its interval: {summary}", paint, free=True)
     columns = ("auc", "mean_accuracy", "sensitivity", "specificity", "f1", "brier")
     head = ["Database", "Recordings", "People", "Abnormal", *(word_of(c) for c in columns)]
-    body = [[page.escape(name), *(page.escape(s.get(k)) for k in ("recordings", "people", "positives")),
+    body = [[name, *(page.text(s.get(k)) for k in ("recordings", "people", "positives")),
              *(page.score(s.get(c)) for c in columns)] for name, s in per_database.items()]  # fmt: skip
     return page.card("", figure, "Bars from chance; whiskers are 95 % intervals.") + page.table(head, body)
 

@@ -1,20 +1,27 @@
-"""How a page of figures and tables is made: HTML in one file, without a script or an outside request.
+"""What pages of figures and tables are made of: HTML in one file, without a script or an outside request.
+
+The HTML itself stands in templates/ (Jinja): base.html is every page's frame, pieces.html its pieces, and each page has
+a template of its own. Jinja escapes whatever it is given, but for what is HTML already: what the functions here return.
 
 Figures are inline SVG whose colours are the page's own CSS variables, so that they follow the reader's light or dark
-theme. What these functions return is HTML; text that they are given is escaped unless they say otherwise.
+theme.
 """
 
 from __future__ import annotations
 
-import html
+import functools
 import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pcgjax.metrics import finite
+from pcgjax.pages.words import word_of
+
+if TYPE_CHECKING:
+    from markupsafe import Markup as Html
 
 # The light theme's colours stand in the SVG for the CSS variables of the same name.
 COLOURS = {
@@ -25,34 +32,30 @@ INK, MUTED, LINE, BLUE, ORANGE, TEAL, PURPLE, PINK, OLIVE = COLOURS.values()
 SERIES = (BLUE, ORANGE, TEAL, PURPLE, PINK, OLIVE)
 
 
-def escape(value: Any) -> str:
-    return html.escape("n/a" if value is None else str(value), quote=True)
+# ------------------------------------------------------------------------------------------------------------ numbers
 
 
 def number(value: Any, digits: int = 3) -> str:
     """As text for a page or a figure: counts whole with thousands apart, else `digits` decimals."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    found = finite(value)
-    return "n/a" if found is None else f"{found:.{digits}f}"
+    value = finite(value)
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.3f}–{high:.3f}"
 
 
-def score(value: Any) -> str:
-    """The number of a score, and its interval where it has one."""
-    between = interval(finite(value, "low"), finite(value, "high"))
-    return number(finite(value)) + (f"<small>{between}</small>" if between else "")
+def spoken(score: Any) -> str:
+    """A score and its interval for a terminal or a sentence, such as "0.812 [0.750, 0.861]"."""
+    value, low, high = bounds(score)
+    return number(value) + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
 
-def share(value: Any) -> str:
-    """A share from 0 to 1 as a bar and in percent."""
-    found = finite(value)
-    if found is None:
-        return "n/a"
-    return f'<span class="meter" style="--share:{100 * found:.0f}%"></span>{found:.0%}'
+def bounds(score: Any) -> tuple[float | None, float | None, float | None]:
+    """(value, low, high) of a score, each None where it is not known."""
+    return finite(score), finite(score, "low"), finite(score, "high")
 
 
 def count(number: int | None, one: str, many: str = "") -> str:
@@ -60,67 +63,189 @@ def count(number: int | None, one: str, many: str = "") -> str:
     return "" if number is None else f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def absent(sentence: str) -> str:
-    return f'<p class="absent">{escape(sentence)}</p>'
+def text(value: Any) -> str:
+    return "n/a" if value is None else str(value)
 
 
-def card(title: str, inside: str, caption: str) -> str:
-    """A figure; `inside` and `caption` are HTML already."""
-    head = f"<h3>{escape(title)}</h3>" if title else ""
-    return f'<figure class="card">{head}{inside}<figcaption>{caption}</figcaption></figure>'
+def flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    """(name, text) of the leaves of nested values, the names joined by dots."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        shown = ", ".join(json.dumps(v) if isinstance(v, dict | list) else str(v) for v in value[:12])
+        yield name, shown + (f", … ({len(value)})" if len(value) > 12 else "")
+    else:
+        yield name, f"{value:.6g}" if isinstance(value, float) else text(value)
 
 
-def gauge(value: float | None, low: float | None, high: float | None, trivial: float | None) -> str:
-    """A ruler from 0 to 1 with the interval, the value and a tick for the trivial answer."""
-    if value is None or not 0 <= value <= 1:
-        return ""
-    parts = ['<line x1="0" y1="7" x2="200" y2="7" stroke="var(--line)" stroke-width="4" stroke-linecap="round"/>']
-    if low is not None and high is not None:
-        parts.append(
-            f'<line x1="{low * 200:.1f}" y1="7" x2="{high * 200:.1f}" y2="7" stroke="var(--blue)" '
-            'stroke-opacity="0.45" stroke-width="4" stroke-linecap="round"/>'
-        )
-    if trivial is not None:
-        x = f"{trivial * 200:.1f}"
-        parts.append(f'<line x1="{x}" y1="0" x2="{x}" y2="14" stroke="var(--orange)" stroke-width="2"/>')
-    parts.append(f'<circle cx="{value * 200:.1f}" cy="7" r="5" fill="var(--blue)"/>')
-    return f'<svg class="gauge" viewBox="-6 0 212 14" aria-hidden="true">{"".join(parts)}</svg>'
+def setup_values(results: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What `setup` of templates/pieces.html shows of a metrics.json: the command, facts, and the config as JSON."""
+    system = dict(results.get("system") or {})
+    command = system.pop("command", None)
+    split = {k: v for k, v in (results.get("split") or {}).items() if k != "notes"}
+    return {
+        "command": " ".join(map(str, command)) if isinstance(command, list) else command,
+        "facts_of_run": {"Data": results.get("data"), "Split": split, "System": system},
+        "config": None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
+    }
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """`body` is HTML already, `head` is text."""
-    columns = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    lines = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in body
-    )
-    return f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table></div>'
+# --------------------------------------------------------------------------------------------------------------- HTML
 
 
-def facts(values: Mapping[str, Any]) -> str:
-    """Nested values as a list of names and texts."""
+@functools.cache
+def _environment() -> Any:
+    import jinja2
 
-    def flat(value: Any, name: str) -> Iterable[tuple[str, str]]:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                yield from flat(inner, f"{name}.{key}" if name else str(key))
-        elif isinstance(value, list):
-            shown = ", ".join(json.dumps(v) if isinstance(v, dict | list) else str(v) for v in value[:12])
-            yield name, shown + (f", … ({len(value)})" if len(value) > 12 else "")
-        elif isinstance(value, float):
-            yield name, f"{value:.6g}"
-        else:
-            yield name, "n/a" if value is None else str(value)
-
-    items = (f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in flat(values, ""))
-    return f"<dl>{''.join(items)}</dl>"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pcgjax.pages"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.do"],
+    )  # fmt: skip
+    environment.filters.update(number=number, count=count, flat=flat, word=word_of)
+    environment.globals.update(interval=interval, colours=COLOURS)
+    return environment
 
 
-def svg(width: int, height: int, alt: str, paint: Callable[[Any], None], free: bool = False) -> str:
+def _piece(name: str, *values: Any) -> Html:
+    """What a macro of templates/pieces.html makes of values."""
+    return getattr(_environment().get_template("pieces.html").module, name)(*values)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of templates/, whose base needs `heading` and `subtitle`, as the text of a file."""
+    return _environment().get_template(template).render(values)
+
+
+def join(parts: Iterable[Any]) -> Html:
+    """HTML of pieces one after another."""
+    import markupsafe
+
+    return markupsafe.Markup("").join(parts)
+
+
+def absent(sentence: str) -> Html:
+    """Says why something is not shown."""
+    return _piece("absent", sentence)
+
+
+def bold(text: Any) -> Html:
+    return _piece("bold", text)
+
+
+def italic(text: Any) -> Html:
+    return _piece("italic", text)
+
+
+def small(text: Any) -> Html:
+    """A paragraph in small letters."""
+    return _piece("small", text)
+
+
+def muted(text: Any) -> Html:
+    return _piece("muted", text)
+
+
+def marked(kind: str, text: Any) -> Html:
+    """Text in the colour of a kind, "good" or "warn"."""
+    return _piece("marked", kind, text)
+
+
+def noted(text: Any, note: str | Sequence[str], kind: str = "") -> Html:
+    """Text with a note in small letters beneath it, of one line or several."""
+    return _piece("noted", text, note, kind)
+
+
+def score(value: Any, strong: bool = False) -> Html:
+    """The number of a score, in bold if it is the one to look at, and its interval where it has one."""
+    value, low, high = bounds(value)
+    return noted(bold(number(value)) if strong else number(value), interval(low, high))
+
+
+def score_or_count(value: Any) -> Html | str:
+    return number(value) if isinstance(value, int) else score(value)
+
+
+def share(value: Any) -> Html | str:
+    """A share from 0 to 1 as a bar and in percent."""
+    value = finite(value)
+    return "n/a" if value is None else _piece("meter", value)
+
+
+def card(title: str, inside: Any, caption: Any) -> Html:
+    """A figure with its caption."""
+    return _piece("card", title, inside, caption)
+
+
+def gauge(value: float | None, low: float | None, high: float | None, baseline: float | None) -> Html:
+    """A ruler from 0 to 1 with the interval, the value and a tick for the baseline; nothing of a value outside."""
+    return _piece("gauge", value, low, high, baseline)
+
+
+def verdict(clear: bool, name: str, value: float | None) -> Html:
+    """Whether a score is clearly above a baseline of that name and value."""
+    return _piece("verdict", clear, name, value)
+
+
+def score_card(
+    title: str, score: Any, baseline: float | None, notes: Sequence[Any], deviation: float | None = None
+) -> Html:
+    """A score in large figures with its gauge, its interval and lines of notes."""
+    return _piece("score_card", title, *bounds(score), baseline, notes, deviation)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Html:
+    """The first cell of each row is its heading."""
+    return _piece("table", head, rows)
+
+
+def notes(title: str, sentences: Sequence[str]) -> Html:
+    """A card of sentences as a list."""
+    return _piece("notes", title, sentences)
+
+
+def confusion(rows: Sequence[tuple[str, int, Sequence[tuple[str, int, float | None]]]]) -> Html:
+    """A confusion matrix of rows (truth, recordings, cells ("right" or "wrong", recordings, share of the row))."""
+    return _piece("confusion", rows)
+
+
+def example_caption(example: Mapping[str, Any], truth: str, called: str, part: str) -> Html:
+    """Who was recorded, what is known, what was answered, and which part of the recording is shown."""
+    return _piece("example_caption", example, truth, called, part)
+
+
+def lines(texts: Sequence[str]) -> Html:
+    """Texts one beneath the other."""
+    return _piece("lines", texts)
+
+
+def pair(figures: Sequence[Html]) -> Html:
+    """Figures two side by side."""
+    return _piece("pair", figures)
+
+
+def run_link(path: Any) -> Html:
+    """A link to the page of a run, relative to the page that has it."""
+    return _piece("run_link", path)
+
+
+def narrow(width: int, inside: Html) -> Html:
+    """No wider than so many pixels."""
+    return _piece("narrow", width, inside)
+
+
+def paper_card(paper: Mapping[str, Any]) -> Html:
+    """What is to be known of a paper's numbers, {"note", "source"}."""
+    return _piece("paper_card", paper)
+
+
+def svg(width: int, height: int, alt: str, paint: Callable[[Any], None], free: bool = False) -> Html:
     """What `paint(figure)` draws as inline SVG, `width` x `height` units of about a CSS pixel.
 
     Colours of `COLOURS` become CSS variables, text stays text, ids are made the figure's own, and nothing in it
-    refers outside. `free`: paint places the axes itself.
+    refers outside. `free`: paint places the axes itself. One wider than 600 scrolls on a narrow screen.
     """
+    import markupsafe
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -145,105 +270,8 @@ def svg(width: int, height: int, alt: str, paint: Callable[[Any], None], free: b
     text = buffer.getvalue()
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(r"<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
-    own = f"f{zlib.crc32(alt.encode()):08x}-"
-    body = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{own}", body)
+    prefix = f"f{zlib.crc32(alt.encode()):08x}-"
+    body = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}", body)
     for name, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    drawn = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">{body}'
-    return f'<div class="wide">{drawn}</div>' if width > 600 else drawn  # on a phone a wide one scrolls
-
-
-def document(heading: str, subtitle: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """The whole page; a section is (id, title, HTML)."""
-    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
-    body = ""
-    for name, title, inside in sections:
-        body += f'<section id="{name}"><h2>{escape(title)}</h2>{inside}</section>'
-    # The policy makes the browser itself refuse anything from outside and any script.
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        'img-src data:"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(heading)}</title><style>{_CSS}</style></head>'
-        f'<body><header><p class="eyebrow">pcgjax · phonocardiogram models</p><h1>{escape(heading)}</h1>'
-        f'<p class="sub">{escape(subtitle)}</p><nav>{links}</nav></header><main>{body}</main></body></html>\n'
-    )
-
-
-_DARK = (
-    "--ink:#e6eaf2;--muted:#98a2b5;--line:#2e3746;--blue:#7fa8ff;--orange:#ff9d52;--teal:#4fd0bb;--purple:#bb9bff;"
-    "--pink:#ff84b4;--olive:#cfc65c;--page:#10151d;--card:#181f2a;--good:#4fd0bb"
-)
-_CSS = (
-    ":root{color-scheme:light dark;"
-    + "".join(f"--{k}:{v};" for k, v in COLOURS.items())
-    + "--page:#f5f7fa;--card:#fff;--good:#0b7d6e}@media(prefers-color-scheme:dark){:root{"
-    + _DARK
-    + "}}"
-    + """
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
-header,main{max-width:1120px;margin:0 auto;padding:0 24px}
-header{padding-top:44px}
-h1{font-size:2.1rem;line-height:1.2;margin:.1em 0;letter-spacing:-.02em;overflow-wrap:anywhere}
-h2{font-size:1.35rem;margin:0 0 .8em;letter-spacing:-.01em}
-h3{font-size:1rem;margin:0 0 .5em}
-section{padding:28px 0 12px;scroll-margin-top:8px}
-section>h3{margin-top:1.2em}
-.eyebrow{margin:0;color:var(--muted);font-size:.82rem;letter-spacing:.04em}
-.sub{margin:0 0 1em;color:var(--muted)}
-nav{display:flex;flex-wrap:wrap;gap:6px 20px;padding:10px 0;border-bottom:1px solid var(--line)}
-a{color:var(--blue);text-decoration:none;font-size:.92rem}
-a:hover{text-decoration:underline}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:16px}
-.grid{display:grid;gap:16px;margin-bottom:16px}
-.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
-.three{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;margin:0 0 16px;
-min-width:0}
-.grid .card,.cards .card{margin:0}
-.cards+.card{margin-top:16px}
-.score h3{color:var(--muted);font-weight:500;font-size:.92rem;margin:0}
-.big{font-size:2.15rem;font-weight:650;line-height:1.15;margin:.1em 0 .2em;letter-spacing:-.02em}
-.small,figcaption{color:var(--muted);font-size:.86rem;margin:.25em 0 0}
-.muted{color:var(--muted)}
-.good{color:var(--good);font-weight:600}.warn{color:var(--orange);font-weight:600}
-.prose ul{margin:0;padding-left:1.2em}.prose li{margin:.4em 0;max-width:78ch}.prose p{max-width:78ch;margin:.3em 0}
-.absent{color:var(--muted);font-style:italic;margin:0 0 16px}
-svg{display:block;width:100%;height:auto}
-.wide{overflow-x:auto}.wide svg{min-width:640px}
-svg *{stroke-linejoin:round}
-svg text{font-family:inherit!important}svg image{image-rendering:auto!important}
-.gauge{height:14px;max-width:230px}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:12px;margin-bottom:16px}
-table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{text-align:right;padding:9px 14px;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
-tbody tr:last-child>*{border-bottom:0}
-thead th{color:var(--muted);font-weight:500;font-size:.85rem;white-space:normal;vertical-align:bottom}
-th:first-child{text-align:left}
-tbody th{font-weight:500}
-td small,th small{display:block;color:var(--muted);font-size:.8rem;font-weight:400}
-.confusion{margin:12px 0 6px;table-layout:fixed;border-collapse:separate;border-spacing:6px}
-.confusion th,.confusion td{border:0;white-space:normal;text-align:center;vertical-align:middle}
-.confusion thead td{color:var(--muted);font-size:.85rem;text-align:left}
-.confusion th[scope=row]{text-align:left;padding-left:4px}
-.confusion tbody td{height:150px;border-radius:8px;font-size:.85rem}
-.confusion b{display:block;font-size:1.7rem;line-height:1.3}
-.confusion span{color:var(--muted)}
-.right{background:color-mix(in srgb,var(--teal) calc(6% + var(--share)*.34),transparent)}
-.wrong{background:color-mix(in srgb,var(--orange) calc(6% + var(--share)*.34),transparent)}
-.meter{display:inline-block;width:90px;height:8px;border-radius:4px;margin-right:10px;vertical-align:middle;
-background:linear-gradient(to right,var(--blue) var(--share),var(--line) var(--share))}
-dl{margin:0;font-size:.9rem}
-dl div{display:flex;gap:12px;justify-content:space-between;border-bottom:1px solid var(--line);padding:5px 0}
-dl div:last-child{border:0}
-dt{color:var(--muted)}dd{margin:0;text-align:right;overflow-wrap:anywhere;min-width:0}
-pre{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px;overflow-x:auto;
-font:13px/1.5 ui-monospace,"Cascadia Mono",Menlo,Consolas,monospace;margin:0 0 16px}
-summary{cursor:pointer;font-weight:600;margin-bottom:8px}
-@media(max-width:600px){header,main{padding-left:14px;padding-right:14px}
-.cards{grid-template-columns:1fr 1fr;gap:10px}.card{padding:14px}.big{font-size:1.6rem}}
-@media print{nav{display:none}.card,figure{break-inside:avoid}}
-"""
-)
+    return _piece("drawing", width, height, alt, markupsafe.Markup(body))  # matplotlib has escaped its texts

@@ -12,9 +12,9 @@ import numpy as np
 
 from pcgjax import metrics
 from pcgjax.pages import page
-from pcgjax.pages.comparison import LESS_IS_BETTER, field_text, metric_word, muted, varied_fields
+from pcgjax.pages.comparison import field_text, varied_fields
 from pcgjax.pages.page import BLUE, INK, MUTED, ORANGE, SERIES
-from pcgjax.pages.words import HEADLINE, best_trivial
+from pcgjax.pages.words import HEADLINE, LESS_IS_BETTER, best_trivial, with_chance, word_of
 from pcgjax.runs.results import read_json, read_population
 from pcgjax.runtime import files
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
@@ -32,71 +32,49 @@ def write_population(workdir: str | pathlib.Path) -> pathlib.Path:
       ValueError: the file is missing or damaged, naming the field.
     """
     workdir = pathlib.Path(workdir)
-    found = read_population(workdir / "population.json")
-    members = found["members"]
+    population = read_population(workdir / "population.json")
+    members = population["members"]
     varied = varied_fields([member["fields"] for member in members])
     settings = [field for field in varied if field != "seed"]
-    sections = [
-        ("scores", "Scores", _summary(found)),
-        ("training", "Learning curves", _member_curves(found, settings)),
-        *([("swept", "What the settings do", _swept(found, settings))] if settings else []),
-        ("members", "Members", _members(found, varied)),
-    ]
     config = workdir / "config.json"
-    if config.exists():
-        text = json.dumps(read_json(config), indent=2, ensure_ascii=False)
-        shown = f"<details><summary>config.json</summary><pre>{page.escape(text)}</pre></details>"
-        sections.append(("setup", "Setup", shown))
-    counted = page.count(len(members), "member") + (f" · {', '.join(varied)}" if varied else "")
+    html = page.render(
+        "population.html", heading=f"Population {workdir.resolve().name}",
+        subtitle=page.count(len(members), "member") + (f" · {', '.join(varied)}" if varied else ""),
+        n=len(members), selected=population["selected"], select=population["select"], settings=settings,
+        config=json.dumps(read_json(config), indent=2, ensure_ascii=False) if config.exists() else None,
+        cards=_cards(population), curves=_member_curves(population, settings), **_swept(population, settings),
+        **_members(population, varied),
+    )  # fmt: skip
     path = workdir / "report.html"
-    files.write_text(path, page.document(f"Population {workdir.resolve().name}", counted, sections))
+    files.write_text(path, html)
     return path
 
 
-def _on_validation(found: Mapping[str, Any], member: Mapping[str, Any]) -> float | None:
-    return metrics.finite(member["validation"].get(found["select"]))
+def _on_validation(population: Mapping[str, Any], member: Mapping[str, Any]) -> float | None:
+    return metrics.finite(member["validation"].get(population["select"]))
 
 
-def _shown(found: Mapping[str, Any]) -> list[str]:
+def _shown(population: Mapping[str, Any]) -> list[str]:
     """The test metrics to show, at most eight."""
     first = (*HEADLINE, *SEGMENTATION_HEADLINE, "loss")
-    return ([m for m in first if m in found["summary"]] or list(found["summary"]))[:8]
+    return ([m for m in first if m in population["summary"]] or list(population["summary"]))[:8]
 
 
-def _summary(found: Mapping[str, Any]) -> str:
-    n = len(found["members"])
-    best = found["members"][found["selected"]]
+def _cards(population: Mapping[str, Any]) -> list[page.Html]:
+    best = population["members"][population["selected"]]
     cards = []
-    for metric in _shown(found):
-        s = found["summary"][metric]
-        mean, deviation, low, high = (metrics.finite(s, key) for key in ("mean", "deviation", "low", "high"))
-        trivial = best_trivial(found, metric) if metric not in LESS_IS_BETTER else None
-        note = "&nbsp;"
-        if trivial:
-            clear = low is not None and low > trivial[1]
-            kind, verdict = ("good", "clearly above") if clear else ("warn", "not clearly above")
-            note = f'<span class="{kind}">{verdict}</span> {page.escape(trivial[0])} ({page.number(trivial[1])})'
-        between = f"95 % interval {page.interval(low, high)}" if low is not None else "no interval"
-        spread = f' <span class="small">± {page.number(deviation)}</span>' if deviation is not None else ""
-        cards.append(
-            f'<div class="card score"><h3>{page.escape(metric_word(metric))}</h3><p class="big">{page.number(mean)}{spread}'
-            f"</p>{page.gauge(mean, low, high, trivial[1] if trivial else None)}"
-            f'<p class="small">{between}</p><p class="small">best by validation '
-            f'{page.number(metrics.finite(best["test"].get(metric)))}</p><p class="small">{note}</p></div>'
-        )
-    says = [
-        f"Large numbers are means of the {n} members' test scores, ± their standard deviation.",
-        "Intervals hold the mean with 95 % certainty when members are trained anew with other seeds, not when other "
-        "people are judged: each member is judged on the same ones. Where members differ in more than the seed, they "
-        "mix good settings and bad.",
-        f"Member {found['selected']} is the best by {page.escape(metric_word(found['select']))} on validation. The best of "
-        f"{n} is so partly by luck: its validation score is too high, its test score is not.",
-    ]
-    prose = "".join(f"<li>{said}</li>" for said in says)
-    return (
-        f'<div class="cards">{"".join(cards)}</div><div class="card prose"><h3>How to read this</h3><ul>{prose}</ul>'
-        "</div>"
-    )
+    for metric in _shown(population):
+        mean = {**population["summary"][metric], "value": population["summary"][metric].get("mean")}
+        low, trivial = metrics.finite(mean, "low"), None
+        if metric not in LESS_IS_BETTER:
+            trivial = best_trivial(population, metric)
+        notes = [
+            f"best by validation {page.number(metrics.finite(best['test'].get(metric)))}",
+            page.verdict(low is not None and low > trivial[1], *trivial) if trivial else "\N{NO-BREAK SPACE}",
+        ]
+        deviation = metrics.finite(mean, "deviation")
+        cards.append(page.score_card(word_of(metric), mean, trivial[1] if trivial else None, notes, deviation))
+    return cards
 
 
 def _setting(member: Mapping[str, Any], settings: Sequence[str]) -> str:
@@ -104,29 +82,33 @@ def _setting(member: Mapping[str, Any], settings: Sequence[str]) -> str:
     return ", ".join(f"{f.rpartition('.')[2]} {field_text(member['fields'].get(f))}" for f in settings)
 
 
-def _member_curves(found: Mapping[str, Any], settings: Sequence[str]) -> str:
-    members = found["members"]
+def _floats(values: Sequence[Any]) -> np.ndarray:
+    """(n,), NaN where a value is not finite."""
+    return np.array([math.nan if metrics.finite(value) is None else value for value in values], float)
+
+
+def _member_curves(population: Mapping[str, Any], settings: Sequence[str]) -> list[page.Html]:
+    members = population["members"]
     labels = list(dict.fromkeys(_setting(member, settings) for member in members))
     coloured = 1 < len(labels) <= len(SERIES)
     parts = []
-    for key, title in (("loss", "Training loss"), ("validation", f"{metric_word(found['select'])} on validation")):
-        curves = [np.array([math.nan if metrics.finite(v) is None else v for v in member["curve"].get(key) or ()], float)
-                  for member in members]  # fmt: skip
+    for key, title in (("loss", "Training loss"), ("validation", f"{word_of(population['select'])} on validation")):
+        curves = [_floats(member["curve"].get(key) or ()) for member in members]
         if not any(np.isfinite(curve).any() for curve in curves):
             parts.append(page.absent(f"No curves: the members have no `curve.{key}`."))
             continue
 
         def paint(figure: Any, curves: Sequence[np.ndarray] = curves, key: str = key) -> None:
             ax = figure.subplots()
-            told = set()
+            labelled = set()
             for i, curve in enumerate(curves):
                 label = _setting(members[i], settings) if coloured else ""
                 colour = SERIES[labels.index(label)] if coloured else BLUE
                 x = np.arange(1, len(curve) + 1)
                 ax.plot(x, curve, color=colour, linewidth=1.2, alpha=0.6, marker="o" if len(curve) == 1 else None,
-                        label=label if label and label not in told else None)  # fmt: skip
-                told.add(label)
-            best, epoch = curves[found["selected"]], members[found["selected"]]["best"].get("epoch")
+                        label=label if label and label not in labelled else None)  # fmt: skip
+                labelled.add(label)
+            best, epoch = curves[population["selected"]], members[population["selected"]]["best"].get("epoch")
             ax.plot(np.arange(1, len(best) + 1), best, color=INK, linewidth=2.2, label="the best by validation")
             if isinstance(epoch, int) and 0 < epoch <= len(best):
                 ax.plot([epoch], [best[epoch - 1]], "o", color=INK, markersize=7)
@@ -137,96 +119,96 @@ def _member_curves(found: Mapping[str, Any], settings: Sequence[str]) -> str:
             figure.legend(loc="outside lower center", ncols=2)
 
         ends = [curve[-1] for curve in curves if len(curve) and math.isfinite(curve[-1])]
-        told = f"Ends between {min(ends):.3f} and {max(ends):.3f}." if ends else "No curve ends in a number."
-        figure = page.svg(460, 340, f"{title} of each member over epochs. {told}", paint)
-        parts.append(page.card(title, figure, told))
-    return f'<div class="grid two">{"".join(parts)}</div>'
+        caption = f"Ends between {min(ends):.3f} and {max(ends):.3f}." if ends else "No curve ends in a number."
+        figure = page.svg(460, 340, f"{title} of each member over epochs. {caption}", paint)
+        parts.append(page.card(title, figure, caption))
+    return parts
 
 
-def _swept(found: Mapping[str, Any], settings: Sequence[str]) -> str:
+def _swept(population: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """A scatter of each numeric field, and a table of the settings that several members share."""
-    members = found["members"]
-    y = np.array([math.nan if (v := _on_validation(found, m)) is None else v for m in members])
-    title = f"{metric_word(found['select'])} on validation"
-    parts = []
+    members = population["members"]
+    title = f"{word_of(population['select'])} on validation"
+    y = np.array([math.nan if (v := _on_validation(population, m)) is None else v for m in members])
+    scatters = []
     for field in settings:
         x = [metrics.finite(member["fields"].get(field)) for member in members]
-        if any(value is None for value in x):
-            continue
-
-        def paint(figure: Any, field: str = field, x: np.ndarray = np.array(x, float)) -> None:  # noqa: B008
-            ax = figure.subplots()
-            ax.plot(x, y, "o", color=BLUE, alpha=0.6, markersize=6)
-            for value in np.unique(x):
-                if (same := np.isfinite(y) & (x == value)).sum() > 1:
-                    ax.plot([value], [y[same].mean()], "_", color=INK, markersize=20, markeredgewidth=2)
-            best = found["selected"]
-            ax.plot([x[best]], [y[best]], "o", color=ORANGE, markerfacecolor="none", markersize=12, markeredgewidth=2)
-            if x.min() > 0 and x.max() >= 20 * x.min():
-                ax.set_xscale("log")
-                ax.minorticks_off()
-                ax.xaxis.set_major_formatter("{x:g}")
-            if len(np.unique(x)) <= 8:
-                ax.set_xticks(np.unique(x))
-            ax.set_xlabel(field)
-            ax.set_title(title, color=MUTED, fontweight="normal", fontsize=11)
-            ax.margins(0.08)
-
-        alt = f"{title} of each member against {field}"
-        caption = "Ringed: the best by validation. Dashes: means of one value."
-        parts.append(page.card(field, page.svg(460, 300, alt, paint), caption))
-    # An empty cell keeps a single figure at half the page.
-    scatters = f'<div class="grid two">{"".join(parts)}<div></div></div>' if parts else ""
+        if all(value is not None for value in x):
+            scatters.append(_scatter(field, title, np.array(x, float), y, population["selected"]))
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for member in members:
         groups.setdefault(_setting(member, settings), []).append(member)
-    if len(groups) == len(members):
-        return scatters or page.absent("No numeric field was swept.")
-    columns = _shown(found)
+    columns = _shown(population)
     body = []
-    for label, own in groups.items():
+    for label, group in groups.items():
         numbers = [
-            [_on_validation(found, m) for m in own],
-            *([metrics.finite(m["test"].get(c)) for m in own] for c in columns),
+            [_on_validation(population, m) for m in group],
+            *([metrics.finite(m["test"].get(c)) for m in group] for c in columns),
         ]
-        body.append([page.escape(label), str(len(own)), *map(_mean, numbers)])
-    head = ["Setting", "Members", title, *(f"{metric_word(c)} on test" for c in columns)]
-    return scatters + page.table(head, body) + '<p class="small">Means, and beneath them standard deviations.</p>'
+        body.append([label, str(len(group)), *map(_mean, numbers)])
+    return {
+        "scatters": scatters,
+        "swept_head": ["Setting", "Members", title, *(f"{word_of(c)} on test" for c in columns)],
+        "swept_rows": body if len(groups) < len(members) else [],
+    }
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    there = np.array([value for value in values if value is not None])
-    if not len(there):
+def _scatter(field: str, title: str, x: np.ndarray, y: np.ndarray, best: int) -> page.Html:
+    """Scores `y` (N,) of members against a field's values `x` (N,), with the mean of each value that several have."""
+
+    def paint(figure: Any) -> None:
+        ax = figure.subplots()
+        ax.plot(x, y, "o", color=BLUE, alpha=0.6, markersize=6)
+        for value in np.unique(x):
+            if (same := np.isfinite(y) & (x == value)).sum() > 1:
+                ax.plot([value], [y[same].mean()], "_", color=INK, markersize=20, markeredgewidth=2)
+        ax.plot([x[best]], [y[best]], "o", color=ORANGE, markerfacecolor="none", markersize=12, markeredgewidth=2)
+        if x.min() > 0 and x.max() >= 20 * x.min():
+            ax.set_xscale("log")
+            ax.minorticks_off()
+            ax.xaxis.set_major_formatter("{x:g}")
+        if len(np.unique(x)) <= 8:
+            ax.set_xticks(np.unique(x))
+        ax.set_xlabel(field)
+        ax.set_title(title, color=MUTED, fontweight="normal", fontsize=11)
+        ax.margins(0.08)
+
+    figure = page.svg(460, 300, f"{title} of each member against {field}", paint)
+    return page.card(field, figure, "Ringed: the best by validation. Dashes: means of one value.")
+
+
+def _mean(values: Sequence[float | None]) -> page.Html | str:
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
         return "n/a"
-    return page.number(there.mean()) + (f"<small>± {there.std(ddof=1):.3f}</small>" if len(there) > 1 else "")
+    return page.noted(page.number(known.mean()), f"± {known.std(ddof=1):.3f}" if len(known) > 1 else "")
 
 
-def _members(found: Mapping[str, Any], varied: Sequence[str]) -> str:
-    members, columns = found["members"], _shown(found)
-    sign = 1 if found["select"] in LESS_IS_BETTER else -1
+def _members(population: Mapping[str, Any], varied: Sequence[str]) -> dict[str, Any]:
+    members, columns, selected = population["members"], _shown(population), population["selected"]
+    sign = 1 if population["select"] in LESS_IS_BETTER else -1
 
     def rank(i: int) -> tuple[bool, bool, float]:
-        value = _on_validation(found, members[i])
-        return i != found["selected"], value is None, sign * (value or 0.0)
+        value = _on_validation(population, members[i])
+        return i != selected, value is None, sign * (value or 0.0)
 
-    body = []
+    body: list[list[Any]] = []
     for i in sorted(range(len(members)), key=rank):
         member = members[i]
-        name = f'<b>{i}</b> <span class="good">★ best by validation</span>' if i == found["selected"] else str(i)
+        star = page.marked("good", "★ best by validation")
         body.append([
-            name, *(page.escape(field_text(member["fields"].get(field))) for field in varied),
-            page.number(member["best"].get("epoch")), page.number(_on_validation(found, member)),
+            page.bold(i) + " " + star if i == selected else str(i),
+            *(field_text(member["fields"].get(field)) for field in varied),
+            page.number(member["best"].get("epoch")), page.number(_on_validation(population, member)),
             *(page.number(metrics.finite(member["test"].get(m))) for m in columns),
         ])  # fmt: skip
-    numbers = [[_on_validation(found, member) for member in members],
+    numbers = [[_on_validation(population, member) for member in members],
                *([metrics.finite(member["test"].get(m)) for member in members] for m in columns)]  # fmt: skip
-    body.append(["<b>Mean</b>", *[""] * (len(varied) + 1), *map(_mean, numbers)])
-    answers = {name: scores for name, scores in found["trivial"].items() if isinstance(scores, dict)}
-    for name, scores in answers.items():
-        scores = {"mean_database_auc": 0.5, **scores} if "auc" in scores else scores
-        shown = (muted(page.number(metrics.finite(scores.get(m)))) for m in columns)
-        body.append([muted(page.escape(metric_word(name))), *[""] * (len(varied) + 2), *shown])
-    head = ["Member", *varied, "Best epoch", f"{metric_word(found['select'])} on validation",
-            *(f"{metric_word(m)} on test" for m in columns)]  # fmt: skip
-    note = "The best first. Beneath the mean is the standard deviation of the members."
-    return page.table(head, body) + f'<p class="small">{note}</p>'
+    body.append([page.bold("Mean"), *[""] * (len(varied) + 1), *map(_mean, numbers)])
+    for name, scores in population["trivial"].items():
+        if isinstance(scores, dict):
+            cells = [page.muted(page.number(metrics.finite(with_chance(scores).get(m)))) for m in columns]
+            body.append([page.muted(word_of(name)), *[""] * (len(varied) + 2), *cells])
+    head = ["Member", *varied, "Best epoch", f"{word_of(population['select'])} on validation",
+            *(f"{word_of(m)} on test" for m in columns)]  # fmt: skip
+    return {"member_head": head, "member_rows": body}

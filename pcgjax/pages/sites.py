@@ -1,4 +1,4 @@
-"""The cards of the site report, and its figures for a terminal."""
+"""The cards of the site report, its page, and its figures for a terminal."""
 
 from __future__ import annotations
 
@@ -7,64 +7,59 @@ from typing import Any
 
 import numpy as np
 
-from pcgjax import metrics
 from pcgjax.pages import page
 from pcgjax.pages.curves import databases_table
-
-SITE_WORDS = {
-    "trained": "the trained model's features", "untrained": "the same net before training",
-    "statistics": "level and power in eight bands",
-}  # fmt: skip
+from pcgjax.pages.words import SITE_WORDS
 
 
-def counts_sentence(test: Mapping[str, Any]) -> str:
+def document(report: Mapping[str, Any], heading: str) -> str:
+    """The page of a site report, of `sites.measure`."""
+    test = report["test"]
     people = page.count(test["people"], "person", "people")
-    return f"{page.count(test['recordings'], 'test recording')} · {people} · {len(test['per_database'])} databases"
+    subtitle = f"{page.count(test['recordings'], 'test recording')} · {people} · {len(test['per_database'])} databases"
+    parts = {"databases": databases_card(report), "probe": probe_card(report)}
+    return page.render("sites.html", heading=heading, subtitle=subtitle, **parts)
 
 
-def databases_card(found: Mapping[str, Any]) -> str:
-    """HTML: overall scores beside the mean over databases and the database alone, and the AUC of each database."""
-    test, alone = found["test"], found["database_alone"]
+def databases_card(report: Mapping[str, Any]) -> page.Html:
+    """Overall scores beside the mean over databases and the database alone, and the AUC of each database."""
+    test, alone = report["test"], report["database_alone"]
     body = [
         ["AUC, all recordings", page.score(test["overall"]["auc"])],
-        ["<b>AUC, mean over databases</b>", page.score(test["mean_database_auc"])],
+        [page.bold("AUC, mean over databases"), page.score(test["mean_database_auc"])],
         ["MAcc, all recordings", page.score(test["overall"]["mean_accuracy"])],
-        ["<i>AUC of the database alone</i>: its share of abnormal in training", page.score(alone["auc"])],
-        ["<i>the same</i>, told the test set's own shares", page.number(test["trivial"]["database_prior"]["auc"])],
-    ]
+        [page.italic("AUC of the database alone") + ": its share of abnormal in training", page.score(alone["auc"])],
+        [page.italic("the same") + ", given the test set's own shares",
+         page.number(test["trivial"]["database_prior"]["auc"])],
+    ]  # fmt: skip
     return page.table(["", "Score"], body) + databases_table(test)
 
 
-def probe_card(found: Mapping[str, Any]) -> str:
-    """HTML: how well the database can be told from the features, and the confusion between databases."""
-    told = found["probed"]
-    if not found["probes"]:
-        return page.absent(told["note"].capitalize() + ".")
+def probe_card(report: Mapping[str, Any]) -> page.Html:
+    """How well the database can be predicted from the features, and the confusion between databases."""
+    probed = report["probed"]
+    if not report["probes"]:
+        return page.absent(probed["note"].capitalize() + ".")
     body = []
-    for name, one in found["probes"].items():
-        value, low, high = (metrics.finite(one["balanced_accuracy"], key) for key in ("value", "low", "high"))
-        drawn = page.score(one["balanced_accuracy"]) + page.gauge(value, low, high, one["chance"])
+    for name, one in report["probes"].items():
+        balanced = one["balanced_accuracy"]
+        drawn = page.score(balanced) + page.gauge(*page.bounds(balanced), one["chance"])
         numbers = (one["chance"], one["accuracy"], one["majority_accuracy"], one["features"])
-        body.append([page.escape(SITE_WORDS[name].capitalize()), drawn, *map(_cell, numbers)])
-    head = ["Database predicted from", "Balanced accuracy", "Chance", "Accuracy", "Commonest database", "Features"]
-    first = found["probes"]["trained"]
+        body.append([SITE_WORDS[name].capitalize(), drawn, *map(page.score_or_count, numbers)])
+    head = ["Database predicted from", "Balanced accuracy", "Chance", "Accuracy", "Most common database", "Features"]
+    first = report["probes"]["trained"]
     notes = [
         f"{first['recordings']} recordings of {page.count(first['people'], 'person', 'people')} whom the model was not "
         f"trained on, {first['folds']} folds with nobody in two."
     ]
-    if told["unknown_people"]:
-        notes.append(f"{told['unknown_people']} recordings of unknown people stand for a person each.")
-    notes += [f"{name} is left out: {why}." for name, why in told["left_out"].items()]
-    notes.append(told["note"])
-    said = f'<p class="small">{page.escape(" ".join(filter(None, notes)))}</p>'
-    return page.table(head, body) + said + _confusion(first)
+    if probed["unknown_people"]:
+        notes.append(f"{probed['unknown_people']} recordings of unknown people stand for a person each.")
+    notes += [f"{name} is left out: {why}." for name, why in probed["left_out"].items()]
+    notes.append(probed["note"])
+    return page.table(head, body) + page.small(" ".join(filter(None, notes))) + _confusion(first)
 
 
-def _cell(value: Any) -> str:
-    return page.number(value) if isinstance(value, int) else page.score(value)
-
-
-def _confusion(one: Mapping[str, Any]) -> str:
+def _confusion(one: Mapping[str, Any]) -> page.Html:
     names, counts = one["databases"], np.array(one["confusion"])
     share = counts / counts.sum(1, keepdims=True)
 
@@ -80,17 +75,17 @@ def _confusion(one: Mapping[str, Any]) -> str:
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(names)), names)
         ax.tick_params(colors=page.INK, length=0)
-        ax.set_xlabel("said to be of")
+        ax.set_xlabel("predicted")
         ax.grid(False)
         for side in ax.spines.values():
             side.set_visible(False)
 
-    told = ", ".join(f"{name} {share[k, k]:.2f}" for k, name in enumerate(names))
+    diagonal = ", ".join(f"{name} {share[k, k]:.2f}" for k, name in enumerate(names))
     side = 130 + 90 * len(names)
-    alt = f"Databases told apart by the trained model's features, share found: {told}"
+    alt = f"Databases told apart by the trained model's features, share found: {diagonal}"
     drawn = page.svg(side, side - 60, alt, paint)
     caption = "Each row is a database; how many of its recordings the probe takes for which database's."
-    return page.card("", f'<div style="max-width:{side}px">{drawn}</div>', caption)
+    return page.card("", page.narrow(side, drawn), caption)
 
 
 def _square(x: float, y: float, colour: str, alpha: float) -> Any:
@@ -99,25 +94,20 @@ def _square(x: float, y: float, colour: str, alpha: float) -> Any:
     return Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=colour, alpha=alpha, linewidth=0)
 
 
-def summary(found: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any]) -> str:
     """The site report for a terminal."""
 
-    def text(score: Any) -> str:
-        low, high = metrics.finite(score, "low"), metrics.finite(score, "high")
-        return page.number(metrics.finite(score)) + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
-
-    test = found["test"]
-    lines = [f"{'AUC, all recordings':42s}{text(test['overall']['auc'])}"]
+    test = report["test"]
+    lines = [f"{'AUC, all recordings':42s}{page.spoken(test['overall']['auc'])}"]
     for name, one in test["per_database"].items():
         counted = f"{name}: {one['recordings']} recordings, {one['positives']} positive"
-        lines.append(f"  {counted:40s}{'one class only' if one['auc']['value'] is None else text(one['auc'])}")
+        lines.append(f"  {counted:40s}{'one class only' if one['auc']['value'] is None else page.spoken(one['auc'])}")
     lines += [
-        f"{'AUC, mean over databases':42s}{text(test['mean_database_auc'])}",
-        f"{'MAcc, all recordings':42s}{text(test['overall']['mean_accuracy'])}",
-        f"{'AUC of the database alone':42s}{text(found['database_alone']['auc'])}",
+        f"{'AUC, mean over databases':42s}{page.spoken(test['mean_database_auc'])}",
+        f"{'MAcc, all recordings':42s}{page.spoken(test['overall']['mean_accuracy'])}",
+        f"{'AUC of the database alone':42s}{page.spoken(report['database_alone']['auc'])}",
     ]
-    for name, one in found["probes"].items():
-        lines.append(
-            f"{'database from ' + SITE_WORDS[name]:50s}{text(one['balanced_accuracy'])}, chance {one['chance']:.3f}"
-        )
-    return "\n".join([*lines, *filter(None, [found["probed"]["note"]])])
+    for name, one in report["probes"].items():
+        accuracy = page.spoken(one["balanced_accuracy"])
+        lines.append(f"{'database from ' + SITE_WORDS[name]:50s}{accuracy}, chance {one['chance']:.3f}")
+    return "\n".join([*lines, *filter(None, [report["probed"]["note"]])])

@@ -23,8 +23,8 @@ import numpy as np
 
 from pcgjax import metrics
 from pcgjax.pages.audio_llm import ZERO_SHOT_SCORES
-from pcgjax.pages.classical import CLASSICAL_WORDS, CLASSIFIERS, PROTOCOLS, SCORES, SETS
-from pcgjax.pages.words import WORDS, best_trivial
+from pcgjax.pages.classical import CLASSIFIERS, PROTOCOLS, SCORES, SETS
+from pcgjax.pages.words import CLASSIFIER_WORDS, WORDS, best_trivial
 from pcgjax.published import AUDIO_LLM_PAPER, CNN_PAPER, HINF_PAPER
 from pcgjax.reproduce.job import CONFIGURATIONS, LLM_RUNS, Job, stage_name
 from pcgjax.runs.config import load_config
@@ -217,7 +217,7 @@ def _classical_rows(job: Job, states: Any) -> list[dict[str, Any]]:
                     best, mean = record["scores"][metric], person["scores"][metric]
                     best = {key: best[key] for key in ("best", "mean", "deviation")}  # the interval is the mean's
                     rows.append(_row(
-                        "classical", f"{CLASSICAL_WORDS[name]}, {of_set}", "PASCAL B", metric,
+                        "classical", f"{CLASSIFIER_WORDS[name]}, {of_set}", "PASCAL B", metric,
                         paper=record.get("paper", {}).get(metric), ours_paper_protocol={"value": best["best"], **best},
                         ours_honest={"value": mean["mean"], **mean}, trivial=trivial[metric],
                         trivial_answer="the commoner class of training", epochs=f"{experiment['runs']} runs",
