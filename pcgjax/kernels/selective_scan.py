@@ -83,8 +83,11 @@ def bidirectional_scan(
     for name, array in given.items():
         if array is not None and array.shape[:1] != (2,):
             raise ValueError(f"{name} has shape {array.shape}; needs a leading axis of 2, one for each direction")
-    one = lambda array: None if array is None else jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
-    _check(**{name: one(array) for name, array in given.items()}, initial=None)
+    of_one_direction = {
+        name: None if array is None else jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+        for name, array in given.items()
+    }
+    _check(**of_one_direction, initial=None)
     return _run(implementation, delta_softplus, **given, initial=None)[0]
 
 
@@ -113,11 +116,16 @@ def _run(implementation, delta_softplus, u, delta, A, B, C, D, z, delta_bias, in
     if implementation == "auto":
         implementation = _choose(A)
     wide = jnp.promote_types(u.dtype, jnp.float32)
-    wider = lambda x: x.astype(wide)
+
+    def wider(x: jax.Array) -> jax.Array:
+        return x.astype(wide)
+
+    def row(x: jax.Array | None) -> jax.Array:
+        return jnp.zeros((directions, 1, channels), wide) if x is None else wider(x)[:, None]
+
     directions, batch, _, channels = u.shape
     A = wider(A).swapaxes(1, 2)
     state = jnp.zeros((directions, batch, *A.shape[1:]), wide) if initial is None else wider(initial)
-    row = lambda x: jnp.zeros((directions, 1, channels), wide) if x is None else wider(x)[:, None]
     if implementation == "pallas":
         return _pallas(delta_softplus, u, delta, A, B, C, row(D), z, row(delta_bias), state)
     if implementation == "xla":
@@ -182,7 +190,10 @@ def _associative(u, delta, A, B, C, state):
     decay = jnp.exp(delta[..., None, :] * A[:, None, None])
     inflow = (delta * u)[..., None, :] * B[..., None]
     inflow = inflow.at[:, :, 0].add(decay[:, :, 0] * state)
-    after = lambda left, right: (left[0] * right[0], left[1] * right[0] + right[1])
+
+    def after(left, right):
+        return left[0] * right[0], left[1] * right[0] + right[1]
+
     h = jax.lax.associative_scan(after, (decay, inflow), axis=2)[1]
     return (h * C[..., None]).sum(3), h[:, :, -1]
 
@@ -270,7 +281,10 @@ def _xla_forward(softplus, u, delta, A, B, C, D, z, bias, state):
             given = delta_k + bias[g][None]
             sizes = _masked(_softplus(given) if softplus else given, chunks.own(g, k))
             starts = jax.lax.dynamic_update_slice(starts, h[None, None, None], (g, p, k, 0, 0, 0))
-            step = lambda h, now: _step(h, now, A[g][None])
+
+            def step(h, now, g=g):
+                return _step(h, now, A[g][None])
+
             h, y_k = jax.lax.scan(step, h, (u_k, sizes, B_k, C_k), reverse=bool(g))
             y_k = y_k + D[g][None] * u_k
             y_k = y_k if z is None else y_k * jax.nn.silu(chunks.cut(z, g, p, k, state.dtype))
@@ -352,7 +366,9 @@ def _xla_backward(softplus, residuals, towards):
         return *sums, _put_piece(dstate, dh, g, p, chunks), before, d, out
 
     # `before` and `d` are the same two buffers in all chunks: fresh ones would be filled with zeros first.
-    zeros = lambda *shape: jnp.zeros((*shape, chunks.sequences, *A.shape[1:]), dtype)
+    def zeros(*shape: int) -> jax.Array:
+        return jnp.zeros((*shape, chunks.sequences, *A.shape[1:]), dtype)
+
     before, d, dstate = zeros(chunks.size), zeros(chunks.size), dlast
     out, shared = [jnp.zeros_like(x) for x in (u, delta, B, C, *([] if z is None else [z]))], []
     for g in range(chunks.directions):
@@ -543,7 +559,10 @@ def _pallas_call(body, inputs, outputs, backward, platform):
         # A TPU has no such transpose of a few numbers, but has a sum over a diagonal.
         square = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (states, states))
         diagonal = square(0) == square(1)
-        turned = lambda x, axis: jnp.where(diagonal, x, 0).sum(axis, keepdims=True)
+
+        def turned(x: jax.Array, axis: int) -> jax.Array:
+            return jnp.where(diagonal, x, 0).sum(axis, keepdims=True)
+
         column: Any = (lambda x: turned(x, 1)) if platform == "tpu" else lambda x: x.reshape(states, 1)
         row: Any = (lambda x: turned(x, 0)) if platform == "tpu" else lambda x: x.reshape(1, states)
         body(j == 0, chunks, steps_of, column, row, *refs)
