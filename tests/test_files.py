@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(pcgjax.__file__).parent
 # What no command needs to print its help.
 HEAVY = ("jax", "jaxlib", "orbax", "flax", "optax", "torch", "transformers", "sklearn", "librosa")
-DOORS = ("train", "prepare", "report", "splits")
+DOORS = ("train", "prepare", "evaluate", "predict", "report", "sites", "splits", "ablation", "reproduce", "bench")
 IN_A_COMMAND = """
 import json, os, pathlib, runpy, sys
 door, *sys.argv[1:] = sys.argv[1:]
