@@ -57,7 +57,7 @@ def mel_filterbank(
             f"n_mels={n_mels} is too many for n_fft={n_fft} at {sample_rate_hz} Hz from {low_hz} to {high} Hz: "
             f"{len(empty)} bands (the first: {empty[0]}) hold no FFT bin; lower n_mels or raise n_fft"
         )
-    return bank.astype(np.float32)
+    return (bank + 0.0).astype(np.float32)  # librosa's weight at 0 Hz is -0.0
 
 
 def frames(samples: int, hop: int) -> int:
