@@ -69,6 +69,7 @@ def clip_features_of(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips
     """
     task = tasks.make(config, corpus.sample_rate_hz)
     assert task.inputs is not None
+    inputs_of = task.inputs
     most = config.ablation.clips_per_recording
     labels = corpus.labels(config.task.target)
     labelled = np.flatnonzero(np.isfinite(labels))
@@ -80,7 +81,7 @@ def clip_features_of(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips
     def shown(data, ids, capacity, step):
         def branch(size):
             batch = gather_batch(data, ids[0], size, task.geometry)
-            inputs = task.inputs(batch, size, jax.random.fold_in(noise_key, step))
+            inputs = inputs_of(batch, size, jax.random.fold_in(noise_key, step))
             fill = max(plan.capacities) - size
             return [jnp.pad(x, ((0, fill), *((0, 0),) * (x.ndim - 1))) for x in inputs.values]
 

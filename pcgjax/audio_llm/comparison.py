@@ -16,7 +16,7 @@ from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.checkpoints import best_adapter
 from pcgjax.audio_llm.conclude import Candidate, about, score_part, write
 from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
-from pcgjax.data.corpus import from_prepared
+from pcgjax.data.corpus import Corpus, from_prepared
 from pcgjax.runs.data import load_data
 
 
@@ -100,6 +100,7 @@ def score(
                     f"--zero_shot={dataset}: {name} hears through front_end.kind={config.front_end.kind}; give "
                     f"--segments={dataset}:DIR, a folder that python -m pcgjax.predict wrote .tsv files to"
                 )
+    data: list[tuple[Corpus, dict[str, np.ndarray], dict | None]]
     if workdirs:
         data = [load_data(one.config, pathlib.Path(path)) for one, path in zip(entries, workdirs, strict=True)]
     else:

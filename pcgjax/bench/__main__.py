@@ -56,7 +56,8 @@ def suite_of(name: str) -> tuple[Callable[[], dict], Callable[[dict], str]]:
 
         return functools.partial(hinf_lstm_suite, FLAGS.prepared, FLAGS.recordings), hinf_lstm_summary
     if name == "scale":
-        from pcgjax.bench.scale import scale_suite, scale_summary
+        from pcgjax.bench.scale import scale_suite
+        from pcgjax.bench.scale_goals import scale_summary
 
         return functools.partial(scale_suite, FLAGS.quick), scale_summary
     if name == "selective_scan":

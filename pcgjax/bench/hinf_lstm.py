@@ -96,7 +96,7 @@ def _kernel(batch: int, steps: int, inputs: int, loop: bool = False) -> dict:
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> np.ndarray:
-        return np.float32(rng.normal(size=shape) / np.sqrt(shape[0]))
+        return (rng.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32)
 
     x, weights = draw(batch, steps, inputs), draw(batch, steps, HIDDEN)
     parameters = draw(inputs, 3 * HIDDEN), draw(HIDDEN, 3 * HIDDEN), draw(3 * HIDDEN), draw(HIDDEN)

@@ -52,8 +52,8 @@ def population_job(
     """Steps of so many members as one program, against the same steps of one run after the other."""
     seeds = [{"seed": seed} for seed in range(members)]
     program = Program(config, seeds, workdir, together=jax.default_backend() != "cpu")
-    members_state, resident = program.start(), program.experiment.resident()
-    carried = {"state": members_state.state, "totals": members_state.totals}
+    resident = program.experiment.resident()
+    carried = {"state": program.spread.put(program.first_states()), "totals": program.no_totals()}
     alone = Training(config, workdir)
     states = [jax.tree.map(jnp.copy, (alone.state, alone.totals)) for _ in range(members)]
 

@@ -71,7 +71,7 @@ def _runs(
     for of_set, protocol, run in tqdm.tqdm(cases, desc="experiment", unit="split", disable=None, leave=False):
         seed = config.seed + run
         drawn = np.arange(len(y)) if of_set == "unbalanced" else _balanced(y, seed)
-        test = draw_test([rows[i] for i in drawn], y[drawn], protocol, target, e.test_share, seed)
+        test = draw_test([rows[int(i)] for i in drawn], y[drawn], protocol, target, e.test_share, seed)
         train_i, test_i = drawn[~test], drawn[test]
         sizes[of_set, protocol] = len(train_i), len(test_i)
         common = float(y[train_i].mean() > 0.5)
@@ -106,7 +106,7 @@ def _counts(y: np.ndarray, people: Sequence[str], seed: int, sizes: Mapping[tupl
     for of_set in SETS:
         drawn = np.arange(len(y)) if of_set == "unbalanced" else _balanced(y, seed)
         counts[of_set] = {"recordings": [int((y[drawn] == v).sum()) for v in (0, 1)],
-                          "people": [len({people[i] for i in drawn if y[i] == v}) for v in (0, 1)],
+                          "people": [len({people[int(i)] for i in drawn if y[i] == v}) for v in (0, 1)],
                           "test": {p: sizes[of_set, p][1] for p in PROTOCOLS}}  # fmt: skip
     return counts
 

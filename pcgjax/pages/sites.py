@@ -24,7 +24,7 @@ def document(report: Mapping[str, Any], heading: str) -> str:
 def databases_card(report: Mapping[str, Any]) -> page.Html:
     """Overall scores beside the mean over databases and the database alone, and the AUC of each database."""
     test, alone = report["test"], report["database_alone"]
-    body = [
+    body: list[list[Any]] = [
         ["AUC, all recordings", page.score(test["overall"]["auc"])],
         [page.bold("AUC, mean over databases"), page.score(test["mean_database_auc"])],
         ["MAcc, all recordings", page.score(test["overall"]["mean_accuracy"])],

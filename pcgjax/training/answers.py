@@ -67,7 +67,8 @@ def make_predict(
     mesh: whose devices share each batch, all with the whole parameters; every process is given all answers.
     resident: the whole corpus on every device, from `batches.block`; None to stream it.
     """
-    width = nnx.eval_shape(lambda: task.init(nnx.Rngs(0))).feature_count if embedding else width_of(task)
+    shapes: Any = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
+    width = shapes.feature_count if embedding else width_of(task)
     # A classifier does not look at them here.
     labels = np.zeros(len(corpus.rows), np.float32) if task.classifies else task.labels(corpus)
     devices = mesh.size if mesh else 1
