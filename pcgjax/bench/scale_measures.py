@@ -52,15 +52,15 @@ def population_job(
     """Steps of so many members as one program, against the same steps of one run after the other."""
     seeds = [{"seed": seed} for seed in range(members)]
     program = Program(config, seeds, workdir, together=jax.default_backend() != "cpu")
-    members_state, resident = program.start(), program.experiment.resident()
-    carried = {"state": members_state.state, "totals": members_state.totals}
+    resident = program.experiment.resident()
+    carry = [program.spread.put(program.first_states()), program.no_totals()]
     alone = Training(config, workdir)
     states = [jax.tree.map(jnp.copy, (alone.state, alone.totals)) for _ in range(members)]
 
     def together(until: int = steps) -> None:
         for piece in program.pieces(resident, 0, until):
-            carried["state"], carried["totals"] = program.steps(dict(carried), *piece)
-        jax.block_until_ready(carried["totals"])
+            carry[:] = program.advance(*carry, *piece)
+        jax.block_until_ready(carry[1])
 
     def in_a_row(until: int = steps) -> None:
         for member in range(members):
