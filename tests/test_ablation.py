@@ -177,13 +177,13 @@ def test_an_arm_is_a_plain_loop_of_the_penalty_weighted_loss(ready):
 
 
 def test_interval_by_hand():
-    found = interval([1.0, 2.0, 3.0, 4.0])
+    summary = interval([1.0, 2.0, 3.0, 4.0])
     # s = sqrt(5/3); t(0.975, 3) = 3.182446 from tables
     half = 3.182446 * math.sqrt(5 / 3) / 2
-    assert found["n"] == 4
-    assert found["mean"] == 2.5
-    assert found["deviation"] == pytest.approx(math.sqrt(5 / 3))
-    assert (found["low"], found["high"]) == pytest.approx((2.5 - half, 2.5 + half))
+    assert summary["n"] == 4
+    assert summary["mean"] == 2.5
+    assert summary["deviation"] == pytest.approx(math.sqrt(5 / 3))
+    assert (summary["low"], summary["high"]) == pytest.approx((2.5 - half, 2.5 + half))
     assert interval([0.5, math.nan])["n"] == 1
     assert math.isnan(interval([0.5])["low"])
     assert math.isnan(interval([])["mean"])
@@ -207,11 +207,11 @@ def made_up(group: str, database: str = "", effect: float = 0.0, seeds: int = 5,
 
 def test_differences_are_paired_by_seed():
     result = made_up("person", effect=0.02)
-    found = differences(result["arms"], "convex", "auc")
-    np.testing.assert_allclose(found, 0.02 + np.linspace(-0.004, 0.004, 5))
+    changes = differences(result["arms"], "convex", "auc")
+    np.testing.assert_allclose(changes, 0.02 + np.linspace(-0.004, 0.004, 5))
     np.testing.assert_allclose(differences(result["arms"], "pwl", "auc"), 0, atol=1e-12)
     # An interval of unpaired seeds, whose scores spread over 0.4, could not leave out 0.
-    assert interval(found)["low"] > 0
+    assert interval(changes)["low"] > 0
 
 
 @pytest.mark.parametrize(
@@ -253,12 +253,12 @@ def test_judge_knows_databases_and_trivial_answers(corpus):
     parts = Parts(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32), [np.arange(8)])
     arm = ("lstm", "bce", "sapt")
     scores, trivial = judge(small, labels, parts, {arm: (p, np.array([0.65]))})
-    found = scores["lstm bce sapt"]
-    assert found["sensitivity"] == [0.75]
-    assert found["specificity"] == [1.0]
-    assert found["mean_accuracy"] == [0.875]
-    assert found["auc"] == [15 / 16]
-    assert found["mean_database_auc"] == [1.0]
+    of_arm = scores["lstm bce sapt"]
+    assert of_arm["sensitivity"] == [0.75]
+    assert of_arm["specificity"] == [1.0]
+    assert of_arm["mean_accuracy"] == [0.875]
+    assert of_arm["auc"] == [15 / 16]
+    assert of_arm["mean_database_auc"] == [1.0]
     assert trivial["database_prior"]["accuracy"] == [0.75]
     assert trivial["database_prior"]["mean_database_auc"] == [0.5]
     assert trivial["all_abnormal"]["sensitivity"] == [1.0]

@@ -68,24 +68,24 @@ def test_forward_formula_is_what_pytorch_counts(plain, inputs):
     model.base_model.disable_adapter_layers()
     try:
         with torch.no_grad():
-            found = counted(base, inputs)
+            counts = counted(base, inputs)
     finally:
         model.base_model.enable_adapter_layers()
     expected = plain_flops(base.config, 2.0, 20, [text_tokens - 20], bench.RANK)
     for part, of in expected.items():
-        assert of["forward"] == pytest.approx(found[part], rel=0.02), part
+        assert of["forward"] == pytest.approx(counts[part], rel=0.02), part
 
 
 def test_training_formula_is_what_pytorch_counts(plain, inputs):
     model, _, _ = plain
     base, text_tokens = model.get_base_model(), inputs["input_ids"].shape[1] - 50
-    found = counted(base, inputs, inputs["input_ids"])
+    counts = counted(base, inputs, inputs["input_ids"])
     model.zero_grad()
     of = plain_flops(base.config, 2.0, 20, [text_tokens - 20], bench.RANK)
-    assert total(of) == pytest.approx(found["forward"] + found["backward"], rel=0.03)
+    assert total(of) == pytest.approx(counts["forward"] + counts["backward"], rel=0.03)
     # Two thirds of LoRA's products are backward; they and the frozen weights' are counted in the right place.
     backward = sum(part["backward"] + part["lora"] * 2 / 3 for part in of.values())
-    assert backward == pytest.approx(found["backward"], rel=0.05)
+    assert backward == pytest.approx(counts["backward"], rel=0.05)
 
 
 def test_ours_counts_what_is_shared_once():
@@ -148,8 +148,8 @@ def test_both_ways_have_one_loss(plain):
     model, processor, _ = plain
     nothing = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
     for share_prefix in (True, False):
-        found = bench._step((model, processor, nothing), share_prefix, 1, "cpu", clips=2, questions=3, audio_s=0.5)
-        assert found["losses"]["ours"] == pytest.approx(found["losses"]["plain"], rel=1e-4)
+        measured = bench._step((model, processor, nothing), share_prefix, 1, "cpu", clips=2, questions=3, audio_s=0.5)
+        assert measured["losses"]["ours"] == pytest.approx(measured["losses"]["plain"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -157,6 +157,6 @@ def test_a_model_of_any_size_with_random_weights_is_measured(tmp_path):
     from transformers import AutoConfig
 
     tiny = make_tiny(tmp_path / "tiny")
-    found = bench.full_size(AutoConfig.from_pretrained(tiny), tiny, 1, "cpu")
-    assert found["ours_tflop_a_s"] > 0
-    assert found["ratio"] > 0
+    measured = bench.full_size(AutoConfig.from_pretrained(tiny), tiny, 1, "cpu")
+    assert measured["ours_tflop_a_s"] > 0
+    assert measured["ratio"] > 0

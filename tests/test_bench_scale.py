@@ -33,10 +33,10 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 def losses(corpus, tmp_path_factory) -> list[float]:
     """Of the first four steps on one device, resident."""
     config = load_config("cnn", _changes("cnn", corpus, True))
-    found, times = Training(config, tmp_path_factory.mktemp("one")).losses(4)
-    assert np.isfinite(found).all()
-    assert len(set(found)) == len(times) == 4
-    return found
+    losses, times_s = Training(config, tmp_path_factory.mktemp("one")).losses(4)
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) == len(times_s) == 4
+    return losses
 
 
 def test_simulated_corpus_is_a_prepared_one(corpus):
@@ -71,9 +71,9 @@ def test_streamed_steps_are_the_resident_ones(corpus, losses, tmp_path):
 )
 def test_idle(spans, share, wall_ns):
     for order in (spans, spans[::-1]):
-        found = idle(order)
-        assert found["idle_share"] == pytest.approx(share)
-        assert found["wall_s"] == pytest.approx(wall_ns / 1e9)
+        gaps = idle(order)
+        assert gaps["idle_share"] == pytest.approx(share)
+        assert gaps["wall_s"] == pytest.approx(wall_ns / 1e9)
 
 
 def count(tree) -> int:
@@ -126,9 +126,9 @@ def test_peers_learn():
 def test_loader_gives_all_recordings(corpus):
     read = from_prepared(corpus).read
     batches = [[3, 1], [0]]
-    found = list(peers.recordings_loader(read, batches))
-    np.testing.assert_array_equal(found[0][1].numpy(), read(1))
-    assert [tuple(x.shape) for x in found] == [(2, 2000), (1, 2000)]
+    loaded = list(peers.recordings_loader(read, batches))
+    np.testing.assert_array_equal(loaded[0][1].numpy(), read(1))
+    assert [tuple(x.shape) for x in loaded] == [(2, 2000), (1, 2000)]
     short = peers.padded([np.ones(2, np.int16), np.ones(4, np.int16)])
     assert short.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
@@ -162,20 +162,20 @@ def test_goals_and_their_table():
         "gpu": NO_GPU,
     }  # fmt: skip
     result["goals"] = goals(result)
-    found = {g["what"]: g for g in result["goals"]}
+    judged = {g["what"]: g for g in result["goals"]}
     fsdp = "cnn, 8 devices, fsdp: "
-    assert found[fsdp + "loss, relative difference"]["met"] is True
-    assert found[fsdp + "bytes sent / minimum"]["met"] is False
-    assert found[fsdp + "share of parameters and optimiser state"]["met"] is False
-    assert found["cnn, 8 devices, pmap: bytes sent / minimum"]["met"] == "no memory"
-    assert found["cnn, 2 processes, pmap: loss, relative difference"]["met"] is False
-    assert "cnn, 2 processes, pmap: bytes sent / minimum" not in found
-    assert found["cnn: population / runs in a row"] == {
+    assert judged[fsdp + "loss, relative difference"]["met"] is True
+    assert judged[fsdp + "bytes sent / minimum"]["met"] is False
+    assert judged[fsdp + "share of parameters and optimiser state"]["met"] is False
+    assert judged["cnn, 8 devices, pmap: bytes sent / minimum"]["met"] == "no memory"
+    assert judged["cnn, 2 processes, pmap: loss, relative difference"]["met"] is False
+    assert "cnn, 2 processes, pmap: bytes sent / minimum" not in judged
+    assert judged["cnn: population / runs in a row"] == {
         "what": "cnn: population / runs in a row", "goal": "at least 0.9", "measured": 0.95, "met": True,
     }  # fmt: skip
-    assert found["streamed / resident"]["met"] == "no disk"
-    assert found["peak MiB, streaming a large corpus"]["met"] is True
-    assert found["50 epochs, s"]["met"] == NO_GPU
+    assert judged["streamed / resident"]["met"] == "no disk"
+    assert judged["peak MiB, streaming a large corpus"]["met"] is True
+    assert judged["50 epochs, s"]["met"] == NO_GPU
     del result["stream"]["failed"]
     result["stream"] |= {
         "training": {"rate_over_resident": 0.97}, "default_mib": 32.0,
@@ -210,15 +210,15 @@ def test_step_beside_the_peer(model, tmp_path):
     """What a GPU is measured by, on what there is."""
     prepared = _corpus(tmp_path, model, True)
     config = load_config(model, _changes(model, prepared, True))
-    found = device_job(config, tmp_path / "work", pairs=1, compiled=False)
-    assert found["peers"]["eager"]["ratio"] > 0
-    assert found["segments_a_s"] > 0
-    assert found["ceilings"]["float32_flops_a_s"] > 1e8
+    measured = device_job(config, tmp_path / "work", pairs=1, compiled=False)
+    assert measured["peers"]["eager"]["ratio"] > 0
+    assert measured["segments_a_s"] > 0
+    assert measured["ceilings"]["float32_flops_a_s"] > 1e8
 
 
 @pytest.mark.slow
 def test_fifty_epochs_are_a_whole_run(tmp_path):
     corpus = write_prepared(tmp_path / "corpus", 40, (3.0, 3.0), 1000)  # one window of 2.5 s at least
-    found = fifty_epochs(Runner(tmp_path), corpus, epochs=1)
-    assert found["trained_recordings"] == 36
-    assert found["wall_s"] > found["seconds"]["train"] > 0
+    measured = fifty_epochs(Runner(tmp_path), corpus, epochs=1)
+    assert measured["trained_recordings"] == 36
+    assert measured["wall_s"] > measured["seconds"]["train"] > 0

@@ -161,26 +161,26 @@ def test_svm_probability_has_the_order_of_its_margin():
 
 
 def test_experiment(chosen, ran):
-    asked = json.loads((ran[0] / "experiment.json").read_text())
-    assert len(asked["rows"]) == 16
-    for row in asked["rows"]:
+    table = json.loads((ran[0] / "experiment.json").read_text())
+    assert len(table["rows"]) == 16
+    for row in table["rows"]:
         for s in row["scores"].values():
             assert s["low"] <= s["mean"] <= s["high"]
         assert set(row["paper"]) == set(SCORES)
-    by = {(r["classifier"], r["set"], r["protocol"]): r for r in asked["rows"]}
+    by = {(r["classifier"], r["set"], r["protocol"]): r for r in table["rows"]}
     # The paper's printed "Sens" is that of the normal clips.
     assert by["svm", "unbalanced", "record"]["paper"]["specificity"] == 0.9833
     n = len(chosen.rows)
-    assert sum(asked["counts"]["unbalanced"]["recordings"]) == n - len(asked["left_out"])
-    one, other = asked["counts"]["balanced"]["recordings"]
+    assert sum(table["counts"]["unbalanced"]["recordings"]) == n - len(table["left_out"])
+    one, other = table["counts"]["balanced"]["recordings"]
     assert one == other
-    normal, murmur = asked["counts"]["unbalanced"]["recordings"]
-    for t in asked["trivial"]:
+    normal, murmur = table["counts"]["unbalanced"]["recordings"]
+    for t in table["trivial"]:
         assert t["scores"]["auc"] == 0.5
         if t["set"] == "unbalanced" and t["protocol"] == "record":
             n, m = round(0.3 * normal), round(0.3 * murmur)
             assert t["scores"]["accuracy"] == pytest.approx(max(n, m) / (n + m))
-    assert experiment(chosen, ran[1]) == asked
+    assert experiment(chosen, ran[1]) == table
 
 
 def test_experiment_on_features_that_tell_all_and_nothing(chosen):
@@ -198,9 +198,9 @@ def test_experiment_on_features_that_tell_all_and_nothing(chosen):
 
 def test_widened_interval():
     values = [0.7, 0.8, 0.75, 0.85, 0.7]
-    found = _resampled(values, 0.3 / 0.7)
+    widened = _resampled(values, 0.3 / 0.7)
     half = 2.7764451 * np.std(values, ddof=1) * np.sqrt(1 / 5 + 0.3 / 0.7)  # t of 4 degrees of freedom
-    assert found["high"] - found["mean"] == pytest.approx(half, rel=1e-6)
+    assert widened["high"] - widened["mean"] == pytest.approx(half, rel=1e-6)
 
 
 def test_workdir(ran):
@@ -251,9 +251,9 @@ def test_classifier_again_from_plain_arrays(ran, chosen):
 
 
 def test_picking_beside_marks_and_states(corpus):
-    found = picking(corpus, make_config())
-    assert found["marks"]["S1_S2_f1_100ms"] > 0.8
-    assert found["marks"]["sound_f1_100ms"] >= found["marks"]["S1_S2_f1_100ms"]
+    scores = picking(corpus, make_config())
+    assert scores["marks"]["S1_S2_f1_100ms"] > 0.8
+    assert scores["marks"]["sound_f1_100ms"] >= scores["marks"]["S1_S2_f1_100ms"]
     states = [{**row, "annotations": [(t, t + 0.1, s) for t, _, s in row["annotations"]]} for row in corpus.rows]
     assert "annotated" in picking(in_rows(corpus, states), make_config())
     with pytest.raises(ValueError, match="no recording is annotated"):

@@ -162,9 +162,9 @@ def test_every_paper_has_a_plan_whose_fields_exist(tmp_path):
 def test_the_classical_rows_are_those_of_its_experiment(made):
     out, table = made
     assert json.loads((out / "table.json").read_text())["rows"] == table["rows"]
-    asked = json.loads((out / "runs" / "classical" / "experiment.json").read_text())
+    experiment = json.loads((out / "runs" / "classical" / "experiment.json").read_text())
     rows = rows_by(table)
-    for of in asked["rows"]:
+    for of in experiment["rows"]:
         row = rows[f"{CLASSIFIER_WORDS[of['classifier']]}, {of['set']}", "PASCAL B", "auc"]
         ours = row["ours_paper_protocol" if of["protocol"] == "record" else "ours_honest"]
         assert ours["value"] == of["scores"]["auc"]["best" if of["protocol"] == "record" else "mean"]
@@ -272,16 +272,16 @@ def test_runs_that_leave_a_database_out_are_judged_together(tmp_path):
                 writer.writerow((f"v{i}", f"v{i}", database, "", 1 - y[i], p[i], 0, "validation", ""))  # not judged
         test = {"threshold": cut, "intervals": {"resamples": 50}}
         (workdir / "metrics.json").write_text(json.dumps({"test": test}))
-    found = left_out(tmp_path)
-    assert found["recordings"] == 80
+    judged = left_out(tmp_path)
+    assert judged["recordings"] == 80
     for database, cut in cuts.items():
         expected = metrics.binary(truth[database], answers[database], cut)
-        own = found["per_database"][database]
+        of_database = judged["per_database"][database]
         for name in ("auc", "accuracy", "f1", "sensitivity"):
-            assert own[name]["value"] == pytest.approx(expected[name])
+            assert of_database[name]["value"] == pytest.approx(expected[name])
     mean = np.mean([metrics.binary(truth[d], answers[d])["auc"] for d in cuts])
-    assert found["mean_database_auc"]["value"] == pytest.approx(mean)
-    assert found["mean_database_auc"]["low"] < mean < found["mean_database_auc"]["high"]
+    assert judged["mean_database_auc"]["value"] == pytest.approx(mean)
+    assert judged["mean_database_auc"]["low"] < mean < judged["mean_database_auc"]["high"]
 
 
 # ------------------------------------------------------------------------------------------------- whole papers, slow
@@ -339,9 +339,9 @@ sys.exit(0 if reproduce("cnn", sys.argv[1], sys.argv[2], "tiny") else 1)
     runs = tmp_path / "runs"
     assert len({(runs / "cnn_person" / name / "config.json").read_text().count("cinc_people.json") for name in
                 CONFIGURATIONS}) == 1  # fmt: skip
-    found = json.loads((runs / "cnn_published" / "filter" / "metrics.json").read_text())["split"]
-    assert found["leaks"]
-    assert not found["people_apart"]
+    split = json.loads((runs / "cnn_published" / "filter" / "metrics.json").read_text())["split"]
+    assert split["leaks"]
+    assert not split["people_apart"]
     assert json.loads((runs / "cnn_person" / "filter" / "metrics.json").read_text())["split"]["people_apart"]
     assert "Mean AUC inside databases" in (tmp_path / "report.html").read_text()
 
@@ -375,6 +375,6 @@ def test_all_papers_on_simulated_recordings(all_sets, tmp_path):
     assert "http" not in html.replace("http-equiv", "")
     # The segmenter heard nobody of whom the audio LLM is asked.
     split = json.loads((tmp_path / "runs" / "segmenter_split.json").read_text())
-    asked = json.loads((tmp_path / "runs" / "llm_split.json").read_text())
-    assert not set(split["train"]) & set(asked["test"])
-    assert set(split["train"]) <= set(asked["train"])
+    llm_split = json.loads((tmp_path / "runs" / "llm_split.json").read_text())
+    assert not set(split["train"]) & set(llm_split["test"])
+    assert set(split["train"]) <= set(llm_split["train"])

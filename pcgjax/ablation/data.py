@@ -68,8 +68,8 @@ def clip_features_of(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips
     Deterministic: noise, where `features.noise_snr_db` asks for it, is one draw from `config.seed`.
     """
     task = tasks.make(config, corpus.sample_rate_hz)
-    assert task.inputs is not None
-    inputs_of = task.inputs
+    make_inputs = task.inputs
+    assert make_inputs is not None
     most = config.ablation.clips_per_recording
     labels = corpus.labels(config.task.target)
     labelled = np.flatnonzero(np.isfinite(labels))
@@ -78,12 +78,12 @@ def clip_features_of(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips
     noise_key = jax.random.fold_in(jax.random.key(config.seed), NOISE)
 
     @jax.jit
-    def shown(data, ids, capacity, step):
+    def clips_of(data, ids, capacity, step):
         def branch(size):
             batch = gather_batch(data, ids[0], size, task.geometry)
-            inputs = inputs_of(batch, size, jax.random.fold_in(noise_key, step))
+            values = make_inputs(batch, size, jax.random.fold_in(noise_key, step)).values
             fill = max(plan.capacities) - size
-            return [jnp.pad(x, ((0, fill), *((0, 0),) * (x.ndim - 1))) for x in inputs.values]
+            return [jnp.pad(x, ((0, fill), *((0, 0),) * (x.ndim - 1))) for x in values]
 
         return jax.lax.switch(capacity, [lambda size=size: branch(size) for size in plan.capacities])
 
@@ -96,7 +96,7 @@ def clip_features_of(config: ml_collections.ConfigDict, corpus: Corpus) -> Clips
         windows = task.geometry.windows(corpus.lengths[ids])
         recording = np.repeat(ids, windows)
         nth = np.arange(len(recording)) - np.repeat(np.cumsum(windows) - windows, windows)
-        batch_mel, batch_mask = shown(data, plan.ids[step], plan.capacity[step], step)
+        batch_mel, batch_mask = clips_of(data, plan.ids[step], plan.capacity[step], step)
         if mel is None:
             mel = np.zeros((len(corpus.rows) * most, *batch_mel.shape[1:]), np.float32)
             mask = np.zeros((len(corpus.rows) * most, *batch_mask.shape[1:]), np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pcgjax import metrics
-from pcgjax.ablation.arms import Parts
+from pcgjax.ablation.data import Parts
 from pcgjax.data.corpus import Corpus
 from pcgjax.metrics import interval
 from pcgjax.pages.ablation import ARMS, COMPARED, IDEAS, SCORES, Arm

@@ -30,7 +30,7 @@ def cnn_config(batch_recordings: int) -> ml_collections.ConfigDict:
     """The fields of configs/cnn.py that a step depends on."""
     return ml_collections.ConfigDict(
         {
-            "task": {"name": "cnn"},
+            "task": {"name": "cnn", "target": "abnormal"},
             "features": {
                 "window_s": 2.5, "overlap": 0.5, "filter": "zero_phase", "filter_order": 4, "low_hz": 25.0,
                 "high_hz": 400.0, "noise_snr_db": float("inf"),

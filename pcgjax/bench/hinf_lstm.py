@@ -36,7 +36,7 @@ def hinf_lstm_config(batch_recordings: int) -> ml_collections.ConfigDict:
     """The fields of configs/hinf_lstm.py that a step depends on."""
     return ml_collections.ConfigDict(
         {
-            "task": {"name": "hinf_lstm"},
+            "task": {"name": "hinf_lstm", "target": "abnormal"},
             "features": {
                 "window_s": 5.0, "noise_snr_db": float("inf"), "wavelet_level": 4, "filter": "zero_phase",
                 "filter_order": 5, "high_hz": 500.0, "n_fft": 2048, "hop": 512, "n_mels": 128, "htk": False,

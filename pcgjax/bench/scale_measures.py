@@ -53,14 +53,14 @@ def population_job(
     seeds = [{"seed": seed} for seed in range(members)]
     program = Program(config, seeds, workdir, together=jax.default_backend() != "cpu")
     resident = program.experiment.resident()
-    carried = {"state": program.spread.put(program.first_states()), "totals": program.no_totals()}
+    carry = [program.spread.put(program.first_states()), program.no_totals()]
     alone = Training(config, workdir)
     states = [jax.tree.map(jnp.copy, (alone.state, alone.totals)) for _ in range(members)]
 
     def together(until: int = steps) -> None:
         for piece in program.pieces(resident, 0, until):
-            carried["state"], carried["totals"] = program.steps(dict(carried), *piece)
-        jax.block_until_ready(carried["totals"])
+            carry[:] = program.advance(*carry, *piece)
+        jax.block_until_ready(carry[1])
 
     def in_a_row(until: int = steps) -> None:
         for member in range(members):

@@ -24,13 +24,13 @@ from pcgjax.classical.experiment import experiment
 from pcgjax.classical.features import Features, classical_features, find_sounds
 from pcgjax.classical.picking import annotated_recordings, picking
 from pcgjax.classical.selection import selected
-from pcgjax.data import splits
 from pcgjax.data.corpus import Corpus, from_prepared
 from pcgjax.features import envelope
 from pcgjax.pages.classical import CLASSIFIERS, write_report
 from pcgjax.pages.waveforms import SHOWN_S
 from pcgjax.runs.best import selection_score
 from pcgjax.runs.config import plain_config, refuse_changes
+from pcgjax.runs.data import split_corpus
 from pcgjax.runs.judge import judge_recordings, prediction_rows, write_table
 from pcgjax.runs.log import log_line
 from pcgjax.runs.record import record, versions
@@ -72,9 +72,12 @@ def train_classical(
     with_cycle = corpus.subset(features.indices)
     y = np.array([int(row["labels"][target]) for row in with_cycle.rows])
     # Divided with those left out, so that one split file serves other systems as well.
-    split = _split(config, workdir, corpus.rows, target)
-    place = {row["id"]: i for i, row in enumerate(with_cycle.rows)}
-    parts = {part: np.array([place[id] for id in split[part] if id in place], np.int32) for part in splits.PARTS}
+    resolved = config.copy_and_resolve_references()
+    resolved.task.target = target
+    parts, split = split_corpus(resolved, workdir, corpus)
+    place = np.full(len(corpus.rows), -1, np.int32)
+    place[features.indices] = np.arange(len(y))
+    parts = {part: place[indices][place[indices] >= 0] for part, indices in parts.items()}
 
     probabilities, scores = _fit_all(config, workdir / "metrics.jsonl", features.values, y, parts)
     worth = {name: selection_score(scores[name]["validation"], config.train.select) for name in CLASSIFIERS}
@@ -172,23 +175,6 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
     record(workdir, config)
-
-
-def _split(config: ml_collections.ConfigDict, workdir: pathlib.Path, rows: list[dict], target: str) -> dict:
-    """The split of `split.file`, or of WORKDIR, reused or made; checked for leaks."""
-    s = config.split
-    path = pathlib.Path(s.file or workdir / "split.json")
-    if path.exists():
-        split = splits.load(path, rows)
-    else:
-        split = splits.make(
-            rows, s.kind, target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None, s.names or None
-        )
-        splits.save(split, path)
-    leaks = splits.check(split, rows, allow=s.allow_leaks)
-    for leak in leaks:
-        logging.warning("leak: %s", leak)
-    return {**split, "leaks": leaks, "people_apart": not leaks and split["kind"] != "paper301"}
 
 
 def _fit_all(
