@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -13,7 +14,8 @@ import time
 
 import pytest
 import yaml
-from conftest import ROOT
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))

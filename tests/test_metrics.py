@@ -11,7 +11,7 @@ import sklearn.metrics as sk
 
 from pcgjax import metrics
 
-CHALLENGE = json.loads((pathlib.Path(__file__).parent / "data" / "challenge2022.json").read_text())
+CHALLENGE = json.loads((pathlib.Path(__file__).parent / "fixtures" / "challenge2022.json").read_text())
 
 
 def one_hot(words, classes):

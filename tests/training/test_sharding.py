@@ -6,6 +6,7 @@ import csv
 import functools
 import itertools
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT
 
 from pcgjax import evaluate
 from pcgjax.runtime import sharding
 from pcgjax.training.loop import train
 from pcgjax.training.step import REMAT
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 SMALL = {"train.batch_recordings": 8, "train.epochs": 2, "features.filter": "none", "train.checkpoint_steps": 2}

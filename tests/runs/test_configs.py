@@ -17,10 +17,10 @@ from pcgjax.runs.base_config import base
 from pcgjax.runs.config import completed, load_config, plain_config, refuse_changes
 from pcgjax.runtime.files import CheckpointError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 # Field -> its value, as Python writes it -> the configs that had it when they stood there in full, each on its own.
-TABLE = json.loads((ROOT / "tests" / "data" / "configs.json").read_text())
+TABLE = json.loads((ROOT / "tests" / "fixtures" / "configs.json").read_text())
 NAMES = sorted({name for values in TABLE.values() for names in values.values() for name in names.split()})
 OFF = {
     "sapt.interval": 0, "sapt.factor": 0.3, "sapt.metric": "f1",
@@ -107,7 +107,7 @@ def test_a_misspelled_field_is_refused(monkeypatch):
 
 
 def test_a_saved_config_of_an_earlier_version_is_completed():
-    saved = json.loads((ROOT / "tests" / "data" / "saved_cnn_config.json").read_text())
+    saved = json.loads((ROOT / "tests" / "fixtures" / "saved_cnn_config.json").read_text())
     assert "sapt" not in saved
     assert "schedule" not in saved["optimizer"]
     whole = completed(saved)
@@ -121,7 +121,7 @@ def test_a_saved_config_of_an_earlier_version_is_completed():
 
 
 def test_a_run_of_an_earlier_version_is_the_same_experiment(tmp_path):
-    saved = json.loads((ROOT / "tests" / "data" / "saved_cnn_config.json").read_text())
+    saved = json.loads((ROOT / "tests" / "fixtures" / "saved_cnn_config.json").read_text())
     config = ml_collections.ConfigDict(completed(saved))
     now = plain_config(config)
     refuse_changes(saved, now, tmp_path)

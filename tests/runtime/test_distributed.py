@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -12,9 +13,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
 
 from pcgjax.runtime import distributed
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Steps with a sum over all processes, until a signal or --steps; process 0 has more to do at the end.
 TOY = """

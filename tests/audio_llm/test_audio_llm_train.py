@@ -17,7 +17,7 @@ import pytest
 from pcgjax.runs.best import more_accurate
 from pcgjax.runtime.files import CheckpointError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

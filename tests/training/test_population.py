@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import threading
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from pcgjax.runs.config import one_of, plain_config, with_fields
 from pcgjax.runtime import goodput
@@ -25,6 +25,8 @@ from pcgjax.training.loop import train
 from pcgjax.training.member_loop import train_program
 from pcgjax.training.members import Program
 from pcgjax.training.sweep import TRACED, programs, swept_values
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Every recording has as many windows as the others, so that there is one shape to compile.
 QUICK = {"train.epochs": 2, "train.batch_recordings": 8, "train.checkpoint_steps": 2, "features.window_s": 1.0,

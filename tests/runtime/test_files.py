@@ -14,7 +14,7 @@ import pytest
 import pcgjax
 from pcgjax.runtime import files
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = pathlib.Path(pcgjax.__file__).parent
 # What no command needs to print its help.
 HEAVY = ("jax", "jaxlib", "orbax", "flax", "optax", "torch", "transformers", "sklearn", "librosa")

@@ -33,7 +33,7 @@ from pcgjax.runtime import checkpoint
 from pcgjax.tasks.base import split_model
 from pcgjax.training import optimizer
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = {
     "features.window_s": 1.7, "features.wavelet_level": 0, "features.n_fft": 512, "features.hop": 512,
     "features.n_mels": 8, "model.blocks": ((4,),), "model.hidden": 4, "sapt.interval": 1,

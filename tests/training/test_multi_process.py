@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 import re
 import signal
 import socket
@@ -12,7 +13,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 from test_distributed import free_port
 from test_sharding import assert_same_answers, assert_same_curve, assert_same_state, history
 
@@ -21,6 +21,8 @@ from pcgjax.data.corpus import in_memory
 from pcgjax.data.plan import Geometry, epoch_order, plan_batches
 from pcgjax.training.loop import train
 from pcgjax.training.stages import stages
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 SMALL = {"train.batch_recordings": 8, "train.epochs": 2, "features.filter": "none", "train.checkpoint_steps": 2}
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

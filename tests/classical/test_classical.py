@@ -21,7 +21,7 @@ from pcgjax.data import splits
 from pcgjax.data.corpus import from_prepared, in_memory, in_rows
 from pcgjax.pages.classical import CLASSIFIERS, PROTOCOLS, SCORES
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def make_config(changes: dict | None = None):

@@ -30,7 +30,7 @@ from pcgjax.data.corpus import in_memory  # noqa: E402
 from pcgjax.pages import run as run_page  # noqa: E402
 from pcgjax.runtime.files import CheckpointError  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
     "split.kind": "person",
     "split.fractions": (0.5, 0.25, 0.25),
