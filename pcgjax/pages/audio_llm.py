@@ -142,7 +142,9 @@ def as_text(table: Table) -> str:
     """A table for a terminal."""
 
     def text(cell: Any) -> str:
-        return (cell or "-") if cell is None or isinstance(cell, str) else _spoken(cell)
+        if cell is None or isinstance(cell, str):
+            return cell or "-"
+        return page.number(cell) if isinstance(cell, int) else page.spoken(cell)
 
     lines = [list(table.head), *([text(cell) for cell in row] for row in table.body)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
@@ -174,8 +176,9 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     if mean["accuracy"]:
         shuffled = f", with shuffled audio {page.number(control['mean']['accuracy'])}" if control else ""
         sentences.append(
-            f"Mean over the {len(mean['tasks'])} tasks with more than one class: {_spoken(mean['accuracy'])}, majority "
-            f"{page.number(mean['majority_accuracy'])}{shuffled}; over the majority {_spoken(mean['excess'])}."
+            f"Mean over the {len(mean['tasks'])} tasks with more than one class: {page.spoken(mean['accuracy'])}, "
+            f"majority {page.number(mean['majority_accuracy'])}{shuffled}; "
+            f"over the majority {page.spoken(mean['excess'])}."
         )
     else:
         sentences.append("No task has more than one class here: no accuracy means anything.")
@@ -218,11 +221,6 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
             sentences.append("The adapter was chosen by its accuracy on these very people.")
         sentences += split["notes"]
     return sentences
-
-
-def _spoken(score: Any) -> str:
-    low, high = metrics.finite(score, "low"), metrics.finite(score, "high")
-    return page.number(score) + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def document(results: Sequence[Mapping[str, Any]], log: pathlib.Path) -> str:

@@ -13,18 +13,21 @@ def run_summary(results: dict) -> str:
     if "overall" not in scores:
         return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
-    def line(name, s):
-        def cell(key):
-            value, low, high = (s[key].get(k) for k in ("value", "low", "high"))
-            if value is None:
-                return "        -         "
-            return f"{value:.3f} " + (f"[{low:.3f}, {high:.3f}]" if low is not None else " " * 14)
-
-        return f"{name:18s}" + " ".join(cell(key) for key in ("auc", "auprc", "mean_accuracy", "f1"))
-
-    lines = [f"{'':18s}{'AUC':21s} {'AUPRC':20s} {'MAcc':20s} F1", line("all", scores["overall"])]
-    lines += [line(f"{name} ({s['recordings']})", s) for name, s in scores["per_database"].items()]
+    lines = [f"{'':18s}{'AUC':21s} {'AUPRC':20s} {'MAcc':20s} F1", _line("all", scores["overall"])]
+    lines += [_line(f"{name} ({s['recordings']})", s) for name, s in scores["per_database"].items()]
     mean = scores["mean_database_auc"]
     if mean["value"] is not None:
         lines.append(f"mean of the databases' AUC: {mean['value']:.3f} over {mean['databases']}")
     return "\n".join(lines)
+
+
+def _line(name: str, scores: dict) -> str:
+    return f"{name:18s}" + " ".join(_cell(scores[key]) for key in ("auc", "auprc", "mean_accuracy", "f1"))
+
+
+def _cell(score: dict) -> str:
+    """A score and its interval."""
+    value, low, high = (score.get(key) for key in ("value", "low", "high"))
+    if value is None:
+        return "        -         "
+    return f"{value:.3f} " + (f"[{low:.3f}, {high:.3f}]" if low is not None else " " * 14)
