@@ -234,7 +234,7 @@ def _choose(what: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")
 
 
-# --------------------------------------------------------------------------------------- what needs no hearing
+# ------------------------------------------------------------------------------- baselines that need no audio
 
 
 def once_only(question: Question) -> int:

@@ -1,4 +1,4 @@
-"""What an audio LLM's answers are worth, beside what needs no hearing, in tables like the paper's.
+"""What an audio LLM's answers are worth, beside baselines that need no audio, in tables like the paper's.
 
     python -m pcgjax.audio_llm.score --workdir=RUN[,RUN2] --model=DIR --out=DIR [--part=test]
         [--zero_shot=cinc2016:DIR,pascal:DIR] [--segments=cinc2016:DIR,pascal:DIR]

@@ -127,9 +127,9 @@ def _zero_shot_tables(results: Sequence[Mapping[str, Any]], names: Sequence[str]
         return rows
 
     note = (
-        "Normal against abnormal by the murmur question alone; nobody here was trained on. Present or Unknown as the "
-        "likeliest class means abnormal. Precision: how many of those called so are so. Majority: the commoner class "
-        "of the same recordings; what does not listen has a mean accuracy and an AUC of 0.5."
+        "Normal against abnormal by the murmur question alone; none of these people was trained on. Present or Unknown "
+        "as the likeliest class means abnormal. Precision: how many of those called so are so. Majority: the commoner "
+        "class of the same recordings; chance is a mean accuracy and an AUC of 0.5."
     )
     shown = [Table("Table 3: normal or abnormal, zero-shot", head, body(first), note)]
     # PASCAL's two sets are the paper's; of both together it says nothing.
@@ -214,9 +214,9 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
             )
     if split := result.get("split"):
         if split["people_apart"] and result["part"] != "train":
-            sentences.append("Nobody judged was heard in training.")
+            sentences.append("None of the people judged was in training.")
         else:
-            sentences.append("People judged were heard in training, too.")
+            sentences.append("People judged were in training, too.")
         if result["part"] == "validation":
             sentences.append("The adapter was chosen by its accuracy on these very people.")
         sentences += split["notes"]
