@@ -115,7 +115,7 @@ def test_the_last_unit_of_the_mean_features_is_the_mean_logit(make_config, prepa
     h, (logits, recording, real) = jax.device_get(both(ids))
     unit = {"cnn": "output", "hinf_lstm": "recurrent.output", "vit": "head"}[name]
     unit = operator.attrgetter(unit)(model)
-    ours = (h @ unit.kernel[...] + unit.bias[...])[:, 0]
+    ours = (h @ unit.kernel[...] + unit.bias[None])[:, 0]
     for place in range((ids >= 0).sum()):
         own = logits[real & (recording == place)]
         assert len(own) > 1
@@ -174,7 +174,7 @@ def test_the_untrained_net_is_that_of_the_seed(run):
     found = systems.features(config, run, corpus, some)
     _, params, rest = split_model(tasks.make(config, rate_hz).init(nnx.Rngs(jax.random.key(config.seed))))
     graphdef = split_model(task.init(nnx.Rngs(1)))[0]
-    embed = make_predict(task, graphdef, corpus, some, 4, jax.random.key(0), embed=True)
+    embed = make_predict(task, graphdef, corpus, some, 4, jax.random.key(0), embedding=True)
     np.testing.assert_allclose(found["untrained"], embed(params, rest), rtol=1e-4, atol=1e-6)
     assert np.abs(found["trained"] - found["untrained"]).max() > 1e-3
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
@@ -38,7 +39,8 @@ REMAT = {
 
 
 def zero_totals() -> Totals:
-    return Totals(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32))
+    """Counts to start with, on the host."""
+    return Totals(np.zeros((), np.float32), np.zeros((), np.int32), np.zeros((), np.int32), np.full((), -1, np.int32))
 
 
 def make_step(

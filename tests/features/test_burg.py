@@ -99,7 +99,7 @@ def test_gradients_are_finite_and_right(ragged):
     gradient = jax.jit(jax.grad(power))(x)
     assert np.isfinite(gradient).all()
     assert np.abs(gradient[1:]).max() > 0
-    along = jnp.where(jnp.arange(x.shape[1]) < lengths[:, None], x, 0) * 1e-2
+    along = jnp.where(jnp.arange(x.shape[1])[None] < lengths[:, None], x, 0) * 1e-2
     by_steps = (power(x + along) - power(x - along)) / 2
     np.testing.assert_allclose((gradient * along).sum(), by_steps, rtol=2e-2)
 

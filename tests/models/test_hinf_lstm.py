@@ -91,17 +91,18 @@ def test_model_equals_a_textbook_one():
             h = jax.lax.conv_general_dilated(
                 h, model.cnn.kernels[layer][...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            h = jax.nn.relu(h + next(biases)[...]) if i + 1 < depth else h
+            h = jax.nn.relu(h + next(biases)[None, None, None]) if i + 1 < depth else h
             layer += 1
-        scale = norm.scale[...] / jnp.sqrt(norm.var[...] + 1e-5)
-        h = nnx.max_pool(jax.nn.relu((h - norm.mean[...]) * scale + norm.bias[...]), (2, 2), (2, 2))
+        scale = norm.scale[None, None, None] / jnp.sqrt(norm.var[None, None, None] + 1e-5)
+        h = (h - norm.mean[None, None, None]) * scale + norm.bias[None, None, None]
+        h = nnx.max_pool(jax.nn.relu(h), (2, 2), (2, 2))
     h = h.reshape(3, 2, 3 * 6)
     cell = model.recurrent
     state, memory = jnp.zeros((3, 8)), jnp.zeros((3, 8))
     for t in range(2):
-        gates = h[:, t] @ cell.kernel_x[...] + state @ cell.kernel_h[...] + cell.bias[...]
+        gates = h[:, t] @ cell.kernel_x[...] + state @ cell.kernel_h[...] + cell.bias[None]
         i, o, g = jnp.split(gates, 3, axis=1)
-        memory = jax.nn.sigmoid(cell.theta[...]) * memory + jax.nn.sigmoid(i) * jnp.tanh(g)
+        memory = jax.nn.sigmoid(cell.theta[None]) * memory + jax.nn.sigmoid(i) * jnp.tanh(g)
         state = jax.nn.sigmoid(o) * jnp.tanh(memory)
     np.testing.assert_allclose(model(x, jnp.ones((3, 9))), cell.output(state)[:, 0], rtol=1e-4, atol=1e-5)
 

@@ -204,7 +204,7 @@ AXIS = {"a": 1, "b": 0, "c": 0}
 AXES = ("data", "fsdp")
 
 def loss(p, x):
-    return (jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"] + p["c"]) ** 2).sum()
+    return (jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"] + p["c"][None]) ** 2).sum()
 
 def update(p, m, g):
     m = jax.tree.map(lambda m, g: 0.9 * m + g, m, g)

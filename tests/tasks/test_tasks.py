@@ -186,7 +186,7 @@ def test_cut_windows_hold_their_own_recording_and_zeros():
         padded = np.zeros(1000, np.float32)
         padded[300 : 300 + len(samples[recording])] = samples[recording]
         np.testing.assert_array_equal(cut.samples[j], padded[300 + begin - halo : 300 + begin + 100 + halo])
-        assert (int(cut.begin[j]), int(cut.own[j])) == (begin, min(100, len(samples[recording]) - begin))
+        assert (int(cut.begin[j]), int(cut.real_samples[j])) == (begin, min(100, len(samples[recording]) - begin))
 
 
 # ------------------------------------------------------------------------------------------------------- features

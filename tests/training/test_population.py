@@ -236,14 +236,12 @@ def test_every_traced_field_can_be(name, changes, numbers, make_config, tmp_path
     assert programs(twice) == [[0, 1]]
     assert set(numbers) <= set(TRACED)
     program = Program(config, twice, tmp_path, together=True)
-    held = program.start()
+    states, totals = program.first_states(), program.no_totals()
     (_, shared), *_ = program.pieces(program.experiment.resident(), 0, 1)
     shared = jax.tree.map(jnp.asarray, shared)
 
     def after(fields):
-        state, _ = program._steps(
-            {"state": first(held.state), "totals": first(held.totals), **shared, "fields": fields}
-        )
+        state, _ = program._steps({"state": first(states), "totals": first(totals), **shared, "fields": fields})
         return state.params
 
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)
