@@ -14,7 +14,6 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from pcgjax.bench.corpora import SAMPLE_RATE_HZ, some_recordings
@@ -24,22 +23,7 @@ from pcgjax.bench.timing import fastest, median_p95, paired, ratio_text, seconds
 from pcgjax.data.corpus import Corpus
 from pcgjax.datasets import synthetic
 from pcgjax.prepare import prepare
-
-
-def cnn_config(batch_recordings: int) -> ml_collections.ConfigDict:
-    """The fields of configs/cnn.py that a step depends on."""
-    return ml_collections.ConfigDict(
-        {
-            "task": {"name": "cnn", "target": "abnormal"},
-            "features": {
-                "window_s": 2.5, "overlap": 0.5, "filter": "zero_phase", "filter_order": 4, "low_hz": 25.0,
-                "high_hz": 400.0, "noise_snr_db": float("inf"),
-            },
-            "model": {"filters": (16, 32), "kernel_size": 5, "hidden": 64},
-            "optimizer": {"name": "sgd", "learning_rate": 0.01, "momentum": 0.0},
-            "train": {"batch_recordings": batch_recordings},
-        }
-    )  # fmt: skip
+from pcgjax.runs.config import load_config
 
 
 def cnn_suite(prepared: str, recordings: int) -> dict:
@@ -82,7 +66,7 @@ def _segmented(ours: Ours, workers: int = 0) -> Segmented:
 
 def _step(corpus: Corpus, batch: int = 8) -> dict:
     """{step, streamed, loader_only}: steps on ready windows, an epoch streamed against resident, the loaders alone."""
-    ours = Ours(corpus, cnn_config(batch))
+    ours = Ours(corpus, load_config("cnn", {"train.batch_recordings": batch}))
     peer = _segmented(ours)
     steps = min(len(ours.plan.ids), 8)
     ready = [batch for _, batch in zip(range(steps), peer.loader, strict=False)]
@@ -129,7 +113,7 @@ def _step(corpus: Corpus, batch: int = 8) -> dict:
 
 def _epoch(corpus: Corpus) -> dict:
     """{epoch}: from int16 samples in memory, a recording a step."""
-    ours = Ours(corpus, cnn_config(1))
+    ours = Ours(corpus, load_config("cnn", {"train.batch_recordings": 1}))
     peers = {workers: _segmented(ours, workers) for workers in (0, 2)}
     times_s = {}
     for workers, peer in peers.items():
@@ -227,5 +211,5 @@ def _train_in_memory(mib: int) -> float:
     rows = [{"id": str(i), "sha256": str(i), "labels": {"abnormal": str(i % 2)}} for i in range(count)]
     # Read on demand, as from the shards: the corpus itself is on the device alone.
     corpus = Corpus(rows, SAMPLE_RATE_HZ, np.full(count, length, np.int32), lambda i: np.roll(one, i))
-    Ours(corpus, cnn_config(8)).steps(0, 4)
+    Ours(corpus, load_config("cnn", {"train.batch_recordings": 8})).steps(0, 4)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

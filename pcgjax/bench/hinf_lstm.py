@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import nnx
 
@@ -20,6 +19,7 @@ from pcgjax.bench.ours import Ours
 from pcgjax.bench.timing import paired, ratio_text, seconds, waiting
 from pcgjax.data.corpus import Corpus
 from pcgjax.kernels.hinf_lstm import hinf_lstm
+from pcgjax.runs.config import load_config
 from pcgjax.runtime import sharding
 from pcgjax.tasks.base import split_model
 
@@ -30,27 +30,6 @@ KERNELS = (
     (32, 500, 64), (256, 157, 64), (8, 20, 64), (512, 20, 64), (8, 1000, 64), (32, 1000, 64), (512, 157, 64),
 )  # fmt: skip
 PYTHON_LOOP = ((32, 157, 512), (8, 1000, 64))  # the model's own size, and many steps of few inputs
-
-
-def hinf_lstm_config(batch_recordings: int) -> ml_collections.ConfigDict:
-    """The fields of configs/hinf_lstm.py that a step depends on."""
-    return ml_collections.ConfigDict(
-        {
-            "task": {"name": "hinf_lstm", "target": "abnormal"},
-            "features": {
-                "window_s": 5.0, "noise_snr_db": float("inf"), "wavelet_level": 4, "filter": "zero_phase",
-                "filter_order": 5, "high_hz": 500.0, "n_fft": 2048, "hop": 512, "n_mels": 128, "htk": False,
-                "top_db": 80.0,
-            },
-            "model": {
-                "cell": "convex", "blocks": ((32, 32), (64, 64)), "hidden": HIDDEN, "dropout": 0.3,
-                "implementation": "auto",
-            },
-            "loss": {"name": "pwl", "alpha": 0.87, "normalize": "counts", "slope": 0.0},
-            "optimizer": {"name": "adam", "learning_rate": 0.001, "frozen": ()},
-            "train": {"batch_recordings": batch_recordings},
-        }
-    )  # fmt: skip
 
 
 def hinf_lstm_suite(prepared: str, recordings: int) -> dict:
@@ -149,8 +128,9 @@ def _torch_gradient(x: np.ndarray, weights: np.ndarray, loop: bool) -> Callable[
 
 def _train_step(corpus: Corpus, batch: int = 8) -> dict:
     """An epoch's steps, from int16 samples to the updated parameters."""
-    ours = Ours(corpus, hinf_lstm_config(batch))
-    peer = peers.Clipped(corpus, ours.labels, ours.plan.ids, hinf_lstm_config(batch))
+    config = load_config("hinf_lstm", {"train.batch_recordings": batch})
+    ours = Ours(corpus, config)
+    peer = peers.Clipped(corpus, ours.labels, ours.plan.ids, config)
     steps = len(ours.plan.ids)
     ready = list(peer.loader)
     all_steps = functools.partial(ours.steps, 0, steps)
@@ -173,10 +153,7 @@ def _train_step(corpus: Corpus, batch: int = 8) -> dict:
 
 def _seeds(seeds: int = 10, clips: int = 256) -> dict:
     """Ten trainings of the ablation's CNN-LSTM, two epochs each, as one program, against ten runs of one in a row."""
-    config = hinf_lstm_config(8)
-    config.features.n_mels = 64
-    config.model.update({"cell": "lstm", "blocks": ((16,), (32,)), "hidden": 64})
-    config.ablation = ml_collections.ConfigDict({"epochs": (2, 0), "batch_clips": 32})
+    config = load_config("hinf_lstm:ablation", {"model.cell": "lstm", "ablation.epochs": (2, 0)})
     task = tasks.make(config, 2000)
     rng = np.random.default_rng(0)
     mel = jnp.asarray(rng.uniform(size=(clips, config.features.n_mels, 20)), jnp.float32)
