@@ -196,6 +196,7 @@ PROCESS = """
 import jax, jax.numpy as jnp, json, math
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from pcgjax.runtime import costs
 from pcgjax.runtime.hlo import step_cost
 
 WIDTH = 64
