@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash launch/tiny_audio_llm.sh OUT: teaches a tiny random Qwen2-Audio to hear when a simulated systolic murmur sounds, then
-# also how high, and scores it on people it has not heard (BUILD_NOTES.md). Stopped, it goes on with the same command.
+# also how high, and scores it on held-out people (docs/measured/audio_llm.md). Stopped, it goes on with the same command.
 set -euo pipefail
 [ $# = 1 ] || { echo "usage: bash launch/tiny_audio_llm.sh OUT" >&2; exit 2; }
 mkdir -p "$1"
@@ -8,7 +8,7 @@ out="$(cd "$1" && pwd)"
 cd "$(dirname "$0")/.."
 extras=audio-llm
 source launch/install.sh
-# A second thread helps so small a model little, and rounds otherwise than the figures in BUILD_NOTES.md.
+# A second thread helps so small a model little, and rounds otherwise than the figures there.
 export JAX_PLATFORMS=cpu OMP_NUM_THREADS=1
 
 [ -e "$out/corpus/synthetic.json" ] || python -m pcgjax.datasets.synthetic --out="$out/corpus" --people=1200 \

@@ -111,7 +111,7 @@ def _save_model(tokenizer: Any, folder: pathlib.Path, seed: int, legacy: bool) -
     config = Qwen2AudioConfig(
         audio_config={
             # Deep and strongly weighted: the mean over time of what such a random encoder says tells better when a
-            # murmur is heard (BUILD_NOTES.md).
+            # murmur is heard (docs/measured/audio_llm.md).
             "model_type": "qwen2_audio_encoder", "num_mel_bins": 128, "max_source_positions": 1500, "d_model": 64,
             "encoder_layers": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 256,
             "initializer_range": 2 * DEVIATION,

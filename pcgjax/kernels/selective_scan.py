@@ -141,7 +141,10 @@ def _run(implementation, delta_softplus, u, delta, A, B, C, D, z, delta_bias, in
 
 
 def _choose(A) -> str:
-    """What "auto" is. On a CPU "associative" was slower at every size (BUILD_NOTES); accelerators are not measured."""
+    """What "auto" is.
+
+    On a CPU "associative" was slower at every size (docs/measured/segmenter.md); accelerators are not measured.
+    """
     backend = jax.default_backend()
     fits = backend == "tpu" or (backend == "gpu" and _fits_gpu(A.shape[1], A.shape[2]))
     # jit cannot split a Pallas kernel over several devices.

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 PAPERS = ("classical", "cnn", "hinf_lstm", "audio_llm")
-# What --budget=small changes in configs/, so that two CPU cores can do --paper=all (BUILD_NOTES.md has the time);
+# What --budget=small changes in configs/, so that two CPU cores can do --paper=all (time: docs/measured/papers.md);
 # --budget=full is configs/ as they are. Both of a paper's protocols get the same.
 _TENTH = {"features.hop": 100, "features.n_mels": 64, "train.epochs": 2}
 _ENCODER = {"model.size": "tiny", "train.epochs": 2, "optimizer.learning_rate": 1e-3,

@@ -40,7 +40,7 @@ def check(config: ml_collections.ConfigDict, devices: int) -> None:
 
 
 def compiler_options() -> dict[str, str] | None:
-    """XLA's options for large programs: on CPU products and convolutions by Eigen, not YNNPACK (BUILD_NOTES)."""
+    """XLA's options for large programs: on CPU by Eigen, not YNNPACK (docs/measured/cnn.md)."""
     return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else None
 
 
