@@ -269,7 +269,7 @@ def run(p, x, capacity, steps):
             total = lax.psum(x[:rows].sum(0), AXES)  # 4 * WIDTH bytes
             if rows == 8:
                 total = total + lax.psum(jnp.tanh(total * x[0]), AXES)
-            return jax.grad(loss)(p, x[:rows] - total)
+            return jax.grad(loss)(p, x[:rows] - total[None])
         return compute
 
     def step(i, p):
@@ -284,7 +284,7 @@ program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P(), P(AXES), P(), P()
 replicated = {k: NamedSharding(mesh, P()) for k in SHAPES}
 x = jax.ShapeDtypeStruct((64, WIDTH), jnp.float32)
 compiled = program.lower(shapes(SHAPES, replicated), x, jax.ShapeDtypeStruct((9,), jnp.int32), 3).compile()
-step = costs.step_cost(compiled.as_text())
+step = step_cost(compiled.as_text())
 parameters = 4 * sum(math.prod(s) for s in SHAPES.values())
 facts = costs.summary(step, costs.memory(compiled), {"parameters": costs.state_bytes(shapes(SHAPES, replicated))},
                       costs.minimum(parameters, 2 * 4 * WIDTH, (8, 1)), 3 * parameters, (8, 1), "bfloat16")
