@@ -59,7 +59,7 @@ def population_job(
 
     def together(until: int = steps) -> None:
         for piece in program.pieces(resident, 0, until):
-            carry[:] = program.advance(*carry, *piece)
+            carry[:] = program.advance(carry[0], carry[1], *piece)
         jax.block_until_ready(carry[1])
 
     def in_a_row(until: int = steps) -> None:

@@ -22,12 +22,12 @@ from pcgjax.tasks.base import Task, TrainState, merge_model, no_counts, split_mo
 
 
 class Totals(NamedTuple):
-    """Counts of a stretch of training, summed on the device."""
+    """Counts of a stretch of training, scalars summed on the device."""
 
-    loss: jax.Array  # sums over recordings, or over clips where the loss is over them
-    correct: jax.Array
-    samples: jax.Array
-    bad_step: jax.Array  # the first step whose loss was not finite; -1: none
+    loss: Any  # sums over recordings, or over clips where the loss is over them
+    correct: Any
+    samples: Any
+    bad_step: Any  # the first step whose loss was not finite; -1: none
 
 
 # What the forward pass keeps for the backward one; all else is computed again.
