@@ -6,8 +6,8 @@
 The first, started in the root of a checkout, runs that checkout's commands on small simulated corpora (nothing of
 pcgjax is imported here) and collects what they print and write: losses, scores, predictions, splits and pages as they
 are, arrays (of checkpoints, shards and sounds) as their number, norm and SHA-256. The second prints for each case
-whether all is equal, or the first difference, and exits with status 1 where there is one; what is written on HTML
-pages counts as a case of its own. Each command computes in one thread, so the number of cores changes nothing.
+whether all is equal, or the first difference in each file, and exits with status 1 where there is one; what is written
+on HTML pages counts as a case of its own. Each command computes in one thread, so the number of cores changes nothing.
 
 Left out, because they differ from run to run: times, host, versions, TensorBoard's files and train.log.
 Not run: `pcgjax.bench`, which measures times, and `pcgjax.reproduce` but for the classical paper.
@@ -36,9 +36,10 @@ ROOT = pathlib.Path.cwd()
 TIMEOUT_S = 1800  # of one command; on idle cores the longest takes half a minute
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 EIGHT = f"{ONE_THREAD} --xla_force_host_platform_device_count=8"
-# Keys whose values are times, or say where and when something ran.
+# Keys whose values are times, or say where and when something ran; source_keys are of files' times and full paths.
 VOLATILE = {
-    "command", "compile_s", "git", "goodput", "host", "platform", "seconds", "started", "versions", "wall_s", "waited",
+    "command", "compile_s", "coordinator_address", "git", "goodput", "host", "platform", "seconds", "source_keys",
+    "started", "versions", "wall_s", "waited",
 }  # fmt: skip
 SYSTEM = ("device", "devices", "processes")  # all that is taken of a dictionary "system"
 UNREAD = ("tensorboard", "profile", "train.log")
@@ -201,15 +202,16 @@ def prepare_damaged(case: Case) -> None:
         "pcgjax.prepare", "--dataset=cinc2016", f"--source={source}", f"--out={case.folder / 'strict'}", "--strict",
         status=1,
     )  # fmt: skip
-    shutil.rmtree(source)
+    for folder in (source, case.folder / "strict"):  # the latter holds what a later call would go on with
+        shutil.rmtree(folder)
 
 
 def splits(case: Case) -> None:
     for name, corpus, *more in (
         ("person", "cinc_1k", "--kind=person", "--target=abnormal"),
-        ("murmur", "circor_1k", "--kind=person", "--target=murmur_status", "--seed=1"),
+        ("murmur", "circor_1k", "--kind=person", "--target=murmur", "--seed=1"),
         ("kfold", "cinc_1k", "--kind=person_kfold", "--target=abnormal", "--fold=1", "--folds=3"),
-        ("left_out", "cinc_1k", "--kind=leave_database_out", "--target=abnormal", "--database=training-b"),
+        ("left_out", "cinc_1k", "--kind=leave_database_out", "--target=abnormal", "--database=cinc2016-b"),
     ):
         out, prepared = case.folder / f"{name}.json", case.corpora / corpus
         case.run("pcgjax.splits", f"--prepared={prepared}", f"--out={out}", *more)
@@ -240,7 +242,7 @@ def cnn_accumulate(case: Case) -> None:
 def cnn_noise(case: Case) -> None:
     """Noise, the causal filter, bfloat16, another split, selected by loss, SGD, one recording a step."""
     fields = {"features.noise_snr_db": 10.0, "features.filter": "causal", "model.bfloat16": True, "seed": 5,
-              "split.kind": "leave_database_out", "split.database": "training-b", "train.select": "loss",
+              "split.kind": "leave_database_out", "split.database": "cinc2016-b", "train.select": "loss",
               "optimizer.name": "sgd", "optimizer.momentum": 0.9, "train.batch_recordings": 1}  # fmt: skip
     case.train("cnn", CNN | fields, "cinc_1k")
 
@@ -481,7 +483,7 @@ CASES: dict[str, Callable[[Case], None]] = {
 
 # --------------------------------------------------------------------------------------------------- what is collected
 
-TIMED = re.compile(r"\b\d[\d.,]* ?(s|ms|min|h|%)\b|goodput|it/s|MiB")
+TIMED = re.compile(r"\b\d[\d.,]* ?(s|ms|min|h|%)\b|goodput|it/s|MiB|\[Gloo\]")
 
 
 def plain(text: str, work: pathlib.Path) -> str:
@@ -655,14 +657,24 @@ def differences(one: Any, two: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {shown(one)} | {shown(two)}"
 
 
+def by_file(found: list[str]) -> list[str]:
+    """The first difference of each file, so that an expected one hides no other."""
+    first: dict[str, str] = {}
+    for difference in found:
+        place = difference.partition(": ")[0]
+        file = re.match(r".*?\.(jsonl?|csv|tsv|npz|pth|safetensors|html|array_record)\b", place)
+        first.setdefault(file[0] if file else place, difference)
+    return list(first.values())
+
+
 def shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 300 else text[:297] + "..."
 
 
 def compare(first: pathlib.Path, second: pathlib.Path) -> int:
-    """Prints for each case equal or the first difference; the exit status."""
-    one, two = (json.loads(path.read_text()) for path in (first, second))
+    """Prints for each case equal or the first difference of each file; the exit status."""
+    one, two = (cleaned(json.loads(path.read_text())) for path in (first, second))
     unequal = 0
     for name in sorted(one.keys() | two.keys()):
         if name not in one or name not in two:
@@ -677,7 +689,9 @@ def compare(first: pathlib.Path, second: pathlib.Path) -> int:
             title = f"{name}, its pages" if what else name
             if "failed" in one[name] or "failed" in two[name]:
                 found = found or ["failed in both"]
-            print(f"{title}: equal" if not found else f"{title}: {len(found)} differences; the first: {found[0]}")
+            print(f"{title}: equal" if not found else f"{title}: {len(found)} differences; the first of each file:")
+            for difference in by_file(found):
+                print(f"    {difference}")
             unequal += bool(found)
     print("all equal" if not unequal else f"{unequal} differ")
     return int(bool(unequal))
