@@ -8,9 +8,6 @@
 # 0.11.2; at 100,000 steps 0.11.1 is over 100 times as slow; with 256 bytes a step (64 numbers) both are linear.
 # Outcome, Python 3.12.1 on 2 busy CPU cores: 4.5 times as long for twice the length in 0.11.1, 1.9 in 0.11.2; at 100,000
 # steps 0.11.1 took 4.5 s and 0.11.2 .8 ms. With 64 numbers a step four times the length took 5 and 10 times as long.
-# Outcome so far, 0.11.1 alone, on a machine busy with other work: 5.4 times as long for twice the length (1.8 and 9.5 s).
-# Not seen yet: 0.11.2 beside it, and the threshold (1.1 and 34 ms for 10,000 and 40,000 steps of 64 numbers are too few
-# and too noisy to tell).
 set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
