@@ -8,7 +8,7 @@ usage() {
 bash launch/quickstart.sh [--dataset=NAME --source=DIR] [--out=DIR] [--people=N] [--epochs=N] [--no_control]
 
 Makes .venv, installs pinned versions (with CUDA or TPU support where that hardware is), prepares recordings, trains
-the grouped-BCE CNN, judges it on people it has not heard, and leaves metrics.json, predictions.csv, report.html,
+the grouped-BCE CNN, evaluates it on held-out people, and leaves metrics.json, predictions.csv, report.html,
 checkpoints and a log in --out. Run again, it goes on where it was stopped.
 
   --dataset=NAME   synthetic (default: recordings are simulated), cinc2016, circor or pascal
