@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -115,7 +113,7 @@ def _spectra_of(stretches: Sequence[np.ndarray], f: ml_collections.ConfigDict, r
             n[row] = len(stretch)
             x[row, : n[row]] = stretch
         calls.append((x, n, f.burg_order, f.nfft, rate_hz))
-    results = zip(parts, _side_by_side(_spectra, calls), strict=True)
+    results = zip(parts, _ahead(_spectra, calls), strict=True)
     return np.concatenate([spectra[: len(part)] for part, spectra in results])
 
 
@@ -148,9 +146,7 @@ def find_sounds(
             lengths[row] = corpus.lengths[index]
             x[row, : lengths[row]] = corpus.read(int(index))
         calls.append((x, lengths, (f.filter_order, f.high_hz), where))
-    for part, (_, lengths, *_), (e, cycles) in zip(
-        reversed(parts), calls, _side_by_side(_envelopes, calls), strict=True
-    ):
+    for part, (_, lengths, *_), (e, cycles) in zip(reversed(parts), calls, _ahead(_envelopes, calls), strict=True):
         counts = where.count(lengths)
         thresholds = envelope.threshold(e, counts)
         for row, index in enumerate(part):
@@ -160,11 +156,19 @@ def find_sounds(
     return sounds
 
 
-def _side_by_side(function: Callable, calls: Sequence[tuple]) -> Iterator[Any]:
-    """The results of a jitted function for each call, on the host and in order. From one thread a CPU computes one call
-    after the other, mostly on one core; the caller goes on with the first results while others are computed."""
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda arguments: jax.tree.map(np.asarray, function(*arguments)), calls)
+def _ahead(function: Callable, calls: Sequence[tuple]) -> Iterator[Any]:
+    """The results of a jitted function for each call, on the host and in order; the next one is computed meanwhile.
+
+    All calls are of this thread: on Python 3.12 with jaxlib 0.11.2 two threads that ran programs on a CPU at once were
+    seen to wait for each other for ever.
+    """
+    waiting: list[Any] = []
+    for arguments in calls:
+        waiting.append(function(*arguments))
+        if len(waiting) > 1:
+            yield jax.tree.map(np.asarray, waiting.pop(0))
+    for result in waiting:
+        yield jax.tree.map(np.asarray, result)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
