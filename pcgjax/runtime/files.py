@@ -18,6 +18,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not belong to this run; the message names the folder and the fix."""
 
 
+class DamagedError(CheckpointError):
+    """A file whose bytes are not those that were written; the message names it and the fix."""
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`: renamed to it at the end, removed if the body raises."""
