@@ -118,7 +118,7 @@ def _print_results(results: dict, workdir: pathlib.Path, dry_run: bool) -> None:
 
 
 def _load_classifier(workdir: pathlib.Path) -> Loaded:
-    config, task, graphdef, params, rest, sample_rate_hz = load_model(workdir)
+    config, task, graphdef, params, rest, sample_rate_hz, _ = load_model(workdir)
     batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
 
     def answer(corpus: Corpus) -> np.ndarray:
@@ -133,14 +133,14 @@ def _load_segmenter(workdir: pathlib.Path) -> Loaded:
 
 
 def _load_encoder_alone(workdir: pathlib.Path) -> Loaded:
-    config, *_, sample_rate_hz = load_model(workdir)
-    return Loaded(config, sample_rate_hz)
+    model = load_model(workdir)
+    return Loaded(model.config, model.sample_rate_hz)
 
 
 def _classifier_features(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, corpus: Corpus, indices: np.ndarray
 ) -> dict[str, np.ndarray]:
-    config, task, graphdef, params, rest, _ = load_model(workdir)
+    config, task, graphdef, params, rest, *_ = load_model(workdir)
     batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
     task = task._replace(shapes=2)  # of a single pass, more would take longer to compile than they save
     embed = make_predict(task, graphdef, corpus, indices, batch, key, embedding=True)

@@ -7,6 +7,7 @@ records.jsonl and manifest.json.
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import pathlib
 import platform
 import shutil
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,8 +25,9 @@ import numpy as np
 from pcgjax import __version__
 from pcgjax.data import PrepareError, Row
 from pcgjax.data.decode import DATASET_FIELDS, dataset_fields, try_decode
+from pcgjax.data.workers import progress_bar
 from pcgjax.datasets import Problem, Recording
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 
 Job = tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any]]  # out, number of the shard, its part, parameters
 FORMAT = 2
@@ -57,14 +60,38 @@ def unit_paths(out: pathlib.Path, number: int) -> tuple[pathlib.Path, pathlib.Pa
 
 
 def unit_done(out: pathlib.Path, number: int, key: str) -> bool:
-    """Whether the shard is there as a whole, written from recordings and parameters of this `unit_key`."""
+    """Whether the shard is there as it was written, from recordings and parameters of this `unit_key`."""
     shard, side = unit_paths(out, number)
     if not side.exists():
         return False
-    with side.open(encoding="utf-8") as file:
-        head = json.loads(file.readline())
-    size = shard.stat().st_size if shard.exists() else 0
-    return bool(head["key"] == key and head["bytes"] == size)
+    try:
+        head, _ = _read_side(side)
+    except PrepareError:
+        return False  # damaged: it is written anew
+    return bool(head["key"] == key and shard.is_file() and hashes.of_file(shard) == head["sha256"])
+
+
+def _read_side(side: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+    """(head, lines of rows) of the file beside a shard.
+
+    Raises:
+      PrepareError: it is not what was written.
+    """
+    first, _, body = side.read_bytes().partition(b"\n")
+    try:
+        head = json.loads(first)
+        if head.pop("head_sha256") != hashes.of_json(head):
+            raise ValueError("its first line")
+        if head["rows_sha256"] != hashlib.sha256(body).hexdigest():
+            raise ValueError("its rows")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PrepareError(f"{side}: damaged ({error}): remove it and run prepare again") from None
+    return head, body.decode().splitlines(keepends=True)
+
+
+def probe(samples: np.ndarray) -> str:
+    """The CRC-32 of 64 samples, evenly spaced: tells recordings from each other at hardly any cost."""
+    return f"{zlib.crc32(samples[:: max(len(samples) // 64, 1)].tobytes()):08x}"
 
 
 def write_unit(job: Job) -> tuple[int, str]:
@@ -93,15 +120,17 @@ def write_unit(job: Job) -> tuple[int, str]:
                     continue
                 writer.write(samples.tobytes())
                 audio_fields = {name: value for name, value in row.items() if name not in DATASET_FIELDS}
-                audio_fields |= {"shard": shard.name, "index": count}
+                audio_fields |= {"shard": shard.name, "index": count, "probe": probe(samples)}
                 # What the join needs stands before the whole row, which it need not parse.
                 short = {name: row[name] for name in _FOR_JOIN}
                 short["content"] = hashlib.sha256(f"{text} {row['sha256']}".encode()).hexdigest()
                 lines.append(f"{_json(short)}\t{text[:-1]},{_json(audio_fields)[1:]}")
                 count += 1
             writer.close()
-        head = {"key": key, "parameters": parameters, "bytes": shard.stat().st_size, "records": count}
-        files.write_text(side, "\n".join([_json(head), *lines, ""]))
+        body = "\n".join([*lines, ""])
+        head = {"key": key, "parameters": parameters, "bytes": shard.stat().st_size, "records": count,
+                "sha256": hashes.of_file(shard), "rows_sha256": hashlib.sha256(body.encode()).hexdigest()}  # fmt: skip
+        files.write_text(side, f"{_json(head | {'head_sha256': hashes.of_json(head)})}\n{body}")
     except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError when the disk is full
         raise PrepareError(
             f"{shard}: could not be written: {error}; fix this and run again; finished shards are reused"
@@ -145,8 +174,8 @@ def finished_manifest(
     else:
         manifest, present = None, settings
         for side in sorted((out / "parts").glob("shard-*.jsonl"))[:1]:
-            with side.open(encoding="utf-8") as file:
-                present = {"source": source, **json.loads(file.readline())["parameters"]}
+            with contextlib.suppress(PrepareError):  # a damaged one is written anew
+                present = {"source": source, **_read_side(side)[0]["parameters"]}
     differ = [
         f"{name} is {present.get(name)!r} there, {value!r} here"
         for name, value in settings.items()
@@ -164,10 +193,7 @@ def finished_manifest(
                 f"{out}: the source has changed since: recordings {where} were added, removed, or have other "
                 f"bytes, labels or annotations: {fix}"
             )
-    for shard in manifest["shards"]:
-        path = out / shard["file"]
-        if not path.exists() or path.stat().st_size != shard["bytes"]:
-            raise PrepareError(f"{path}: missing or cut: repair it by running prepare with --overwrite")
+    verify(out)
     if (out / "parts").exists():  # the run that wrote the manifest was killed before it could tidy up
         shutil.rmtree(out / "parts", ignore_errors=True)
     return manifest
@@ -191,18 +217,18 @@ def join_shards(
     rows, lines, shards = [], {}, []
     for number in range(len(keys)):
         shard, side = unit_paths(out, number)
-        with side.open(encoding="utf-8") as file:
-            head = json.loads(file.readline())
-            for line in file:
-                short, _, whole = line.partition("\t")
-                row = orjson.loads(short)
-                if "problem" in row:
-                    problems.append(Problem(**row["problem"]))
-                else:
-                    rows.append(row)
-                    lines[row["id"]] = whole
+        head, unit_lines = _read_side(side)
+        for line in unit_lines:
+            short, _, whole = line.partition("\t")
+            row = orjson.loads(short)
+            if "problem" in row:
+                problems.append(Problem(**row["problem"]))
+            else:
+                rows.append(row)
+                lines[row["id"]] = whole
         if head["records"]:
-            shards.append({"file": shard.name, "bytes": head["bytes"], "records": head["records"]})
+            facts = {name: head[name] for name in ("bytes", "records", "sha256")}
+            shards.append({"file": shard.name, **facts})
     doubles = _doubles(rows)
     problems += doubles.values()
     # As the loaders name files: from the source on.
@@ -215,6 +241,7 @@ def join_shards(
     content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
     for row in rows:
         content.update(row["content"].encode())
+    text = "".join(lines[row["id"]] for row in rows)
     manifest = {
         "format": FORMAT,
         "dataset": parameters["dataset"],
@@ -226,9 +253,11 @@ def join_shards(
         "shards": shards,
         "source_keys": keys,
         "content_sha256": content.hexdigest(),
+        "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
+    manifest["sha256"] = hashes.of_json(manifest)
     try:
-        files.write_text(out / "records.jsonl", "".join(lines[row["id"]] for row in rows))
+        files.write_text(out / "records.jsonl", text)
         for path in set(_shards(out)) - {out / shard["file"] for shard in shards}:
             path.unlink(missing_ok=True)  # of an unfinished run on a larger source
         files.write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
@@ -309,12 +338,57 @@ def _read_manifest(prepared: pathlib.Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] == FORMAT:
-            return manifest
-    except (ValueError, KeyError, TypeError) as error:
+            return _checked(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PrepareError(f"{path}: not a manifest ({error!r}): run prepare again with --overwrite") from None
     raise PrepareError(
         f"{path}: format {manifest['format']}, this version reads {FORMAT}: run prepare again with --overwrite"
     )
+
+
+def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest, as far as it is what was written; ValueError otherwise."""
+    digest = manifest.pop("sha256", None)
+    hashed = "records_sha256" in manifest  # of a version that wrote none: not checked
+    if (digest is not None or hashed) and digest != hashes.of_json(manifest):
+        raise ValueError("damaged: it is not what was written")
+    lacking = {"source", "parameters", "counts", "problems", "shards", "source_keys"} - manifest.keys()
+    if lacking:
+        raise KeyError(sorted(lacking)[0])
+    return manifest
+
+
+def verify(prepared: str | pathlib.Path) -> None:
+    """Reads all bytes of a prepared folder and compares them with the hashes of the manifest.
+
+    A folder of an earlier version has hashes of the samples alone, which are compared.
+    Raises:
+      PrepareError: a file is missing, or any bit of it is not as it was written.
+    """
+    prepared = pathlib.Path(prepared)
+    manifest, rows = read_rows(prepared)
+    fix = "repair it by running prepare with --overwrite"
+    total = sum(shard["records"] for shard in manifest["shards"])
+    with progress_bar(total, "verifying") as advance:
+        for shard in manifest["shards"]:
+            path = prepared / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise PrepareError(f"{path}: missing or cut: {fix}")
+            if "sha256" in shard and hashes.of_file(path) != shard["sha256"]:
+                raise PrepareError(f"{path}: damaged, it is not what was written (SHA-256): {fix}")
+            advance(shard["records"])
+    if not all("sha256" in shard for shard in manifest["shards"]):
+        records = open_records(prepared, rows)
+        for row, samples in zip(rows, records, strict=True):
+            _refuse_other_samples(samples, row, prepared / row["shard"])
+
+
+def _refuse_other_samples(samples: np.ndarray, row: Row, path: pathlib.Path) -> None:
+    if hashlib.sha256(samples.tobytes()).hexdigest() != row["sha256"]:
+        raise PrepareError(
+            f"{path}: its record {row['index']} is not the audio of {row['id']} (SHA-256): run prepare again with "
+            "--overwrite"
+        )
 
 
 def read_rows(prepared: str | pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
@@ -327,8 +401,10 @@ def read_rows(prepared: str | pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
     manifest = _read_manifest(prepared)
     path = prepared / "records.jsonl"
     try:
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        content = path.read_bytes()
+        if manifest.get("records_sha256", digest := hashlib.sha256(content).hexdigest()) != digest:
+            raise ValueError("damaged, it is not what was written (SHA-256)")
+        rows = [json.loads(line) for line in content.decode().splitlines()]
     except (OSError, ValueError) as error:
         raise PrepareError(f"{path}: {error}: run prepare again with --overwrite") from None
     if len(rows) != manifest["counts"]["recordings"]:
@@ -351,6 +427,9 @@ class Records:
     def __init__(self, prepared: str | pathlib.Path, rows: Sequence[Row]):
         self._folder = pathlib.Path(prepared)
         self._where = [(row["shard"], row["index"], row["num_samples"]) for row in rows]
+        # Two exchanged shards are each sound by themselves: whose audio a record is, its own samples say.
+        self._probes = [row.get("probe") for row in rows]
+        self._rows = None if all(self._probes) else rows  # of an earlier version: compared by SHA-256, which is slower
         self._readers: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -369,6 +448,11 @@ class Records:
             raise PrepareError(
                 f"{path}: record {position} holds {len(samples)} samples, records.jsonl says {num_samples}: {fix}"
             )
+        if (expected := self._probes[index]) is None:
+            assert self._rows is not None
+            _refuse_other_samples(samples, self._rows[index], path)
+        elif probe(samples) != expected:
+            raise PrepareError(f"{path}: record {position} is another recording's audio: {fix}")
         return samples
 
     __call__ = __getitem__
@@ -377,7 +461,7 @@ class Records:
         return map(self.__getitem__, range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder, "_where": self._where}
+        return {name: self.__dict__[name] for name in ("_folder", "_where", "_probes", "_rows")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _readers={}, _lock=threading.Lock())

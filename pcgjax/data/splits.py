@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pcgjax.data import Row
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 
 Split = dict[str, Any]
 KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301")
@@ -105,6 +105,21 @@ def make(
             condition = f" with {target} {', '.join(sorted(lacking))}" if target else ""
             raise SplitError(f"{part} has no recording{condition}: choose other fractions, seed or kind")
     return {
+        **arguments_of(kind, target, seed, fractions, fold, folds, database, names),
+        "content_sha256": _content(rows),
+        **{part: sorted(row["id"] for row in parts[part]) for part in PARTS},
+        "unlabelled": [row["id"] for row in rows if _label(row, target) not in CLASSES[target]],
+        "notes": notes,
+        "counts": {part: _counts(parts[part], target) for part in PARTS},
+    }
+
+
+def arguments_of(
+    kind: str, target: str, seed: int, fractions: Sequence[float] = (0.7, 0.15, 0.15), fold: int = 0, folds: int = 5,
+    database: str | None = None, names: str | pathlib.Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a split says that it was made with: those arguments of `make` that its kind reads."""
+    return {
         "kind": kind,
         "target": target,
         "seed": seed,
@@ -114,11 +129,6 @@ def make(
             **({"database": database} if kind == "leave_database_out" else {}),
             **({"names": str(names) if names else None} if kind == "paper301" else {}),
         },
-        "content_sha256": _content(rows),
-        **{part: sorted(row["id"] for row in parts[part]) for part in PARTS},
-        "unlabelled": [row["id"] for row in rows if _label(row, target) not in CLASSES[target]],
-        "notes": notes,
-        "counts": {part: _counts(parts[part], target) for part in PARTS},
     }
 
 
@@ -362,23 +372,17 @@ def _some(ids: Sequence[str]) -> str:
 
 def save(split: Split, path: str | pathlib.Path) -> None:
     """Writes the split as JSON; the file is there as a whole or not at all."""
-    files.write_text(pathlib.Path(path), json.dumps(split, indent=1, ensure_ascii=False) + "\n")
+    sealed = split | {"sha256": hashes.of_json(split)}
+    files.write_text(pathlib.Path(path), json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(path: str | pathlib.Path, rows: Sequence[Row]) -> Split:
     """Reads a saved split for these rows.
 
     Raises:
-      SplitError: no such file, not a split, or made for other recordings or labels.
+      SplitError: no such file, not a split, damaged, or made for other recordings or labels.
     """
-    try:
-        split = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SplitError(f"{path}: cannot be read as a split: {error}") from None
-    expected = ("kind", "target", "content_sha256", *PARTS, "unlabelled")
-    missing = [name for name in expected if not isinstance(split, dict) or name not in split]
-    if missing:
-        raise SplitError(f"{path}: not a split, it lacks {', '.join(missing)}: make it with python -m pcgjax.splits")
+    split = read(path)
     known = {row["id"] for row in rows}
     unknown = sorted(id for part in (*PARTS, "unlabelled") for id in split[part] if id not in known)
     fix = "use the prepared folder that it was made from, or make it again with python -m pcgjax.splits"
@@ -387,6 +391,49 @@ def load(path: str | pathlib.Path, rows: Sequence[Row]) -> Split:
     if split["content_sha256"] != _content(rows):
         raise SplitError(f"{path}: made for a data set with other recordings or labels: {fix}")
     return split
+
+
+def read(path: str | pathlib.Path) -> Split:
+    """Reads a saved split, whatever it was made for.
+
+    Raises:
+      SplitError: no such file, not a split, or damaged.
+    """
+    try:
+        split = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SplitError(f"{path}: cannot be read as a split: {error}") from None
+    fix = "make it with python -m pcgjax.splits"
+    if not isinstance(split, dict):
+        raise SplitError(f"{path}: not a split: {fix}")
+    kinds: dict[str, type] = {"kind": str, "target": str, "content_sha256": str, "parameters": dict, "notes": list,
+                              "counts": dict, **dict.fromkeys((*PARTS, "unlabelled"), list)}  # fmt: skip
+    if missing := [name for name, kind in kinds.items() if not isinstance(split.get(name), kind)]:
+        raise SplitError(f"{path}: not a split, it lacks {', '.join(missing)}: {fix}")
+    # Files of earlier versions have none; they are checked by their recordings alone.
+    digest = split.pop("sha256", None)
+    if digest is not None and digest != hashes.of_json(split):
+        raise SplitError(
+            f"{path}: damaged, it is not the split that was saved; remove it to have it made anew (if it was changed "
+            "on purpose, remove its field sha256)"
+        )
+    return split
+
+
+def refuse_other(path: str | pathlib.Path, wanted: dict[str, Any], fix: str) -> None:
+    """Raises SplitError where a saved split was made with other arguments than those in `wanted`, naming both.
+
+    wanted: `arguments_of` the split that is asked for, or some of them.
+    """
+
+    def flat(arguments: dict[str, Any]) -> dict[str, Any]:
+        fields = {name: arguments[name] for name in ("kind", "target", "seed") if name in arguments}
+        return fields | arguments.get("parameters", {})
+
+    there = flat(read(path))
+    for field, value in flat(wanted).items():
+        if field in there and there[field] != value:
+            raise SplitError(f"{path}: was made with {field}={there[field]!r}, asked for is {value!r}; {fix}")
 
 
 def summary(split: Split) -> str:

@@ -14,7 +14,7 @@ from pcgjax.pages import page
 from pcgjax.pages.waveforms import SHOWN_S, draw_states, draw_waveform, state_legend
 from pcgjax.pages.words import CLASSIFIER_WORDS, word_of
 from pcgjax.published import PAPER_NOTE
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 
 CLASSIFIERS = tuple(CLASSIFIER_WORDS)
 SETS, PROTOCOLS = ("unbalanced", "balanced"), ("record", "person")
@@ -40,6 +40,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
             "config": (workdir / "config.json").read_text()},
     )  # fmt: skip
     files.write_text(workdir / "report.html", html)
+    hashes.update(workdir, "report.html")
     return workdir / "report.html"
 
 

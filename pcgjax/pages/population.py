@@ -16,7 +16,7 @@ from pcgjax.pages.comparison import field_text, varied_fields
 from pcgjax.pages.page import BLUE, INK, MUTED, ORANGE, SERIES
 from pcgjax.pages.words import HEADLINE, LESS_IS_BETTER, best_trivial, with_chance, word_of
 from pcgjax.runs.results import read_json, read_population
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
 
@@ -47,6 +47,7 @@ def write_population(workdir: str | pathlib.Path) -> pathlib.Path:
     )  # fmt: skip
     path = workdir / "report.html"
     files.write_text(path, html)
+    hashes.update(path.parent, path.name)
     return path
 
 

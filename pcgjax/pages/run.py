@@ -20,7 +20,7 @@ from pcgjax.runs.results import (
     read_results,
     read_segmented,
 )
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
 
@@ -66,6 +66,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     values |= _reading_values(results, rows) | page.setup_values(results, config)
     path = workdir / "report.html"
     files.write_text(path, page.render("run.html", **values))
+    hashes.update(path.parent, path.name)
     return path
 
 

@@ -92,6 +92,13 @@ def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Ite
     Raises:
       CheckpointError: naming the first field that differs.
     """
+    if differs := difference(saved, now, also_free):
+        field, before, after = differs
+        raise CheckpointError(f"{workdir}: trained with {field}={before}, now {after}; give another --workdir")
+
+
+def difference(saved: dict, now: dict, also_free: Iterable[tuple[str, str]] = ()) -> tuple[str, Any, Any] | None:
+    """(field, its value in `saved`, in `now`) of the first by which two plain configs are other experiments."""
     saved = completed(saved)
     free = {("train", "epochs"), ("train", "checkpoint_steps"), ("data", "prepared"), ("data", "pipeline"),
             ("split", "file"), ("evaluation", "batch_recordings"), ("train", "start_from"),
@@ -111,9 +118,8 @@ def refuse_changes(saved: dict, now: dict, workdir: pathlib.Path, also_free: Ite
         for name, before, after in pairs:
             # A field that the saved run's version had not yet is as good as off.
             if before != after and (before is not None or after) and name not in free:
-                raise CheckpointError(
-                    f"{workdir}: trained with {'.'.join(name)}={before}, now {after}; give another --workdir"
-                )
+                return ".".join(name), before, after
+    return None
 
 
 def refuse_other_order(saved: str, now: str, workdir: pathlib.Path) -> None:

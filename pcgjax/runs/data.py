@@ -48,14 +48,11 @@ def split_corpus(
     """
     rows = usable(corpus.rows, config.data.prepared) if usable else corpus.rows
     path = pathlib.Path(config.split.file or workdir / "split.json")
+    refuse_other_split(config, workdir)
     if path.exists():
         split = splits.load(path, rows)
     else:
-        s = config.split
-        split = splits.make(
-            rows, s.kind, config.task.target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
-            s.names or None,
-        )  # fmt: skip
+        split = splits.make(rows, *_split_arguments(config))
         splits.save(split, path)
     leaks = splits.check(split, rows, allow=config.split.allow_leaks)
     for leak in leaks:
@@ -67,6 +64,26 @@ def split_corpus(
     share = kept_share(corpus.rows, split["train"], config.data.get("train_share", 1.0), config.seed)
     parts["train"] = np.array([place[id] for id in share], np.int32)
     return parts, split
+
+
+def _split_arguments(config: ml_collections.ConfigDict) -> tuple:
+    s = config.split
+    return (s.kind, config.task.target, config.seed, tuple(s.fractions), s.fold, s.folds, s.database or None,
+            s.names or None)  # fmt: skip
+
+
+def refuse_other_split(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises SplitError where the split that a config would reuse was made otherwise than the config asks, naming both.
+
+    Of a `split.file` only kind and target must be the config's: how else it was drawn is its own matter.
+    """
+    wanted = splits.arguments_of(*_split_arguments(config))
+    if file := config.split.file:
+        if pathlib.Path(file).exists():
+            fix = "set split.kind and task.target to the file's, or give another split.file"
+            splits.refuse_other(file, {name: wanted[name] for name in ("kind", "target")}, fix)
+    elif (path := workdir / "split.json").exists():
+        splits.refuse_other(path, wanted, "give another --workdir, or remove that file to have it made anew")
 
 
 def kept_share(rows: list[dict], ids: list[str], share: float, seed: int) -> list[str]:

@@ -7,21 +7,23 @@ import logging as std_logging
 import pathlib
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 
 
 def history(path: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl; a last one that was cut, as a full disk leaves it, is left out.
 
     Raises:
-      ValueError: a line that no run writes, by its number.
+      ValueError (also DamagedError): a line that no run writes, by its number.
     """
+    hashes.check(path.parent, [path.name], "put it back, or remove hashes.json to go on without its check")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     entries = []
     for number, line in enumerate(lines, 1):
@@ -39,6 +41,9 @@ def history(path: pathlib.Path) -> list[dict]:
                 f"{path}, line {number}: need an object with `step`, a number, and `split`, one of train, validation "
                 "or test; remove that line"
             )
+        check = entry.pop("check", None)  # lines of earlier versions have none
+        if check not in (None, _check(entry)) or any(isinstance(value, str) for value in (entry | {"split": 0}).values()):
+            raise files.DamagedError(f"{path}, line {number}: damaged, it is not what was written; remove that line")
         entries.append(entry)
     return entries
 
@@ -50,7 +55,16 @@ def rewind(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
 
 def write_lines(path: pathlib.Path, lines: Iterable[dict]) -> None:
     """Replaces metrics.jsonl by these lines."""
-    files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    files.write_text(path, "".join(_text(line) for line in lines))
+
+
+def _text(line: dict) -> str:
+    return json.dumps(line | {"check": _check(line)}) + "\n"
+
+
+def _check(line: dict) -> str:
+    """The CRC-32 of a line without its check, by which a changed digit is found."""
+    return f"{zlib.crc32(json.dumps(line).encode()):08x}"
 
 
 def open_board(workdir: pathlib.Path, step: int = 0, name: str = "") -> Any:
@@ -81,7 +95,7 @@ def log_line(path: pathlib.Path, step: int, split: str, values: dict, board: Any
     """Adds a line to metrics.jsonl, and its finite numbers to the board (of `open_board`) as "split/name"."""
     finite = {k: (v if v is None or np.isfinite(v) else None) for k, v in values.items()}
     with path.open("a") as file:
-        file.write(json.dumps({"step": step, "split": split} | finite) + "\n")
+        file.write(_text({"step": step, "split": split} | finite))
     plot(board, step, split, values)
 
 

@@ -12,8 +12,13 @@ from typing import Any
 import numpy as np
 
 from pcgjax import metrics
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
+
+
+def _check_whole(path: pathlib.Path) -> None:
+    """Raises DamagedError where the file is not what the run wrote, as far as its folder has hashes.json."""
+    hashes.check(path.parent, [path.name], "let the run's command end again, which writes it anew")
 
 
 def read_population(path: pathlib.Path) -> dict[str, Any]:
@@ -93,6 +98,7 @@ def surest(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[Mapp
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
+    _check_whole(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -132,6 +138,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a predictions.csv: label, decision int, probability float, the rest text."""
     fix = "write the file again with train or evaluate"
     rows: list[dict[str, Any]] = []
+    _check_whole(path)
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
         lacking = [field for field in PREDICTION_FIELDS if field not in (reader.fieldnames or ())]
@@ -158,6 +165,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
 def read_examples(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of predictions.csv whose waveform is kept, each with `waveform` and `sample_rate_hz`."""
     fix = "delete the file to leave the examples out, or write it again with train"
+    _check_whole(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -180,6 +188,7 @@ def read_examples(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list
 def read_segmented(path: pathlib.Path) -> list[dict[str, Any]]:
     """What `save_examples` wrote, the best first."""
     fix = "delete the file to leave the examples out, or write it again with train"
+    _check_whole(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from pcgjax import metrics
+from pcgjax.data import splits
 from pcgjax.data.corpus import Corpus, from_prepared
 from pcgjax.runs.results import read_json, read_results
 
@@ -95,7 +96,7 @@ def measure(workdir: str | pathlib.Path, features: Callable[..., dict[str, np.nd
         raise ValueError(f"{workdir}: a model of task {config.task.name!r} does not classify recordings")
     config.task.target = results["split"].get("target") or results["data"].get("target") or config.task.target
     corpus = from_prepared(config.data.prepared)
-    split = read_json(pathlib.Path(config.split.file or workdir / "split.json"))
+    split = splits.read(config.split.file or workdir / "split.json")
     place = {row["id"]: i for i, row in enumerate(corpus.rows)}
     if lacking := [name for name in (*split["train"], *split["validation"], *split["test"]) if name not in place]:
         raise ValueError(f"data.prepared={config.data.prepared}: recording {lacking[0]} of the split is not there")

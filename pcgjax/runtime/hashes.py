@@ -32,14 +32,27 @@ def write(folder: pathlib.Path, names: Iterable[str] | None = None) -> None:
     if names is None:
         below = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         names = (path.as_posix() for path in below if path.as_posix() != NAME)
-    listed = {name: {"bytes": (folder / name).stat().st_size, "sha256": of_file(folder / name)} for name in names}
+    _write(folder, {name: _facts(folder / name) for name in names})
+
+
+def update(folder: pathlib.Path, name: str) -> None:
+    """Enters a file that was written anew, where the folder has hashes.json."""
+    if (listed := read(folder)) is not None:
+        _write(folder, listed | {name: _facts(folder / name)})
+
+
+def _facts(path: pathlib.Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": of_file(path)}
+
+
+def _write(folder: pathlib.Path, listed: dict[str, dict[str, Any]]) -> None:
     listed = dict(sorted(listed.items()))
     files.write_text(folder / NAME, json.dumps({"files": listed, "sha256": of_json(listed)}, indent=1) + "\n")
 
 
 def read(folder: pathlib.Path) -> dict[str, dict[str, Any]] | None:
-    """{name: {"bytes", "sha256"}} of `folder`/hashes.json; None where there is none, as in folders of versions before
-    1.1 and of runs that have not ended.
+    """{name: {"bytes", "sha256"}} of `folder`/hashes.json; None where there is none, as in folders of earlier versions
+    and of runs that have not ended.
 
     Raises:
       DamagedError: it is not what `write` wrote.

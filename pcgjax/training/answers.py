@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from pcgjax import tasks
 from pcgjax.data import batches
 from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import evaluation_plan
-from pcgjax.runs.config import completed
+from pcgjax.runs.config import completed, difference
+from pcgjax.runs.results import read_json
 from pcgjax.runtime import checkpoint, sharding
 from pcgjax.tasks.base import Counts, Task, merge_model, split_model
 from pcgjax.tasks.segmenter_model import SegmenterModel
@@ -113,37 +114,58 @@ def make_predict(
     return predict
 
 
-def load_model(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, Task, Any, Any, Any, int]:
-    """The best checkpoint of a workdir: (config, task, graphdef, params, rest, sample_rate_hz).
+class LoadedModel(NamedTuple):
+    """The best model of a workdir."""
 
-    The config's `evaluation.threshold` is the one that was in use when the checkpoint was made (SAPT moves it).
+    config: ml_collections.ConfigDict  # its evaluation.threshold is the one of that epoch (SAPT moves it)
+    task: Task
+    graphdef: Any
+    params: Any
+    rest: Any
+    sample_rate_hz: int
+    meta: dict[str, Any]  # of its checkpoint
+
+
+def load_model(workdir: str | pathlib.Path) -> LoadedModel:
+    """The best checkpoint of a workdir.
 
     Raises:
-      checkpoint.CheckpointError: no trained model there.
+      checkpoint.CheckpointError: no trained model there, one of another run than config.json says, or a damaged one.
     """
     workdir = pathlib.Path(workdir)
-    folder = workdir / "checkpoints" / "best"
-    _, _, meta = checkpoint.require(folder)
-    config = ml_collections.ConfigDict(completed(meta["config"]))
-    config.evaluation.threshold = meta["best"]["threshold"]
-    task = tasks.make(config, meta["sample_rate_hz"])
-    # Shapes alone: to draw parameters first would take longer than all the rest.
-    graphdef, params, rest = split_model(nnx.eval_shape(lambda: task.init(nnx.Rngs(config.seed))))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (params, rest))
-    _, model, _ = checkpoint.require(folder, {"params": like[0], "rest": like[1]})
-    return config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"]
+    made: list[Any] = []
+
+    def like(meta: dict) -> dict[str, Any]:
+        path = workdir / "config.json"
+        if path.exists() and (differs := difference(read_json(path), meta["config"])):
+            field, before, after = differs
+            raise checkpoint.CheckpointError(
+                f"{workdir}: config.json says {field}={before}, the checkpoint {after}: they are of two runs; train again"
+            )
+        config = ml_collections.ConfigDict(completed(meta["config"]))
+        config.evaluation.threshold = meta["best"]["threshold"]
+        task = tasks.make(config, meta["sample_rate_hz"])
+        # Shapes alone: to draw parameters first would take longer than all the rest.
+        graphdef, params, rest = split_model(nnx.eval_shape(lambda: task.init(nnx.Rngs(config.seed))))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        made[:] = config, task, graphdef
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), {"params": params, "rest": rest}
+        )
+
+    _, model, meta = checkpoint.require(workdir / "checkpoints" / "best", like)
+    return LoadedModel(*made, model["params"], model["rest"], meta["sample_rate_hz"], meta)
 
 
 def load_segmenter(workdir: str | pathlib.Path) -> SegmenterModel:
     """The best segmenter of a workdir.
 
     Raises:
-      checkpoint.CheckpointError: no trained model there.
+      checkpoint.CheckpointError: as `load_model`.
     """
-    config, _, graphdef, params, rest, sample_rate_hz = load_model(workdir)
-    _, _, meta = checkpoint.require(pathlib.Path(workdir) / "checkpoints" / "best")
-    return SegmenterModel(config, graphdef, params, rest, sample_rate_hz, np.array(meta["log_duration"], np.float32))
+    model = load_model(workdir)
+    log_duration = np.array(model.meta["log_duration"], np.float32)
+    return SegmenterModel(model.config, model.graphdef, model.params, model.rest, model.sample_rate_hz, log_duration)
 
 
 def embed(task: Task, model: Any, batch: dict, capacity: int, key: jax.Array) -> jax.Array:

@@ -19,9 +19,11 @@ from absl import logging
 
 from pcgjax.data.corpus import Corpus
 from pcgjax.pages import run as run_page
+from pcgjax.runs.config import refuse_changes, refuse_other_order
 from pcgjax.runs.judge import cross_entropy, judge_recordings, prediction_rows, validation_scores, write_table
 from pcgjax.runs.record import versions
 from pcgjax.runs.results import save_examples, surest
+from pcgjax.runs.seal import seal
 from pcgjax.runtime import checkpoint, files, goodput, sharding
 from pcgjax.tasks.base import Judgement, Task, Trained, TrainState
 from pcgjax.training.start import Run
@@ -63,6 +65,10 @@ def conclude_run(run: Run, state: TrainState, facts: dict) -> dict:
     experiment, mesh = run.experiment, run.experiment.mesh
     like = {"params": state.params, "rest": state.rest}
     _, best, meta = checkpoint.require(run.workdir / "checkpoints" / "best", like)
+    refuse_changes(meta["config"], run.meta["config"], run.workdir)
+    refuse_other_order(meta["order_sha256"], run.meta["order_sha256"], run.workdir)
+    if meta["best"] != run.meta["best"]:
+        logging.warning("%s: the best epoch is %s, its model that of %s", run.workdir, run.meta["best"], meta["best"])
     answers = {part: predict(best["params"], best["rest"]) for part, predict in run.predict.items()}
     everywhere = jax.jit(lambda *x: x, out_shardings=sharding.replicated(mesh))
     params, rest = jax.device_get(everywhere(best["params"], best["rest"]))
@@ -123,6 +129,7 @@ def conclude(finished: Finished, more: Callable[[], Judgement] | None = None) ->
         run_page.write(workdir)
     except ImportError as error:
         logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
+    seal(workdir)
     return results
 
 

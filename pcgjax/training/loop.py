@@ -16,7 +16,9 @@ from absl import logging
 
 from pcgjax.runs import signals
 from pcgjax.runs.best import better_epoch
+from pcgjax.runs.config import plain_config
 from pcgjax.runs.judge import validation_scores
+from pcgjax.runs.seal import refuse_other_run
 from pcgjax.runtime import checkpoint, distributed, goodput, sharding
 from pcgjax.tasks.base import TrainState
 from pcgjax.training.conclude import conclude_run
@@ -37,6 +39,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_ru
     """
     clock, workdir = goodput.Clock(), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    refuse_other_run(workdir, plain_config(config))
     experiment = set_up(config, workdir)
     trace = goodput.Trace(config.profile, workdir / "profile")
     compiled = compile_steps(config, experiment)

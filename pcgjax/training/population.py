@@ -33,6 +33,7 @@ from pcgjax import metrics
 from pcgjax.pages import population as population_page
 from pcgjax.runs import log
 from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse_changes
+from pcgjax.runs.data import refuse_other_split
 from pcgjax.runs.judge import validation_scores
 from pcgjax.runs.record import record
 from pcgjax.runtime import files, goodput
@@ -60,6 +61,7 @@ def train_population(
     clock, workdir = goodput.Clock(), pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     refuse(config)
+    refuse_other_split(config, workdir)
     together = jax.default_backend() != "cpu" if together is None else together
     swept = swept_values(config)
     members = members_of(swept)

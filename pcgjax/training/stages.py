@@ -11,6 +11,7 @@ from absl import logging
 from pcgjax.pages import comparison
 from pcgjax.published import CNN_PAPER
 from pcgjax.runs.config import one_of, plain_config, refuse_changes
+from pcgjax.runs.data import refuse_other_split
 from pcgjax.runtime import files
 from pcgjax.training.loop import train
 
@@ -21,6 +22,7 @@ def stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
     A stage is named overrides. All but the last have a folder of their own below `workdir`. What `optimizer.frozen`
     names in a stage is carried over to it from the stage before.
     """
+    refuse_other_split(config, workdir)
     split_file, start_from = str(workdir / "split.json"), ""
     *earlier, (_, last) = config.stages.items()
     final = one_of(config, last, split_file)
@@ -42,6 +44,7 @@ def stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bo
 
 def variants(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool = False) -> list[dict]:
     """Runs each of `config.variants`' named overrides in a folder of its own and sets them side by side."""
+    refuse_other_split(config, workdir)
     rows = []
     for name, overrides in config.variants.items():
         one = one_of(config, overrides, str(workdir / "split.json"))  # one split for all

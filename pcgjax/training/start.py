@@ -22,6 +22,7 @@ from pcgjax import thresholds
 from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.log import log_line, open_board, rewind
 from pcgjax.runs.record import record
+from pcgjax.runs.seal import begin_anew, unseal
 from pcgjax.runs.streams import EVALUATION, STEP
 from pcgjax.runtime import checkpoint, files, goodput, sharding
 from pcgjax.tasks.base import TrainState, initial_state, split_model
@@ -154,21 +155,37 @@ def resume(workdir: pathlib.Path, state: TrainState, totals: Totals, meta: dict[
     """State and totals of the workdir's last checkpoint, and its best epoch in `meta`; or what is given.
 
     Lines of metrics.jsonl after that checkpoint are removed.
+    Raises:
+      CheckpointError: a checkpoint, or what an ended run left, is of another config or order of data, or damaged.
     """
-    log, folder = workdir / "metrics.jsonl", workdir / "checkpoints" / "last"
-    first_process = jax.process_index() == 0
-    if (newest := checkpoint.restore(folder)) is None:
-        if first_process:
-            log.unlink(missing_ok=True)
+    last, best = (workdir / "checkpoints" / name for name in ("last", "best"))
+
+    def if_ours(saved: dict, like: Any = None) -> Any:
+        refuse_changes(saved["config"], meta["config"], workdir)
+        refuse_other_order(saved["order_sha256"], meta["order_sha256"], workdir)
+        return like
+
+    checkpoint_ = checkpoint.restore(last, lambda saved: if_ours(saved, {"state": state, "totals": totals}))
+    unseal(workdir)
+    if checkpoint_ is None:
+        checkpoint.restore(best, if_ours)
+        checkpoint.drop_after(best, -1, aside=False)
+        if jax.process_index() == 0:
+            begin_anew(workdir)
         return state, totals
-    saved = newest[2]
-    refuse_changes(saved["config"], meta["config"], workdir)
-    refuse_other_order(saved["order_sha256"], meta["order_sha256"], workdir)
-    step, restored, saved = checkpoint.require(folder, {"state": state, "totals": totals})
-    meta["best"] = saved["best"]
+    step, restored, saved = checkpoint_
     logging.info("resuming at step %d", step)
-    if first_process:
-        rewind(log, lambda line: line["step"] <= step and line["split"] != "test")
+    checkpoint.drop_after(last, step, aside=True)
+    checkpoint.drop_after(best, step, aside=False)  # the run comes there again
+    model = {"params": restored["state"].params, "rest": restored["state"].rest}
+    meta["best"] = saved["best"]
+    if saved["best"] is not None:
+        best_checkpoint = checkpoint.restore(best, lambda saved: if_ours(saved, model))
+        meta["best"] = best_checkpoint and best_checkpoint[2]["best"]
+        if meta["best"] != saved["best"]:
+            logging.warning("%s: the best epoch's model is lost, %s is the best now", best, meta["best"])
+    if jax.process_index() == 0:
+        rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= step and line["split"] != "test")
     return restored["state"], restored["totals"]
 
 
@@ -187,7 +204,8 @@ def carried_over(state: TrainState, workdir: str, groups: tuple[str, ...]) -> Tr
     Raises:
       ValueError: that model has no such group, or one of another shape.
     """
-    _, _, _, params, rest, _ = load_model(workdir)
+    model = load_model(workdir)
+    params, rest = model.params, model.rest
 
     def take(tree, source):
         leaves = {path: x for path, x in jax.tree_util.tree_leaves_with_path(source) if path[0].key in groups}

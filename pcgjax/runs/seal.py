@@ -1,0 +1,57 @@
+"""hashes.json of a workdir: written when a run ends, compared whenever one of its files is read.
+
+Before the end there is none: until then the checkpoints, split.json and the lines of metrics.jsonl are bound each by
+itself.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from pcgjax.runs.config import refuse_changes
+from pcgjax.runs.results import read_json
+from pcgjax.runtime import hashes
+
+# What judging a run leaves; a run that begins anew removes them.
+RESULTS = ("metrics.json", "predictions.csv", "examples.npz", "segments.npz", "report.html", "population.json",
+           "table.csv", "experiment.json", "pictures.npz")  # fmt: skip
+INPUTS = ("config.json", "split.json", "run.json", "metrics.jsonl")
+
+
+def seal(workdir: pathlib.Path) -> None:
+    """Writes hashes.json of a run that has ended: of its results, inputs and checkpoints."""
+    names = [name for name in (*INPUTS, *RESULTS) if (workdir / name).is_file()]
+    below = (path for path in (workdir / "checkpoints").rglob("*") if path.is_file())
+    hashes.write(workdir, [*names, *(path.relative_to(workdir).as_posix() for path in below)])
+
+
+def unseal(workdir: pathlib.Path) -> None:
+    """Compares what a run goes on from, then removes hashes.json: the run writes its files anew.
+
+    Raises:
+      DamagedError: naming the file.
+    """
+    if jax.process_index() == 0:
+        hashes.check(workdir, INPUTS, "put it back, or give another --workdir")
+        (workdir / hashes.NAME).unlink(missing_ok=True)
+
+
+def refuse_other_run(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a workdir holds a run of another config, naming the field; before anything is read
+    or written."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    begun = any((workdir / name).exists() for name in ("metrics.jsonl", *RESULTS))
+    if begun or any(path.is_file() for path in (workdir / "checkpoints").rglob("*")):
+        refuse_changes(read_json(path), dict(config), workdir)
+
+
+def begin_anew(workdir: pathlib.Path) -> None:
+    """Removes what an earlier run of the same config left in a workdir without a checkpoint."""
+    for name in (*RESULTS, "metrics.jsonl", hashes.NAME):
+        (workdir / name).unlink(missing_ok=True)
