@@ -255,12 +255,12 @@ def join_shards(
         "content_sha256": content.hexdigest(),
         "records_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    manifest["sha256"] = hashes.of_json(manifest)
+    sealed = manifest | {"sha256": hashes.of_json(manifest)}
     try:
         files.write_text(out / "records.jsonl", text)
         for path in set(_shards(out)) - {out / shard["file"] for shard in shards}:
             path.unlink(missing_ok=True)  # of an unfinished run on a larger source
-        files.write_text(out / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        files.write_text(out / "manifest.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise PrepareError(f"{out}: the manifest could not be written: {error}; fix this and run again") from None
     shutil.rmtree(out / "parts", ignore_errors=True)

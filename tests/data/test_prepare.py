@@ -281,6 +281,7 @@ def test_command_line_is_idempotent_and_workers_do_not_matter(corpus: pathlib.Pa
     assert run.returncode == 0, run.stderr
     assert "140 recordings" in run.stdout
     manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest.pop("sha256")
     assert manifest == one
     before = (out / "manifest.json").stat().st_mtime_ns
     assert prepare.prepare("cinc2016", corpus, out) == manifest
@@ -536,9 +537,8 @@ def test_a_damaged_shard_is_named(corpus: pathlib.Path, tmp_path: pathlib.Path, 
     assert len(records[0]) == 1000  # the other shards can be read
     with pytest.raises(PrepareError, match=r"shard-00001.array_record.*--overwrite"):
         [records[i] for i in range(64, 128)]
-    if damage != "bits":
-        with pytest.raises(PrepareError, match=r"shard-00001.array_record.*--overwrite"):
-            prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
+    with pytest.raises(PrepareError, match=r"shard-00001.array_record.*--overwrite"):
+        prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
 
 
 def test_shards_and_rows_of_different_runs_are_not_mixed(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -556,6 +556,11 @@ def test_read_rows_names_what_is_wrong(corpus: pathlib.Path, tmp_path: pathlib.P
     prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
     lines = (tmp_path / "records.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "records.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(PrepareError, match=r"records.jsonl: damaged"):
+        read_rows(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    older = {name: value for name, value in manifest.items() if name not in ("sha256", "records_sha256")}
+    (tmp_path / "manifest.json").write_text(json.dumps(older))
     with pytest.raises(PrepareError, match=r"records.jsonl: 139 rows, manifest.json says 140"):
         read_rows(tmp_path)
     (tmp_path / "records.jsonl").write_text(lines[0][:50])
