@@ -550,6 +550,50 @@ def test_shards_and_rows_of_different_runs_are_not_mixed(corpus: pathlib.Path, t
         open_records(tmp_path / "a", rows)(0)
 
 
+def test_W4_exchanged_shards_of_equal_recordings(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    manifest = prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
+    one, other = (tmp_path / shard["file"] for shard in manifest["shards"][:2])
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    _, rows = read_rows(tmp_path)
+    with pytest.raises(PrepareError, match=r"shard-00000.array_record: record 0 is another recording's audio"):
+        open_records(tmp_path, rows)(0)
+    with pytest.raises(PrepareError, match=r"shard-00000.array_record: (missing or cut|damaged)"):
+        prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
+    # A folder of an earlier version has no probes: the whole audio is compared.
+    older = [{name: value for name, value in row.items() if name != "probe"} for row in rows]
+    with pytest.raises(PrepareError, match=r"its record 0 is not the audio of .* \(SHA-256\)"):
+        open_records(tmp_path, older)(0)
+
+
+def test_W4_flipped_bits_are_found(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
+    rng = np.random.default_rng(0)
+    for name in ("records.jsonl", "manifest.json", "shard-00000.array_record"):
+        content = (tmp_path / name).read_bytes()
+        for at in rng.integers(len(content), size=12):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << int(rng.integers(8))
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(PrepareError, match=r"--overwrite|prepare into another"):
+                prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
+        (tmp_path / name).write_bytes(content)
+    assert prepare.prepare("cinc2016", corpus, tmp_path, workers=1)
+
+
+def test_W4_a_damaged_unfinished_preparation_is_written_anew(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    whole = prepare.prepare("cinc2016", corpus, tmp_path / "whole", workers=1)
+    for name in ("parts/shard-00000.jsonl", "shard-00000.array_record"):
+        out = tmp_path / name.replace("/", "_")
+        assert prepare.prepare("cinc2016", corpus, out, workers=1, num_shards=3, shard_index=0) is None
+        content = bytearray((out / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (out / name).write_bytes(content)
+        assert prepare.prepare("cinc2016", corpus, out, workers=1) == whole
+        assert (out / "records.jsonl").read_bytes() == (tmp_path / "whole" / "records.jsonl").read_bytes()
+
+
 def test_read_rows_names_what_is_wrong(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(PrepareError, match="no prepared data set"):
         read_rows(tmp_path)
