@@ -31,8 +31,8 @@ from absl import logging
 
 from pcgjax import metrics
 from pcgjax.pages import population as population_page
-from pcgjax.runs import log
-from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse_changes
+from pcgjax.runs import lock, log, schema
+from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse_changes, with_fields
 from pcgjax.runs.judge import validation_scores
 from pcgjax.runs.record import record
 from pcgjax.runtime import files, goodput
@@ -57,9 +57,18 @@ def train_population(
       ValueError: as `loop.train`, and for what a population cannot be.
       FloatingPointError: every member diverged, or one before the last stage.
     """
-    clock, workdir = goodput.Clock(), pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    schema.check(config)
     refuse(config)
+    for member in members_of(swept_values(config)):
+        schema.check(with_fields(config, member))
+    with lock.held(workdir, jax.process_index() == 0):
+        return _train_population(config, pathlib.Path(workdir), dry_run, together)
+
+
+def _train_population(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool, together: bool | None
+) -> dict:
+    clock = goodput.Clock()
     together = jax.default_backend() != "cpu" if together is None else together
     swept = swept_values(config)
     members = members_of(swept)
