@@ -8,6 +8,7 @@ The choices that only modules above this one read are stated here, and they read
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import runpy
@@ -110,8 +111,8 @@ def choice(names: Iterable[str]) -> Rule:
     def problem(value: Any) -> str:
         if isinstance(value, str) and value in names:
             return ""
-        first = nearest(value, names).partition(";")[0] if isinstance(value, str) and value else ""
-        return f"choose one of {shown}{'; ' + first if first else ''}"
+        like = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
+        return f"choose one of {shown}{'; nearest: ' + like[0] if like else ''}"
 
     return Rule(problem)
 

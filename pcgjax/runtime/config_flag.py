@@ -37,7 +37,7 @@ def config_of(path: str | pathlib.Path, variant: str = "") -> Any:
     try:
         config = get_config(*([variant] if variant else []))
     except ValueError as error:
-        raise ValueError(str(error) if given in str(error) else f"{given}: {error}") from error
+        raise ValueError(str(error) if f"{path.name}:" in str(error) else f"{given}: {error}") from error
     except TypeError as error:
         if variant and error.__traceback__ is not None and error.__traceback__.tb_next is None:  # of the call itself
             raise ValueError(f"{given}: this config has no variants; give {path}") from error

@@ -16,7 +16,6 @@ report.html and best/, a workdir of the member that is best by validation. A sec
 from __future__ import annotations
 
 import collections
-import csv
 import functools
 import json
 import math
@@ -36,6 +35,7 @@ from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse
 from pcgjax.runs.judge import validation_scores
 from pcgjax.runs.record import record
 from pcgjax.runtime import files, goodput
+from pcgjax.runtime.tables import write_csv
 from pcgjax.training.conclude import Finished, conclude, model_of, system_facts
 from pcgjax.training.member_loop import Trained, save_best, train_program
 from pcgjax.training.members import Program, look_ahead
@@ -173,8 +173,8 @@ def conclude_population(
         "system": results["system"],
     }
     files.write_text(workdir / "population.json", json.dumps(population, indent=1))
-    with files.replacing(workdir / "table.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows(_rows(population))
+    names, *rows = _rows(population)
+    write_csv(workdir / "table.csv", names, rows)
     try:
         population_page.write_population(workdir)
     except ImportError as error:
