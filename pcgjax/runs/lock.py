@@ -129,7 +129,7 @@ def _read(file: int) -> str:
     """Who holds a lock, by what its file says."""
     try:
         said = json.loads(os.pread(file, 1 << 16, 0))
-        command = f" ({said['command']:.120})" if said.get("command") else ""
-        return f"process {said['process']} on {said['host']} since {said['since']}{command}"
+        command = f" ({said['command'][:120]})" if said.get("command") else ""
+        return " ".join(f"process {said['process']} on {said['host']} since {said['since']}{command}".split())
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"another process, which {NAME} does not name"

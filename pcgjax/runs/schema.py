@@ -520,7 +520,8 @@ def _walk(tree: Any, known: Mapping[str, Rule], above: str = "") -> Iterator[tup
             if path in known:
                 yield path, value
             elif not isinstance(name, str) or name not in parts:
-                what = f"{above}{prefix.rstrip('.') or 'the config'} has no {'field' if prefix else 'part'} {name}"
+                where = f"{above}{prefix}".rstrip(".") or "the config"
+                what = f"{where} has no {'field' if prefix else 'part'} {name}"
                 raise ValueError(f"{what}; {nearest(str(name), sorted(parts))}")
             elif isinstance(value, ml_collections.ConfigDict | Mapping):
                 yield from walk(value, f"{path}.")

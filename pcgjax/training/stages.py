@@ -63,9 +63,11 @@ def is_the_papers(config: ml_collections.ConfigDict) -> bool:
         return False
     for name, overrides in config.variants.items():
         given = flat_fields(overrides)
-        filtered, noisy = not name.startswith("no_filter"), name.endswith("noise")
+        wanted = "none" if name.startswith("no_filter") else "zero_phase"
         noise = given.pop("features.noise_snr_db", f.noise_snr_db)
-        if (given.pop("features.filter", f.filter) != "none") != filtered or math.isfinite(noise) != noisy or given:
+        if given.pop("features.filter", f.filter) != wanted or given:
+            return False
+        if math.isfinite(noise) != name.endswith("noise"):
             return False
     return True
 

@@ -19,6 +19,7 @@ from pcgjax.data import PrepareError, splits
 from pcgjax.data.corpus import from_prepared
 from pcgjax.data.plan import epoch_order
 from pcgjax.data.shards import read_rows
+from pcgjax.runs.config import load_config
 from pcgjax.runs.data import load_data, shuffle_labels
 from pcgjax.runs.results import PREDICTION_FIELDS
 from pcgjax.runs.streams import ORDER
@@ -26,7 +27,7 @@ from pcgjax.runtime.checkpoint import CheckpointError
 from pcgjax.training import loop
 from pcgjax.training.experiment import balance_groups
 from pcgjax.training.loop import train
-from pcgjax.training.stages import variants
+from pcgjax.training.stages import is_the_papers, variants
 
 
 def lines_of(workdir, without=("seconds", "waited")):
@@ -475,7 +476,9 @@ def test_variants(make_config, tmp_path, capsys):
     rows = variants(config, tmp_path)
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in rows] == [row["name"] for row in table] == ["A", "B"]
-    assert "<svg" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert "Lamperti" not in page
     for name, filter_ in (("a", "none"), ("b", "causal")):
         assert json.loads((tmp_path / name / "config.json").read_text())["features"]["filter"] == filter_
         scored = json.loads((tmp_path / name / "metrics.json").read_text())["test"]["overall"]["auc"]
@@ -488,6 +491,27 @@ def test_variants(make_config, tmp_path, capsys):
     config.train.batch_recordings = 2
     with pytest.raises(CheckpointError, match=r"train.batch_recordings=3, now 2"):
         variants(config, tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "papers"), [
+    ({}, True),
+    ({"train.epochs": 12, "data.prepared": "x", "seed": 1, "optimizer.learning_rate": 0.1}, True),
+    ({"model.hidden": 8}, False),
+    ({"features.window_s": 5.0}, False),
+    ({"task.target": "murmur"}, False),
+    ({"data.shuffle_labels": True}, False),
+    ({"task.name": "image"}, False),
+    ({"variants.filter.features.filter": "none"}, False),
+    ({"variants.filter.features.filter": "causal"}, False),
+    ({"variants.filter.features.low_hz": 30.0}, False),
+    ({"variants.no_filter_noise.features.noise_snr_db": float("inf")}, False),
+    ({"variants.other.seed": 1}, False),
+])  # fmt: skip
+def test_W10_the_papers_figures_are_beside_its_own_config_alone(changes, papers):
+    config = load_config("cnn:sweep", {})
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(changes)
+    assert is_the_papers(config) is papers
 
 
 def test_nothing_crosses_to_or_from_the_devices_unasked(make_config, tmp_path, monkeypatch):
