@@ -7,6 +7,7 @@ import io
 import logging as std_logging
 import os
 import pathlib
+import select
 import sys
 import traceback
 import uuid
@@ -98,10 +99,11 @@ def problem(error: BaseException) -> str:
         return f"out of memory ({words[:300] or kind}); take smaller batches, windows or nets, or a larger machine"
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pcgjax":
         return f"needs the package {error.name.partition('.')[0]}, which is not installed here{_extra(error.name)}"
-    if isinstance(error, RuntimeError) and ("nable to initialize backend" in words or "nknown backend" in words):
-        platforms = os.environ.get("JAX_PLATFORMS", "")
+    origin = traceback.extract_tb(error.__traceback__)[-1:]
+    if origin and origin[0].filename.endswith("xla_bridge.py"):  # where JAX looks for devices
+        platforms, why = os.environ.get("JAX_PLATFORMS", ""), f" ({words[:300]})" if words else ""
         given = f"JAX_PLATFORMS={platforms}: " if platforms else ""
-        return f"{given}JAX finds no such device here ({words[:300]}); unset JAX_PLATFORMS or give JAX_PLATFORMS=cpu"
+        return f"{given}JAX finds no such device here{why}; unset JAX_PLATFORMS or give JAX_PLATFORMS=cpu"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename) if not isinstance(error.filename, int) else words}: {error.strerror}"
     if isinstance(error, ValueError | OSError | FloatingPointError):
@@ -111,7 +113,8 @@ def problem(error: BaseException) -> str:
 
 def _place(error: BaseException) -> str:
     """The last line of this package that an error came through."""
-    ours = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    ours = [f for f in frames if f.filename.startswith(PACKAGE)]
     return f" (at pcgjax/{ours[-1].filename.removeprefix(PACKAGE)}, line {ours[-1].lineno})" if ours else ""
 
 
@@ -125,11 +128,14 @@ def _extra(name: str) -> str:
 def _pipe_broken() -> int:
     """141, as a shell has it, where whoever read our output is gone (as `| head`); 0: that is not what broke."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without a word
-        return 141
-    return 0
+        pipe, gone = sys.stdout.fileno(), select.poll()
+    except (OSError, ValueError):  # no file
+        return 0
+    gone.register(pipe, 0)  # errors alone
+    if not gone.poll(0):
+        return 0
+    os.dup2(os.open(os.devnull, os.O_WRONLY), pipe)  # what is left goes nowhere, without a word
+    return 141
 
 
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
@@ -145,6 +151,8 @@ def _parsed(argv: list[str]) -> list[str]:
     if not wrong:
         try:
             return app.parse_flags_with_usage(argv)
+        except BrokenPipeError:
+            raise
         except Exception as error:  # of config_flags: half a dozen kinds, for what is wrong with a config file
             wrong = problem(error)
     sys.exit(f"error: {' '.join(wrong.split())}")

@@ -11,6 +11,8 @@ def by_likeness(word: str, names: Iterable[str]) -> list[str]:
 
     def likeness(name: str) -> float:
         short, long = sorted((word.lower(), name.lower()), key=len)
+        if word.lower() == "".join(part[:1] for part in name.lower().split("_")):  # lr: learning_rate
+            return 2.0
         return difflib.SequenceMatcher(None, word.lower(), name.lower()).ratio() + (short in long) / 2
 
     return sorted(dict.fromkeys(map(str, names)), key=likeness, reverse=True)
