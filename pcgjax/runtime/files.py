@@ -56,7 +56,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
     def quiet(argv: list[str]) -> Any:
         try:
             status = main(argv)
-            sys.stdout.flush()
+            if sys.stdout:  # None where a shell has closed it
+                sys.stdout.flush()
             return status
         except app.UsageError:
             raise
@@ -88,7 +89,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
 def _told(error: Exception) -> int:
     logging.debug("the error's origin", exc_info=True)  # --verbosity=1 shows it
-    print(f"error: {problem(error)}", file=sys.stderr)
+    print("error:", *problem(error).split(), file=sys.stderr)
     return 1
 
 
@@ -129,7 +130,7 @@ def _pipe_broken() -> int:
     """141, as a shell has it, where whoever read our output is gone (as `| head`); 0: that is not what broke."""
     try:
         pipe, gone = sys.stdout.fileno(), select.poll()
-    except (OSError, ValueError):  # no file
+    except (AttributeError, OSError, ValueError):  # no file
         return 0
     gone.register(pipe, 0)  # errors alone
     if not gone.poll(0):
