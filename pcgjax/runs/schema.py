@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from pcgjax.runs.base_config import SWEPT
+from pcgjax.runs.base_config import SWEPT, base
 from pcgjax.runs.config import CONFIGS, flat_fields, with_fields
 from pcgjax.runtime.names import nearest
 
@@ -39,10 +39,7 @@ _MANY = 10**6  # of what is counted; more is a slip of the hand, or does not fit
 _LARGE = 2**16  # a size of a net or a transform
 
 
-class Rule(NamedTuple):
-    """What a field may hold."""
-
-    problem: Callable[[Any], str]  # what is wrong with a value; "": nothing
+Rule = Callable[[Any], str]  # of a field: what is wrong with a value; "": nothing
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of rule
@@ -60,7 +57,7 @@ def whole(least: int = 0, most: int = _MANY) -> Rule:
             return f"must be at least {least}"
         return f"must be at most {most}" if value > most else ""
 
-    return Rule(problem)
+    return problem
 
 
 def number(
@@ -88,11 +85,11 @@ def number(
         )  # fmt: skip
         return "" if fits else says
 
-    return Rule(problem)
+    return problem
 
 
 def flag() -> Rule:
-    return Rule(lambda value: "" if isinstance(value, bool) else "must be True or False")
+    return lambda value: "" if isinstance(value, bool) else "must be True or False"
 
 
 def text() -> Rule:
@@ -101,7 +98,7 @@ def text() -> Rule:
             return "must be text"
         return "has a NUL character" if "\0" in value else ""
 
-    return Rule(problem)
+    return problem
 
 
 def choice(names: Iterable[str]) -> Rule:
@@ -114,7 +111,7 @@ def choice(names: Iterable[str]) -> Rule:
         like = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
         return f"choose one of {shown}{'; nearest: ' + like[0] if like else ''}"
 
-    return Rule(problem)
+    return problem
 
 
 def each(rule: Rule, least: int = 0, most: int = 1000, length: int | None = None) -> Rule:
@@ -126,14 +123,14 @@ def each(rule: Rule, least: int = 0, most: int = 1000, length: int | None = None
             return "must be a tuple, as (1, 2)"
         if not least <= len(value) <= most:
             return f"must hold {length} values" if length is not None else f"must hold {least} to {most} values"
-        found = [(one, rule.problem(one)) for one in value]
+        found = [(one, rule(one)) for one in value]
         return next((f"{shown(one)} {what}" for one, what in found if what), "")
 
-    return Rule(problem)
+    return problem
 
 
 def odd(rule: Rule) -> Rule:
-    return Rule(lambda value: rule.problem(value) or ("" if value % 2 else f"must be odd, not {value}"))
+    return lambda value: rule(value) or ("" if value % 2 else f"must be odd, not {value}")
 
 
 def shown(value: Any) -> str:
@@ -157,7 +154,7 @@ def rules(config: ml_collections.ConfigDict) -> dict[str, Rule]:
     task = config.get("task") if isinstance(config, ml_collections.ConfigDict | Mapping) else None
     name = task.get("name") if isinstance(task, ml_collections.ConfigDict | Mapping) else None
     if not isinstance(name, str) or name not in _SYSTEMS:
-        raise ValueError(f"task.name={shown(name)}: {choice(_SYSTEMS).problem(name)}")
+        raise ValueError(f"task.name={shown(name)}: {choice(_SYSTEMS)(name)}")
     return _common() | _SYSTEMS[name](config)
 
 
@@ -262,7 +259,7 @@ def _image(config: Any) -> dict[str, Rule]:
         "mobilenet_v3": (number(above=0, most=100), whole(1, 15)),
         "vit": (whole(1, _LARGE), whole(1, 200)),
     }  # fmt: skip
-    width, blocks = sizes.get(name, (number(above=0), Rule(lambda value: "")))
+    width, blocks = sizes.get(name, (number(above=0), lambda value: ""))
     return _clips() | {
         "model.name": choice(NETS), "model.width": width, "model.blocks": blocks, "model.checkpoint": text(),
     }  # fmt: skip
@@ -445,22 +442,18 @@ def _unread(all_values: list[Values], free: Iterable[str]) -> Iterator[str]:
         for field in one.fields:
             if field not in first or field in free or any(one.read(values) for values in all_values):
                 continue
-            if first[field] not in (usual := _usual(first["task.name"], field)):
+            usual = _usual(first["task.name"], field)
+            if usual and first[field] not in usual:
                 why = ", ".join(f"{name}={first[name]}" for name in one.governing)
                 yield f"{field}={shown(first[field])}: nothing reads it with {why}; leave it at {shown(usual[0])}"
 
 
 @functools.cache
 def _usual(task: str, field: str) -> tuple[Any, ...]:
-    """The values that a field has in the configs of a system."""
-    found = []
-    for path in sorted(CONFIGS.glob("*.py")):
-        config = runpy.run_path(str(path))["get_config"]()
-        fields = flat_fields(config)
-        if fields["task.name"] == task and field in fields:
-            found.append(fields[field])
-    off = [value for value in found if not value]  # what says that it is off, before a system's own
-    return tuple(off or found[:1]) + tuple(found) if found else (0,)
+    """The values that a field has where nobody has changed it: of the base, then of the system's configs."""
+    configs = [base(task), *(runpy.run_path(str(path))["get_config"]() for path in sorted(CONFIGS.glob("*.py")))]
+    fields = [flat_fields(config) for config in configs]
+    return tuple(one[field] for one in fields if one["task.name"] == task and field in one)
 
 
 # ------------------------------------------------------------------------------------------------------- the check
@@ -490,7 +483,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def _refuse(values: Values, known: Mapping[str, Rule], where: str = "") -> None:
     for field, value in values.items():
-        if what := known[field].problem(value):
+        if what := known[field](value):
             raise ValueError(f"{where}{field}={shown(value)}: {what}")
     for problem in _relations(values):
         raise ValueError(f"{where}{problem}")
