@@ -44,6 +44,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_out(path: str | pathlib.Path, folder: bool = False) -> None:
+    """Raises ValueError where a file, or a folder, cannot be written: to ask before hours of work."""
+    path = pathlib.Path(path)
+    if path.exists() and path.is_dir() is not folder:
+        raise ValueError(f"--out={path}: {'a folder; give a file' if path.is_dir() else 'a file; give a folder'}")
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir() and there != path:
+        raise ValueError(f"--out={path}: {there} is no folder; give another")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--out={path}: {there} cannot be written to; give another")
+
+
 def run(main: Callable[[list[str]], Any]) -> None:
     """`absl.app.run`, where whatever ends `main` is one line and a status, never a traceback.
 

@@ -194,6 +194,16 @@ def test_R11_a_reader_who_is_gone(words):
     assert process.returncode in (1, 141)
 
 
+def test_where_a_result_cannot_be_written_is_asked_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    for good, folder in (("new", False), ("a/b/new", True), ("file", False), (".", True)):
+        files.check_out(tmp_path / good, folder)
+    for bad, folder, message in ((".", False, "a folder; give a file"), ("file", True, "a file; give a folder"),
+                                 ("file/x", False, "file is no folder"), ("file/x", True, "is no folder")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            files.check_out(tmp_path / bad, folder)
+
+
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "inner" / "a.txt"
     files.write_text(path, "whole")
