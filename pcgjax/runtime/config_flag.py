@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import ml_collections
@@ -59,12 +59,12 @@ def _beside(path: pathlib.Path) -> str:
     return f"; {nearest(word, sorted(there), 'there are')}" if there else ""
 
 
-def refused(words: Sequence[str], choosing: Mapping[str, Any]) -> str:
+def refused(words: Sequence[str], there: Container[str]) -> str:
     """What is wrong with the command's --config and --config.FIELD words; "": nothing.
 
-    words: the command line without the program; choosing: the flags that there are, by name.
+    words: the command line without the program; there: the names of the command's flags.
     """
-    if "config" not in choosing:
+    if "config" not in there:
         return ""
     given, fields = "", []
     for i, word in enumerate(words):
@@ -94,7 +94,8 @@ def refused(words: Sequence[str], choosing: Mapping[str, Any]) -> str:
 
 def _no_field(config: Any, field: str) -> str:
     """What is wrong with a field's name; "": it is there."""
-    at, inner = [], config
+    at: list[str] = []
+    inner = config
     for name in field.split("."):
         name = name.partition("[")[0]  # an element of a tuple
         if not isinstance(inner, ml_collections.ConfigDict):

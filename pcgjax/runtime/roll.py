@@ -102,8 +102,10 @@ class Hello(NamedTuple):
 
 def hello_of(message: dict) -> Hello:
     """Raises ValueError for what is no hello of a process of ours."""
-    process, processes, host = (message.get(name) for name in ("process", "processes", "host"))
-    said = message.get("proof", "")
+    process: Any = message.get("process")
+    processes: Any = message.get("processes")
+    host: Any = message.get("host")
+    said: Any = message.get("proof", "")
     if not (is_whole(process) and is_whole(processes) and 1 <= process < processes <= 1 << 20):
         raise ValueError("process, processes: no numbers of a process that calls")
     if not is_host(host) or not isinstance(said, str) or len(said) > 64 or not said.isascii():
@@ -125,7 +127,9 @@ def call(address: str, count: int, process: int, timeout_s: float, token: str = 
     deadline = time.monotonic() + timeout_s
     if process:
         return _answer(host.strip("[]"), int(port), count, process, timeout_s, token)
-    hosts, links, problem = {0: socket.gethostname()}, {}, ""
+    hosts: Hosts = {0: socket.gethostname()}
+    links: Links = {}
+    problem = ""
     with _listening(host.strip("[]"), int(port), address, count) as server:
         door = _Door(server, deadline)
         try:
@@ -238,10 +242,10 @@ class _Door:
             for key, _ in self.ready.select(max(soonest - now, 0)):
                 if key.fileobj is self.server:
                     self._welcome()
-                elif (visitor := self.visitors.get(key.fd)) and (hello := self._hear(visitor)):
-                    self._forget(visitor)
-                    visitor.link.setblocking(True)
-                    return visitor.link, visitor.nonce, hello
+                elif (speaker := self.visitors.get(key.fd)) and (hello := self._hear(speaker)):
+                    self._forget(speaker)
+                    speaker.link.setblocking(True)
+                    return speaker.link, speaker.nonce, hello
         return None
 
     def _welcome(self) -> None:
