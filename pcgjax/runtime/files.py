@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging as std_logging
 import os
@@ -30,6 +31,8 @@ class DamagedError(CheckpointError):
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`: renamed to it at the end, removed if the body raises."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, where a file would be written", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

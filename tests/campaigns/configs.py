@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         synthetic.write(scratch / "source", people=16, recordings_per_person=1, duration_s=(3.0, 3.2), rate_hz=1000)
         prepare("cinc2016", scratch / "source", scratch / "prepared", workers=1)
         for n in range(FLAGS.count):
-            kind, small = kinds[n % len(kinds)], n % 4 == 0
+            kind, small = kinds[n % len(kinds)], n % 8 == 0
             changes = {**SMALL, "data.prepared": str(scratch / "prepared")} if small else {}
             config = load_config("cnn" if small else names[int(rng.integers(len(names)))], changes)
             if small:
