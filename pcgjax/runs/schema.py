@@ -77,7 +77,7 @@ def number(
             return "must be a number"
         if infinite and value == math.inf:
             return ""
-        if abs(value) > 1e30 or not math.isfinite(value):  # the former first: a whole number may fit no float
+        if abs(value) > 3e38 or not math.isfinite(value):  # beyond float32; a whole number may fit no float either
             return f"must be a finite number; {says}" if says != "must be " else "must be a finite number"
         fits = (
             (least is None or value >= least) and (most is None or value <= most)
@@ -186,7 +186,7 @@ def _jax(classifies: bool) -> dict[str, Rule]:
         "model.bfloat16": flag(),
         "sapt.interval": whole(), "sapt.factor": number(above=0, most=1), "sapt.metric": choice(thresholds.METRICS),
         "sapt.smooth": choice(thresholds.SMOOTHS),
-        "optimizer.name": choice(OPTIMIZERS), "optimizer.learning_rate": number(above=0, most=1000),
+        "optimizer.name": choice(OPTIMIZERS), "optimizer.learning_rate": number(above=0),
         "optimizer.schedule": choice(SCHEDULES), "optimizer.warmup_steps": whole(),
         "optimizer.momentum": number(least=0, below=1), "optimizer.weight_decay": number(least=0),
         "optimizer.clip_norm": number(least=0), "optimizer.frozen": each(text()),
@@ -323,7 +323,7 @@ def _torch() -> dict[str, Rule]:
     return {
         "task.target": choice(name for name in TARGETS if name),
         "optimizer.name": choice(("adamw",)), "optimizer.schedule": choice(("cosine",)),
-        "optimizer.learning_rate": number(above=0, most=1000), "optimizer.warmup_steps": whole(),
+        "optimizer.learning_rate": number(above=0), "optimizer.warmup_steps": whole(),
         "optimizer.weight_decay": number(least=0), "optimizer.clip_norm": number(above=0),
         "train.checkpoint_steps": whole(1), "parallel.strategy": choice(("torch",)),
         "model.dtype": choice(DTYPES),

@@ -505,7 +505,7 @@ def test_variants(make_config, tmp_path, capsys):
     ({"variants.filter.features.filter": "causal"}, False),
     ({"variants.filter.features.low_hz": 30.0}, False),
     ({"variants.no_filter_noise.features.noise_snr_db": float("inf")}, False),
-    ({"variants.other.seed": 1}, False),
+    ({"variants.filter.features.filter_order": 2}, False),
 ])  # fmt: skip
 def test_W10_the_papers_figures_are_beside_its_own_config_alone(changes, papers):
     config = load_config("cnn:sweep", {})
