@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from pcgjax.runtime.traced import is_known, is_on
 
+LOSSES = ("bce", "pwl")
+NORMALIZATIONS = ("counts", "rates")
+
 
 def one_share(x: jax.Array) -> jax.Array:
     """The sum over all devices' shares of a batch that lies on one device: `x` itself."""
@@ -87,8 +90,8 @@ def penalty(
     Raises:
       ValueError: an unknown `normalize`, alpha outside [0, 1], or a negative slope.
     """
-    if normalize not in ("counts", "rates"):
-        raise ValueError(f"loss.normalize={normalize!r}: choose counts or rates")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"loss.normalize={normalize!r}: choose one of {', '.join(NORMALIZATIONS)}")
     if is_known(alpha) and not 0 <= alpha <= 1:
         raise ValueError(f"loss.alpha={alpha}: must lie between 0 and 1")
     if is_known(slope) and slope < 0:

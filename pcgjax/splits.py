@@ -6,7 +6,7 @@ python -m pcgjax.splits --prepared=DIR --check=split.json
 
 from __future__ import annotations
 
-from absl import flags
+from absl import app, flags
 
 from pcgjax.data.shards import read_rows
 from pcgjax.data.splits import KINDS, TARGETS, SplitError, leaks, load, make, save, summary
@@ -15,13 +15,18 @@ from pcgjax.runtime import files
 
 def main(argv: list[str]) -> int:
     f = flags.FLAGS
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
+    try:
+        fractions = [float(fraction) for fraction in f.fractions]
+    except ValueError:
+        raise SplitError(f"--fractions={','.join(f.fractions)}: give numbers, as 0.7,0.15,0.15") from None
     _, rows = read_rows(f.prepared)
     if f.check:
         split = load(f.check, rows)
     else:
         if not (f.kind and f.target is not None and f.out):
             raise SplitError("give --kind, --target and --out to make a split, or --check=FILE to check one")
-        fractions = [float(fraction) for fraction in f.fractions]
         split = make(rows, f.kind, f.target, f.seed, fractions, f.fold, f.folds, f.database, f.names)
         save(split, f.out)
     messages = leaks(split, rows)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 METRICS = ("f1", "balanced_accuracy", "recall")
+SMOOTHS = ("threshold", "scores")
 GRID = tuple(round(0.01 * i, 2) for i in range(1, 100))
 
 
@@ -65,8 +66,8 @@ def init(
         raise ValueError(f"sapt.factor={factor}: must be above 0 and at most 1")
     if metric not in METRICS:
         raise ValueError(f"sapt.metric={metric!r}: choose one of {', '.join(METRICS)}")
-    if smooth not in ("threshold", "scores"):
-        raise ValueError(f"sapt.smooth={smooth!r}: choose threshold or scores")
+    if smooth not in SMOOTHS:
+        raise ValueError(f"sapt.smooth={smooth!r}: choose one of {', '.join(SMOOTHS)}")
     if not grid or min(grid) < 0 or max(grid) > 1:
         raise ValueError(f"sapt.grid={grid}: at least one threshold, all between 0 and 1")
     return State(

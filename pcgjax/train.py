@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from pcgjax import systems
+    from pcgjax.runs import lock, schema
     from pcgjax.runs.log import log_to
 
     logging.set_verbosity(logging.INFO)
@@ -32,10 +33,11 @@ def main(argv: list[str]) -> None:
             raise ValueError("--devices: for --dry_run alone; a run takes the devices that are there")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
+    schema.check(FLAGS.config)
     system = systems.of(FLAGS.config.task.name)
     if system.jax_platforms:
         jax.config.update("jax_platforms", system.jax_platforms)
-    with distributed.together():
+    with distributed.together(), lock.held(workdir, jax.process_index() == 0):
         if jax.process_index():
             logging.set_verbosity(logging.WARNING)  # what all would say, process 0 says
         else:

@@ -38,8 +38,8 @@ ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 EIGHT = f"{ONE_THREAD} --xla_force_host_platform_device_count=8"
 # Keys whose values are times, or say where and when something ran; source_keys are of files' times and full paths.
 VOLATILE = {
-    "check", "command", "compile_s", "coordinator_address", "git", "goodput", "host", "platform", "seconds", "source_keys",
-    "started", "versions", "wall_s", "waited",
+    "check", "command", "compile_s", "coordinator_address", "git", "goodput", "host", "platform", "seconds",
+    "source_keys", "started", "versions", "wall_s", "waited",
 }  # fmt: skip
 SYSTEM = ("device", "devices", "processes")  # all that is taken of a dictionary "system"
 UNREAD = ("tensorboard", "profile", "train.log", "hashes.json")

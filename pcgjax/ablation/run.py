@@ -20,6 +20,7 @@ from pcgjax.data.corpus import Corpus, from_prepared, order_digest
 from pcgjax.metrics import json_ready
 from pcgjax.models.hinf_lstm import UPDATES
 from pcgjax.pages.ablation import IDEAS, PAPER, draw
+from pcgjax.runs import lock, schema
 from pcgjax.runs.config import refuse_changes
 from pcgjax.runtime import files
 
@@ -31,8 +32,13 @@ def run_ablation(config: ml_collections.ConfigDict, workdir: str | pathlib.Path)
       ValueError (also SplitError, CheckpointError): a config field, a split that cannot be made, or a setting that
         WORKDIR holds under another config.
     """
+    schema.check(config)
     check_config(config)
-    workdir = pathlib.Path(workdir)
+    with lock.held(workdir):
+        return _run_ablation(config, pathlib.Path(workdir))
+
+
+def _run_ablation(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     config = config.copy_and_resolve_references()
     config.model.cell, config.loss.name, config.optimizer.frozen = "lstm", "bce", ()  # of the first stage
     prepared = from_prepared(config.data.prepared) if config.data.prepared else None

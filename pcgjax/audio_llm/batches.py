@@ -21,10 +21,10 @@ from pcgjax.audio_llm import questions as mc
 from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import epoch_order
 from pcgjax.datasets import DIASTOLE, S1, UNANNOTATED
+from pcgjax.runs.schema import FRONT_ENDS
 from pcgjax.runs.streams import EVALUATION, ORDER, STEP
 from pcgjax.segmentation.states import Span, read_tsv
 
-FRONT_ENDS = ("none", "crop", "gate")
 _RAMP_S = 0.01  # over which a gate opens, and cropped heartbeats are joined
 _SHORTEST_BEAT_S = 0.2  # from S1 to the end of S2
 _BUCKETS = 8  # batches whose recordings are sorted by length, so that a batch's clips are about as long

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import json
 import pathlib
@@ -22,6 +21,7 @@ from pcgjax.audio_llm.judge import judge, patients_of
 from pcgjax.pages import audio_llm as page
 from pcgjax.runs.streams import EVALUATION
 from pcgjax.runtime import files
+from pcgjax.runtime.tables import write_csv
 
 PREDICTION_FIELDS = (
     "run", "part", "id", "recording", "person", "task", "right", "answered",
@@ -293,10 +293,8 @@ def write(
     out = pathlib.Path(out)
     runs = {"runs": {result["name"]: metrics.json_ready(result) for result in results}}
     files.write_text(out / "metrics.json", json.dumps(runs, indent=1) + "\n")
-    with files.replacing(out / "predictions.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, PREDICTION_FIELDS)
-        writer.writeheader()
-        writer.writerows(predictions)
+    rows = ([row.get(name, "") for name in PREDICTION_FIELDS] for row in predictions)
+    write_csv(out / "predictions.csv", PREDICTION_FIELDS, rows)
     html = page.document(list(runs["runs"].values()), out / "metrics.jsonl")
     files.write_text(out / "report.html", html)
     return runs

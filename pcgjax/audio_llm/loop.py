@@ -21,6 +21,7 @@ from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.checkpoints import best_adapter, full, learning_rate, put, save
 from pcgjax.audio_llm.conclude import Candidate, judge_run
 from pcgjax.audio_llm.start import Progress, Run, log, start
+from pcgjax.runs import lock
 from pcgjax.runs.best import more_accurate
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.signals import collected, leave
@@ -34,8 +35,13 @@ def train(config: ml_collections.ConfigDict, model_folder: str, workdir: str | p
       ValueError (also ModelError, SplitError, CheckpointError): what does not fit, by name.
       FloatingPointError: a loss or gradient that is not finite, naming the step and its recordings.
     """
+    with lock.held(workdir, batches.process()[0] == 0):
+        return _train(config, model_folder, pathlib.Path(workdir))
+
+
+def _train(config: ml_collections.ConfigDict, model_folder: str, workdir: pathlib.Path) -> dict:
     began = time.monotonic()
-    run, progress = start(config, model_folder, pathlib.Path(workdir))
+    run, progress = start(config, model_folder, workdir)
     bar = tqdm.tqdm(total=run.last_step, initial=progress.step, desc="train", unit="step", disable=run.rank > 0,
                     mininterval=1.0)  # fmt: skip
     with collected() as received, contextlib.closing(bar):

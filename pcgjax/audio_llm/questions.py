@@ -37,11 +37,11 @@ from absl import app, flags
 from pcgjax import datasets
 from pcgjax.data import splits
 from pcgjax.datasets import audio
+from pcgjax.runs.schema import QUESTION_PADDINGS as PADDINGS
+from pcgjax.runs.schema import QUESTION_SITES as SITES
 from pcgjax.runtime import files
 
 LETTERS = "ABCDEF"
-SITES = ("audible", "all")
-PADDINGS = ("other", "repeat")
 LAYOUTS = ("llama_factory", "ms_swift")
 
 

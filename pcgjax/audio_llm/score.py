@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     if bool(FLAGS.workdir) == bool(FLAGS.prepared):
         raise app.UsageError("give --workdir=RUN to score a run, or --prepared=DIR to score the checkpoint itself")
     zero_shots, segments = folders("zero_shot", FLAGS.zero_shot), folders("segments", FLAGS.segments)
+    files.check_out(FLAGS.out, folder=True)
     # Not above: --help needs neither JAX nor PyTorch.
     from pcgjax.audio_llm.comparison import score
     from pcgjax.pages.audio_llm import summary

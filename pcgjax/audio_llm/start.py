@@ -20,6 +20,7 @@ from pcgjax.audio_llm import batches, questions
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.checkpoints import newest, put
 from pcgjax.data.corpus import Corpus, order_digest
+from pcgjax.runs import schema
 from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.data import load_data
 from pcgjax.runs.log import log_line, open_board, rewind
@@ -31,9 +32,6 @@ _PAD_MULTIPLE = 64  # tokens, where layers are compiled or run on a GPU
 # Where and how fast it is computed: a run may go on with other values.
 FREE = (("parallel", "fsdp"), ("train", "accumulate"), ("train", "log_steps"), ("model", "checkpointing"),
         ("model", "compile"), ("model", "share_prefix"), ("front_end", "segments"))  # fmt: skip
-_AT_LEAST_ONE = (("train", "epochs"), ("train", "batch_recordings"), ("train", "accumulate"),
-                 ("train", "checkpoint_steps"), ("train", "log_steps"), ("questions", "a_clip"),
-                 ("evaluation", "batch_recordings"), ("evaluation", "resamples"))  # fmt: skip
 
 
 class Data(NamedTuple):
@@ -121,15 +119,18 @@ def start(config: ml_collections.ConfigDict, model_folder: str, workdir: pathlib
     return Run(config, workdir, data, model, board, rank, processes, steps_an_epoch, last_step), progress
 
 
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError, naming the field, for a config of another system or one that cannot be."""
+    schema.check(config)
+    if config.task.name != "audio_llm":
+        raise ValueError(f"task.name={config.task.name!r}: python -m pcgjax.train trains it; give configs/audio_llm.py")
+    batches.tasks_of(config.questions.tasks)
+
+
 def check(config: ml_collections.ConfigDict, model_folder: str, processes: int, device: torch.device) -> None:
     """Raises ValueError (also ModelError) for a config or a model folder that cannot be trained here."""
+    check_config(config)
     t = config.train
-    for part, field in _AT_LEAST_ONE:
-        if config[part][field] < 1:
-            raise ValueError(f"{part}.{field}={config[part][field]}: must be at least 1")
-    for field, only in (("name", "adamw"), ("schedule", "cosine")):
-        if config.optimizer[field] != only:
-            raise ValueError(f"optimizer.{field}={config.optimizer[field]!r}: only {only} is offered here")
     if config.model.share_prefix and config.model.attention not in ("sdpa", "eager"):
         raise ValueError(f"model.attention={config.model.attention}: needs model.share_prefix=False")
     llm.check(model_folder, config.model.dtype)
@@ -138,8 +139,6 @@ def check(config: ml_collections.ConfigDict, model_folder: str, processes: int, 
             f"train.batch_recordings={t.batch_recordings}: must be a multiple of {processes} processes times "
             f"train.accumulate={t.accumulate}"
         )
-    if not 0.04 < config.data.clip_s <= llm.CLIP_S:
-        raise ValueError(f"data.clip_s={config.data.clip_s}: above 0.04 and at most {llm.CLIP_S:g} s")
     if config.data.shuffle_labels:
         raise ValueError("data.shuffle_labels: pcgjax.audio_llm.score has a control of its own, shuffled audio")
     if not 1 <= config.parallel.fsdp <= processes or processes % config.parallel.fsdp:

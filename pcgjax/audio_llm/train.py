@@ -32,9 +32,12 @@ def main(argv: list[str]) -> None:
 
     from pcgjax.audio_llm import batches
     from pcgjax.audio_llm.loop import train
+    from pcgjax.audio_llm.start import check_config
     from pcgjax.pages.audio_llm import summary
+    from pcgjax.runs import lock
     from pcgjax.runs.log import log_to
 
+    check_config(FLAGS.config)
     logging.set_verbosity(logging.INFO)
     if "WORLD_SIZE" in os.environ:
         if torch.cuda.is_available():
@@ -42,9 +45,10 @@ def main(argv: list[str]) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     jax.config.update("jax_platforms", "cpu")  # it draws random numbers here; the GPU's memory is PyTorch's
     rank, _ = batches.process()
-    if rank == 0:
-        log_to(pathlib.Path(FLAGS.workdir))
-    results = train(FLAGS.config, FLAGS.model, FLAGS.workdir)
+    with lock.held(FLAGS.workdir, rank == 0):
+        if rank == 0:
+            log_to(pathlib.Path(FLAGS.workdir))
+        results = train(FLAGS.config, FLAGS.model, FLAGS.workdir)
     if rank == 0:
         print(summary(results))
         print(f"wrote {FLAGS.workdir}: metrics.json, predictions.csv, report.html, checkpoints/")

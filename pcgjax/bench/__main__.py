@@ -27,6 +27,7 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}")
+    files.check_out(FLAGS.out)
     import torch  # before anything is measured: without it there is no peer
 
     measure, summary = suite_of(FLAGS.suite)

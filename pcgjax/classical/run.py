@@ -28,6 +28,7 @@ from pcgjax.data.corpus import Corpus, from_prepared
 from pcgjax.features import envelope
 from pcgjax.pages.classical import CLASSIFIERS, write_report
 from pcgjax.pages.waveforms import SHOWN_S
+from pcgjax.runs import lock, schema
 from pcgjax.runs.best import selection_score
 from pcgjax.runs.config import plain_config, refuse_changes
 from pcgjax.runs.data import split_corpus
@@ -48,8 +49,12 @@ def train_classical(
       ValueError: bad fields or data; SplitError: people or recordings of a class are too few.
       CheckpointError: the folder holds another experiment.
     """
-    workdir = pathlib.Path(workdir)
-    _check(config)
+    schema.check(config)
+    with lock.held(workdir):
+        return _train_classical(config, pathlib.Path(workdir), dry_run)
+
+
+def _train_classical(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> dict[str, Any]:
     if not config.data.prepared:
         raise ValueError("data.prepared is empty: give --config.data.prepared=DIR, a folder that pcgjax.prepare wrote")
     corpus, target = selected(from_prepared(config.data.prepared), config)
@@ -143,23 +148,6 @@ def load_classical(
         return log_p
 
     return config, True, meta["sample_rate_hz"], answer
-
-
-def _check(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError, naming the field, where a config cannot be trained."""
-    limits = {("train", "epochs"): 1, ("train", "batch_recordings"): 1, ("model", "neighbours"): 1,
-              ("model", "hidden"): 1, ("evaluation", "resamples"): 1, ("experiment", "runs"): 0}  # fmt: skip
-    for (part, field), least in limits.items():
-        if config[part][field] < least:
-            raise ValueError(f"{part}.{field}={config[part][field]}: must be at least {least}")
-    if config.experiment.runs == 1:
-        raise ValueError("experiment.runs=1: one run has no deviation; choose 0, for none, or at least 2")
-    if not 0 <= config.evaluation.threshold <= 1:
-        raise ValueError(f"evaluation.threshold={config.evaluation.threshold}: must lie between 0 and 1")
-    if config.train.select not in metrics.METRICS:
-        raise ValueError(f"train.select={config.train.select!r}: choose one of {', '.join(metrics.METRICS)}")
-    if config.parallel.strategy not in ("jit", "pmap"):
-        raise ValueError(f"parallel.strategy={config.parallel.strategy!r}: choose jit or pmap")
 
 
 def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental import rnn
 
+IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas", "cudnn")
 _GATES = {"convex": 3, "forget": 3, "lstm": 4}
 State = tuple[jax.Array, jax.Array]
 
@@ -128,7 +129,7 @@ def _run(implementation, update, x, kernel_x, kernel_h, bias, theta, initial, ma
         return _reference(update, x, kernel_x, kernel_h, bias, rate, h, c, mask)
     if implementation in ("xla", "pallas"):
         return _layer(update, implementation, x, kernel_x, kernel_h, bias, rate, h, c, mask)
-    raise ValueError(f"implementation={implementation!r}: choose auto, reference, xla, pallas or cudnn")
+    raise ValueError(f"implementation={implementation!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
 
 
 def _wide(dtype):

@@ -29,11 +29,15 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
     from pcgjax.pages import reproduce as reproduce_page
     from pcgjax.reproduce.run import reproduce
+    from pcgjax.runs import lock
     from pcgjax.runs.log import log_to
 
     logging.set_verbosity(logging.INFO)
-    log_to(pathlib.Path(FLAGS.out))
-    table = reproduce(FLAGS.paper, FLAGS.source, FLAGS.out, FLAGS.budget, FLAGS.model)
+    if not pathlib.Path(FLAGS.source).is_dir():
+        raise ValueError(f"--source={FLAGS.source}: no such folder; it holds cinc2016/, circor/ and pascal/")
+    with lock.held(FLAGS.out):
+        log_to(pathlib.Path(FLAGS.out))
+        table = reproduce(FLAGS.paper, FLAGS.source, FLAGS.out, FLAGS.budget, FLAGS.model)
     print(reproduce_page.summary(table))
     states = table["stages"].values()
     for state in states:

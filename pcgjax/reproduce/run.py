@@ -15,6 +15,7 @@ from pcgjax.reproduce.job import BUDGETS, PAPERS, Job
 from pcgjax.reproduce.plan import plan
 from pcgjax.reproduce.rows import left_out_clips, rows_of
 from pcgjax.reproduce.stages import carry_out, saved
+from pcgjax.runs import lock
 from pcgjax.runs.record import versions
 from pcgjax.runtime import files
 
@@ -34,6 +35,11 @@ def reproduce(
     job = Job(pathlib.Path(source).resolve(), pathlib.Path(out).resolve(), budget, model and os.path.abspath(model))
     if not job.source.is_dir():
         raise ValueError(f"--source={source}: no such folder; it holds cinc2016/, circor/ and pascal/")
+    with lock.held(job.out):
+        return _reproduce(paper, source, job, model)
+
+
+def _reproduce(paper: str, source: str | pathlib.Path, job: Job, model: str) -> dict[str, Any]:
     stages = plan(job, PAPERS if paper == "all" else [paper])
     # What an earlier command made of another paper stays on the page, and so must have been made alike.
     known = {p: plan(job, [p]) for p in PAPERS}
@@ -42,7 +48,7 @@ def reproduce(
     shown = [p for p, of in known.items() if p in (paper, *(PAPERS if paper == "all" else ())) or
              all(stage.name in states for stage in of)]  # fmt: skip
     table = {
-        "budget": budget, "model": model or "a tiny one with random weights", "source": str(source),
+        "budget": job.budget, "model": model or "a tiny one with random weights", "source": str(source),
         "rows": [row for p in shown for row in rows_of(job, p, states)],
         "stages": {name: {k: v for k, v in state.items() if k != "settings"} for name, state in states.items()},
         "left_out": left_out_clips(job, states),

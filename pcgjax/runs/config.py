@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-import runpy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
 from pcgjax.runs.base_config import base
+from pcgjax.runtime.config_flag import config_of
 from pcgjax.runtime.files import CheckpointError
+from pcgjax.runtime.names import nearest
 
 
 def flat_fields(value: Any, above: str = "") -> dict[str, Any]:
@@ -48,12 +49,16 @@ def load_config(name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigD
     name, _, variant = name.partition(":")
     path = CONFIGS / f"{name}.py"
     if not path.exists():
-        raise ValueError(f"{path}: not there; run this in a clone of the repository, which has configs/")
-    config = runpy.run_path(str(path))["get_config"](*([variant] if variant else []))
+        there = sorted(one.stem for one in CONFIGS.glob("*.py"))
+        fix = (
+            nearest(name, there, "there are") if there else "run this in a clone of the repository, which has configs/"
+        )
+        raise ValueError(f"{path}: not there; {fix}")
+    config = config_of(path, variant)
+    fields = flat_fields(config)
     for field in changes:
-        part, _, name_in_part = field.partition(".")
-        if part not in config or name_in_part not in config[part]:
-            raise ValueError(f"configs/{name}.py: has no field {field}")
+        if field not in fields and not any(known.startswith(f"{field}.") for known in fields):
+            raise ValueError(f"configs/{name}.py: has no field {field}; {nearest(field, fields)}")
     with config.ignore_type():
         config.update_from_flattened_dict(dict(changes))
     return config

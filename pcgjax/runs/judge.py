@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import pathlib
 
 import numpy as np
 
 from pcgjax import metrics
 from pcgjax.data.corpus import Corpus
-from pcgjax.runtime import files
+from pcgjax.runtime.tables import write_csv
 
 NO_CYCLE = "no heart cycle found"
 PREDICTION_COLUMNS = ("id", "person", "database", "class", "label", "probability", "decision", "split", "path")
@@ -66,7 +65,6 @@ def prediction_rows(
 
 
 def write_table(rows: list[dict], out: pathlib.Path) -> None:
-    with files.replacing(out) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    """Writes rows that all have the first one's names; none is an empty file."""
+    names = list(rows[0]) if rows else []
+    write_csv(out, names, ([row.get(name, "") for name in names] for row in rows))

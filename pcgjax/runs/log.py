@@ -42,7 +42,8 @@ def history(path: pathlib.Path) -> list[dict]:
                 "or test; remove that line"
             )
         check = entry.pop("check", None)  # lines of earlier versions have none
-        if check not in (None, _check(entry)) or any(isinstance(value, str) for value in (entry | {"split": 0}).values()):
+        texts = [name for name, value in entry.items() if isinstance(value, str) and name != "split"]
+        if texts or check not in (None, _check(entry)):
             raise files.DamagedError(f"{path}, line {number}: damaged, it is not what was written; remove that line")
         entries.append(entry)
     return entries

@@ -13,6 +13,7 @@ import numpy as np
 
 from pcgjax import metrics
 from pcgjax.runtime import files, hashes
+from pcgjax.runtime.tables import unmarked
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
 
@@ -158,7 +159,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
             if not 0 <= probability <= 1:
                 raise ValueError(f"{where}, probability: need 0 to 1, found {row['probability']!r}; {fix}")
             numbers = {"label": int(row["label"]), "decision": int(row["decision"]), "probability": probability}
-            rows.append({**row, **numbers})
+            rows.append({name: unmarked(text) for name, text in row.items()} | numbers)
     return rows
 
 

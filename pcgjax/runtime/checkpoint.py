@@ -89,9 +89,9 @@ def _read(folder: pathlib.Path, step: int, like: Any) -> tuple[Any, dict]:
     """(state, meta) of one checkpoint; raises as `restore`."""
     meta = _attempt(folder, step, {"meta": ocp.args.JsonRestore()})["meta"]
     digest, arrays = meta.pop("sha256", None), meta.get("arrays")
-    if digest is not None or arrays is not None:  # neither: of a version that wrote none
-        if digest != hashes.of_json(meta):
-            raise DamagedError(f"{folder / str(step)}: damaged, its meta is not what was written")
+    written = digest is not None or arrays is not None  # neither: by a version that wrote none
+    if written and digest != hashes.of_json(meta):
+        raise DamagedError(f"{folder / str(step)}: damaged, its meta is not what was written")
     meta.pop("arrays", None)
     if callable(like):
         like = like(meta)

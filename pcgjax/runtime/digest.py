@@ -42,7 +42,7 @@ def _cpus() -> tuple[jax.Device, ...]:
 
 
 def sums_of(xp: Any, x: Any) -> Any:
-    """Two sums, modulo 2^32, over the elements of x, each mixed with its index. xp: numpy or jax.numpy, with one result."""
+    """Two sums, modulo 2^32, over the elements of x, each mixed with its index. xp: numpy or jax.numpy."""
     place = xp.zeros((), xp.uint32)
     for axis, size in enumerate(x.shape):
         along = xp.arange(size, dtype=xp.uint32).reshape([-1 if a == axis else 1 for a in range(len(x.shape))])

@@ -11,24 +11,24 @@ says who is gone, at once, also while the main thread waits in a collective for 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
-# A host that lost its power closes no connection: the kernel asks after 10 s of silence, and gives up after 20 s more.
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+from pcgjax.runtime import files, roll
+
 # JAX's own heartbeats, from C++, find what is left: a process that is there and does not run.
 HEARTBEAT_TIMEOUT_S = 45
 SHUTDOWN_TIMEOUT_S = 30
+# Where schedulers say which job this is: Slurm, PBS, LSF, Open MPI.
+JOB_NUMBERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "OMPI_MCA_ess_base_jobid")
 FLAGS = flags.FLAGS
 
 
@@ -39,6 +39,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
     flags.DEFINE_bool("multi_host", False, "Find these three in the SLURM step, TPU pod, Kubernetes job or Open MPI.")
     flags.DEFINE_float("start_timeout_s", 300.0, "How long to wait for the other processes, s.")
+    flags.DEFINE_string(
+        "cluster_token", None, "A secret that all processes share and prove; default: the scheduler's job number."
+    )
 
 
 @contextlib.contextmanager
@@ -59,7 +62,7 @@ def together() -> Iterator[None]:
         yield
         return
     address, count, process = place
-    links, hosts = _call_roll(address, count, process, FLAGS.start_timeout_s)
+    links, hosts = roll.call(address, count, process, FLAGS.start_timeout_s, _token())
     watch = _Watch(process, hosts, links)
     try:
         _start_jax(address, count, process)
@@ -71,10 +74,8 @@ def together() -> Iterator[None]:
         # JAX's own errors, of several types, most often tell of a process that is gone: then the watch names it and
         # ends this one meanwhile.
         time.sleep(2)
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+        logging.debug("the error's origin", exc_info=True)
+        print(f"error: {files.problem(error)}", file=sys.stderr)
         # Not by way of JAX's clean-up at exit, which would wait for the others.
         sys.stdout.flush()
         watch.give_up(process, f"stopped: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -124,6 +125,16 @@ def _place() -> tuple[str, int, int] | None:
     return address, count, process
 
 
+def _token() -> str:
+    """What all processes of this start know and others do not; "": nothing.
+
+    A job's number is no strong secret, but keeps apart the starts that meet at one port of a shared machine.
+    """
+    if FLAGS.cluster_token:
+        return FLAGS.cluster_token
+    return next((f"{name}={os.environ[name]}" for name in JOB_NUMBERS if os.environ.get(name)), "")
+
+
 def _detected() -> tuple[str, int, int]:
     # Not public, but what jax.distributed.initialize() asks; the roll needs the answer before it.
     from jax._src.clusters import ClusterEnv
@@ -153,6 +164,7 @@ def _start_jax(address: str, count: int, process: int) -> None:
         address,
         count,
         process,
+        coordinator_bind_address=_bind_address(address),
         # With plain flags a process has all devices of its host, as it has alone.
         cluster_detection_method=None if FLAGS.multi_host else "deactivate",
         initialization_timeout=max(int(FLAGS.start_timeout_s), 1),
@@ -161,135 +173,11 @@ def _start_jax(address: str, count: int, process: int) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- messages
-def _send(link: socket.socket, **message) -> None:
-    with contextlib.suppress(OSError):  # the watch sees a broken connection too
-        link.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _receive(link: socket.socket) -> dict | None:
-    """The next message; None: the connection has ended. Raises ValueError for what is none of ours, TimeoutError."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        try:
-            byte = link.recv(1)  # no buffer, so that `select` knows of all that is there
-        except ConnectionError:
-            byte = b""
-        if not byte:
-            return None
-        line += byte
-        if len(line) > 1 << 16:
-            raise ValueError("too long")
-    message = json.loads(line)
-    if not isinstance(message, dict):
-        raise ValueError("no object")
-    return message
-
-
-def _keep_alive(link: socket.socket) -> None:
-    link.settimeout(None)
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):  # Linux
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-# ----------------------------------------------------------------------------------------------------------- start
-def _call_roll(
-    address: str, count: int, process: int, timeout_s: float
-) -> tuple[dict[int, socket.socket], dict[int, str]]:
-    """({process: connection}, {process: host name}): process 0 has a connection to each other one, these to it.
-
-    Raises:
-      ValueError: a process did not come in time, came twice, or was told of another number of processes.
-      OSError: process 0 cannot listen.
-    """
+def _bind_address(address: str) -> str | None:
+    """Where JAX's service listens too: at the address given alone; None: at all there are."""
     host, _, port = address.rpartition(":")
-    if process:
-        return _answer_roll(host.strip("[]"), int(port), count, process, timeout_s)
-    links: dict[int, socket.socket] = {}
-    hosts = {0: socket.gethostname()}
-    problem = ""
-    deadline = time.monotonic() + timeout_s
-    ipv6 = socket.has_dualstack_ipv6()
-    try:
-        server = socket.create_server(
-            ("", int(port)), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6, backlog=count
-        )
-    except OSError as error:
-        raise OSError(
-            f"--coordinator_address={address}: process 0 cannot listen at port {port} ({error.strerror}); "
-            "choose another port"
-        ) from error
-    with server:
-        while len(links) < count - 1 and not problem:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                link, _ = server.accept()
-            except TimeoutError:
-                missing = [i for i in range(1, count) if i not in links]
-                problem = _did_not_come(missing, count, timeout_s)
-                break
-            link.settimeout(5)
-            try:
-                hello = _receive(link) or {}
-                its, its_count, its_host = (hello[name] for name in ("process", "processes", "host"))
-            except (ValueError, KeyError, TimeoutError):
-                link.close()  # a port scan, or a process that has ended meanwhile
-                continue
-            if its_count != count:
-                problem = (
-                    f"--num_processes={count} on process 0 ({hosts[0]}), {its_count} on process {its} ({its_host})"
-                )
-            elif its in hosts:
-                problem = f"--process_id={its} is given to two processes, on {hosts[its]} and on {its_host}"
-            if problem:
-                _send(link, problem=problem)
-            else:
-                links[its], hosts[its] = link, its_host
-    for link in links.values():
-        _keep_alive(link)
-        _send(link, **({"problem": problem} if problem else {"hosts": hosts}))
-    if problem:
-        raise ValueError(problem)
-    return links, hosts
-
-
-def _answer_roll(
-    host: str, port: int, count: int, process: int, timeout_s: float
-) -> tuple[dict[int, socket.socket], dict[int, str]]:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            link = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.01))
-            break
-        except OSError as error:  # not there yet, or its name not known yet
-            if time.monotonic() + 0.2 >= deadline:
-                raise ValueError(
-                    f"{_did_not_come([0], count, timeout_s)}: no answer at {host}:{port} ({error}); start process 0 "
-                    "on that host, and see that the others can reach its port"
-                ) from None
-            time.sleep(0.2)
-    _keep_alive(link)
-    _send(link, process=process, processes=count, host=socket.gethostname())
-    link.settimeout(timeout_s + 10)  # process 0, which may have begun last, waits for the rest
-    try:
-        answer = _receive(link)
-    except ValueError:
-        answer = {"problem": f"{host}:{port} is no process 0 that waits for others; choose another port, or end that"}
-    except TimeoutError:
-        answer = {"problem": f"{host}:{port} does not answer; choose another port"}
-    if answer is None:
-        raise ValueError(f"process 0 of {count} ended while it waited for the others; see what it printed")
-    if "problem" in answer:
-        raise ValueError(answer["problem"])
-    _keep_alive(link)
-    return {0: link}, {int(i): name for i, name in answer["hosts"].items()}
-
-
-def _did_not_come(missing: list[int], count: int, timeout_s: float) -> str:
-    names = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
-    return f"process{'es' if len(missing) > 1 else ''} {names} of {count} did not come within {timeout_s:g} s"
+    own = roll.own_address(host.strip("[]"))
+    return None if own is None else f"[{own[1]}]:{port}" if ":" in own[1] else f"{own[1]}:{port}"
 
 
 # ----------------------------------------------------------------------------------------------------------- watch
@@ -308,7 +196,7 @@ class _Watch:
         self.left[self.process].set()
         for link in self.links.values():
             if self.process:
-                _send(link, left=True)
+                roll.send(link, left=True)
         self._perhaps_over()
         while not self.over.wait(1.0):  # in slices, so that signals come through
             pass
@@ -319,7 +207,7 @@ class _Watch:
     def _perhaps_over(self) -> None:
         if self._all_left() and not self.over.is_set():
             for link in self.links.values():
-                _send(link, over=True)
+                roll.send(link, over=True)
             self.over.set()
 
     def give_up(self, gone: int, why: str) -> None:
@@ -327,7 +215,7 @@ class _Watch:
         self.ending.acquire()  # never given back: one thread ends the process
         for other, link in self.links.items():
             if other != gone:
-                _send(link, gone=gone, why=why)
+                roll.send(link, gone=gone, why=why)
         if gone != self.process:
             text = f"error: process {gone} of {len(self.hosts)} ({self.hosts[gone]}) {why}\n"
             os.write(2, text.encode())  # not through Python's files, whose locks the main thread may hold
@@ -337,7 +225,7 @@ class _Watch:
             for link in self.links.values():
                 link.settimeout(max(deadline - time.monotonic(), 0.01))
                 with contextlib.suppress(OSError, ValueError):
-                    while _receive(link) is not None:
+                    while roll.receive(link) is not None:
                         pass
         os._exit(1)
 
@@ -352,7 +240,7 @@ class _Watch:
     def _hear(self, other: int, ready: selectors.BaseSelector) -> None:
         link = self.links[other]
         try:
-            message = _receive(link)
+            message = roll.receive(link)
         except (ValueError, OSError):  # TimeoutError: its host does not answer any more
             message = None
         if message is None:
@@ -361,7 +249,9 @@ class _Watch:
             if not self.over.is_set() and not self._all_left():
                 self.give_up(other, "is gone; the same command on all processes goes on from the last checkpoint")
         elif "gone" in message:
-            self.give_up(message["gone"], message["why"])
+            gone, why = message["gone"], message.get("why")
+            if roll.is_whole(gone) and gone in self.hosts and isinstance(why, str):
+                self.give_up(gone, " ".join(why.split())[:1000])
         elif "left" in message:
             self.left[other].set()
             self._perhaps_over()

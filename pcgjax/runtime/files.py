@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import logging as std_logging
 import os
 import pathlib
+import select
 import sys
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from absl import app, logging
+from absl import app, flags, logging
+
+from pcgjax.runtime import config_flag
 
 
 class CheckpointError(ValueError):
@@ -25,6 +31,8 @@ class DamagedError(CheckpointError):
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`: renamed to it at the end, removed if the body raises."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, where a file would be written", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -39,29 +47,111 @@ def write_text(path: pathlib.Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
-    """`absl.app.run`, where what bad input raises here ends in its message and status 1.
+def check_out(path: str | pathlib.Path, folder: bool = False) -> None:
+    """Raises ValueError where a file, or a folder, cannot be written: to ask before hours of work."""
+    path = pathlib.Path(path)
+    if path.exists() and path.is_dir() is not folder:
+        raise ValueError(f"--out={path}: {'a folder; give a file' if path.is_dir() else 'a file; give a folder'}")
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir() and there != path:
+        raise ValueError(f"--out={path}: {there} is no folder; give another")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--out={path}: {there} cannot be written to; give another")
 
-    A door (a module that is run as a command) defines its flags and calls this; its `main` imports what is heavy, so
-    that --help answers at once.
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """`absl.app.run`, where whatever ends `main` is one line and a status, never a traceback.
+
+    1: an error, whose line says what, where and the fix; 130: Ctrl-C; 141: the reader of a pipe has gone. A mistake in
+    this package is a line too, with the place; --verbosity=1 shows every error's traceback. A door (a module that is
+    run as a command) defines its flags and calls this; its `main` imports what is heavy, so that --help answers at
+    once.
     """
 
     def quiet(argv: list[str]) -> Any:
         try:
-            return main(argv)
-        except (ValueError, OSError, FloatingPointError) as error:
-            logging.debug("the error's origin", exc_info=True)  # --verbosity=1 shows it
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            status = main(argv)
+            if sys.stdout:  # None where a shell has closed it
+                sys.stdout.flush()
+            return status
+        except app.UsageError:
+            raise
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+            return 130
+        except BrokenPipeError as error:
+            return _pipe_broken() or _told(error)
+        except Exception as error:
+            return _told(error)
 
     logging.get_absl_handler().addFilter(own_or_warning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     # What was compiled once is not compiled again: not by a resumed run, nor by the next one of the same shapes.
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pcgjax", "xla")
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # JAX looks there when `main` imports it, and no later
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_compilation_cache_dir", cache)
-    app.run(quiet, flags_parser=_parsed)
+    try:
+        app.run(quiet, flags_parser=_parsed)
+    except KeyboardInterrupt:  # before main
+        sys.exit(130)
+    except BrokenPipeError:  # of --help
+        sys.exit(_pipe_broken() or 1)
+
+
+def _told(error: Exception) -> int:
+    logging.debug("the error's origin", exc_info=True)  # --verbosity=1 shows it
+    print("error:", *problem(error).split(), file=sys.stderr)
+    return 1
+
+
+def problem(error: BaseException) -> str:
+    """What ended a command, in one line: what, where, the fix."""
+    words, kind = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words or kind == "OutOfMemoryError":
+        return f"out of memory ({words[:300] or kind}); take smaller batches, windows or nets, or a larger machine"
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pcgjax":
+        return f"needs the package {error.name.partition('.')[0]}, which is not installed here{_extra(error.name)}"
+    origin = traceback.extract_tb(error.__traceback__)[-1:]
+    if origin and origin[0].filename.endswith("xla_bridge.py"):  # where JAX looks for devices
+        platforms, why = os.environ.get("JAX_PLATFORMS", ""), f" ({words[:300]})" if words else ""
+        given = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        return f"{given}JAX finds no such device here{why}; unset JAX_PLATFORMS or give JAX_PLATFORMS=cpu"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename) if not isinstance(error.filename, int) else words}: {error.strerror}"
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return words or kind
+    return f"{kind}: {words[:1000]}{_place(error)}; --verbosity=1 shows the traceback"
+
+
+def _place(error: BaseException) -> str:
+    """The last line of this package that an error came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    ours = [f for f in frames if f.filename.startswith(PACKAGE)]
+    return f" (at pcgjax/{ours[-1].filename.removeprefix(PACKAGE)}, line {ours[-1].lineno})" if ours else ""
+
+
+def _extra(name: str) -> str:
+    """How to install an optional package."""
+    extra = {"torch": "audio-llm", "transformers": "audio-llm", "peft": "audio-llm", "ray": "ray"}
+    wanted = extra.get(name.partition(".")[0])
+    return f'; pip install "pcgjax[{wanted}]"' if wanted else f"; pip install {name.partition('.')[0]}"
+
+
+def _pipe_broken() -> int:
+    """141, as a shell has it, where whoever read our output is gone (as `| head`); 0: that is not what broke."""
+    try:
+        pipe, gone = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError, ValueError):  # no file
+        return 0
+    gone.register(pipe, 0)  # errors alone
+    if not gone.poll(0):
+        return 0
+    os.dup2(os.open(os.devnull, os.O_WRONLY), pipe)  # what is left goes nowhere, without a word
+    return 141
 
 
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
@@ -73,16 +163,12 @@ def own_or_warning(record: std_logging.LogRecord) -> bool:
 
 
 def _parsed(argv: list[str]) -> list[str]:
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, OSError) as error:  # of config_flags: no such field or part, no such config
-        origin: Any = error
-        while isinstance(origin, AttributeError | KeyError) and origin.args:
-            origin = origin.args[0]
-        message = str(error) if isinstance(error, OSError) else f"the config has no part or field {origin}"
-        sys.exit(f"error: {' '.join(message.split())}{_config_flags(argv)}")
-
-
-def _config_flags(argv: list[str]) -> str:
-    names = [word.partition("=")[0] for word in argv if word.startswith("--config.")]
-    return f"; of {', '.join(names)}" if names else ""
+    wrong = config_flag.refused(argv[1:], flags.FLAGS)
+    if not wrong:
+        try:
+            return app.parse_flags_with_usage(argv)
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # of config_flags: half a dozen kinds, for what is wrong with a config file
+            wrong = problem(error)
+    sys.exit(f"error: {' '.join(wrong.split())}")

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
+STRATEGIES = ("jit", "pmap")
 GROUP = ("group",)  # pmap's one axis
 # Path of an array in the state -> whether its longest axis that divides evenly is split over `fsdp`; the first that
 # matches. Running averages and thresholds are read by every device in every step, and small.
@@ -31,8 +32,8 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
 
 def check(config: ml_collections.ConfigDict, devices: int) -> None:
     """Raises what `make_mesh` raises, for so many devices."""
-    if config.strategy not in ("jit", "pmap"):
-        raise ValueError(f"parallel.strategy={config.strategy!r}: choose jit or pmap")
+    if config.strategy not in STRATEGIES:
+        raise ValueError(f"parallel.strategy={config.strategy!r}: choose one of {', '.join(STRATEGIES)}")
     if config.fsdp < 1 or devices % config.fsdp:
         raise ValueError(f"parallel.fsdp={config.fsdp} does not divide the {devices} devices")
     if config.strategy == "pmap" and config.fsdp > 1:

@@ -13,7 +13,7 @@ from flax import nnx
 from pcgjax.data.plan import Geometry
 from pcgjax.datasets import audio
 from pcgjax.features import filters, spectrogram, wavelet
-from pcgjax.losses import penalty, recording_log_probabilities
+from pcgjax.losses import LOSSES, penalty, recording_log_probabilities
 from pcgjax.models.hinf_lstm import CNNLSTM
 from pcgjax.models.image import ImageClassifier
 from pcgjax.runtime.traced import is_known, is_on
@@ -71,8 +71,8 @@ def image(config: ml_collections.ConfigDict, sample_rate_hz: int) -> Task:
 def _of_clips(config: ml_collections.ConfigDict, sample_rate_hz: int, init: Callable, poolings: int = 0) -> Task:
     """The task of a model that hears log-mel clips; poolings: by 2, along time, that it needs frames for."""
     f, loss_ = config.features, config.loss
-    if loss_.name not in ("bce", "pwl"):
-        raise ValueError(f"loss.name={loss_.name!r}: choose bce or pwl")
+    if loss_.name not in LOSSES:
+        raise ValueError(f"loss.name={loss_.name!r}: choose one of {', '.join(LOSSES)}")
     penalty(jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), 0.5, loss_.alpha, loss_.normalize, loss_.slope)  # checks them
     clip = round(f.window_s * sample_rate_hz)
     sos, lead, gap = design_filter(f, f.high_hz, sample_rate_hz, "lowpass")

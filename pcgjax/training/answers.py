@@ -140,7 +140,8 @@ def load_model(workdir: str | pathlib.Path) -> LoadedModel:
         if path.exists() and (differs := difference(read_json(path), meta["config"])):
             field, before, after = differs
             raise checkpoint.CheckpointError(
-                f"{workdir}: config.json says {field}={before}, the checkpoint {after}: they are of two runs; train again"
+                f"{workdir}: config.json says {field}={before}, the checkpoint {after}: they are of two "
+                "runs; train again"
             )
         config = ml_collections.ConfigDict(completed(meta["config"]))
         config.evaluation.threshold = meta["best"]["threshold"]

@@ -16,6 +16,7 @@ from pcgjax.data import batches
 from pcgjax.data.corpus import Corpus, order_digest
 from pcgjax.data.plan import Plan, batch_units, choose_capacities, epoch_order, padding_waste, plan_batches
 from pcgjax.runs.data import read_corpus, split_corpus
+from pcgjax.runs.schema import BALANCES, PIPELINES
 from pcgjax.runs.streams import ORDER
 from pcgjax.runtime import sharding
 from pcgjax.tasks.base import Task
@@ -26,7 +27,7 @@ def choose_pipeline(name: str, corpus_bytes: int) -> str:
     if name in ("resident", "stream"):
         return name
     if name != "auto":
-        raise ValueError(f"data.pipeline={name!r}: choose resident, stream or auto")
+        raise ValueError(f"data.pipeline={name!r}: choose one of {', '.join(PIPELINES)}")
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
@@ -51,7 +52,7 @@ def balance_groups(balance: str, corpus, labels: np.ndarray, indices: np.ndarray
         return np.array(classes)
     if balance == "database_class":
         return np.array([f"{corpus.rows[i]['database']} {c}" for i, c in zip(indices, classes, strict=True)])
-    raise ValueError(f"train.balance={balance!r}: choose none, class or database_class")
+    raise ValueError(f"train.balance={balance!r}: choose one of {', '.join(BALANCES)}")
 
 
 def _by_device(ids: np.ndarray, devices: int) -> np.ndarray:

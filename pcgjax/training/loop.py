@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from pcgjax.runs import signals
+from pcgjax.runs import lock, schema, signals
 from pcgjax.runs.best import better_epoch
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.judge import validation_scores
@@ -28,16 +28,26 @@ from pcgjax.training.start import Run, compile_steps, start
 from pcgjax.training.step import Totals, through, zero_totals
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run: bool = False) -> dict:
+def train(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, dry_run: bool = False, checked: bool = False
+) -> dict:
     """Trains, evaluates and reports one run; returns what it writes to metrics.json.
 
     dry_run: compile, write what a step costs to dry_run.json, and return that.
+    checked: `schema.check` has passed the config, of which this is a variant or a stage.
     Raises:
       ValueError (also PrepareError, SplitError, LeakError, CheckpointError): a config field, a prepared folder, a
         split or a checkpoint that does not fit, naming it.
       FloatingPointError: a loss that is not finite, naming the step and its recordings.
     """
-    clock, workdir = goodput.Clock(), pathlib.Path(workdir)
+    if not checked:
+        schema.check(config)
+    with lock.held(workdir, jax.process_index() == 0):
+        return _train(config, pathlib.Path(workdir), dry_run)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> dict:
+    clock = goodput.Clock()
     workdir.mkdir(parents=True, exist_ok=True)
     refuse_other_run(workdir, plain_config(config))
     experiment = set_up(config, workdir)

@@ -6,6 +6,7 @@ import jax
 import ml_collections
 import optax
 
+from pcgjax.runs.schema import OPTIMIZERS, SCHEDULES
 from pcgjax.runtime.traced import is_known, is_on
 
 
@@ -52,7 +53,7 @@ def _update(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTran
             rate, weight_decay=config.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         )
     else:
-        raise ValueError(f"optimizer.name={config.name!r}: choose sgd, adam or adamw")
+        raise ValueError(f"optimizer.name={config.name!r}: choose one of {', '.join(OPTIMIZERS)}")
     return optax.chain(optax.clip_by_global_norm(clip_norm), update) if is_on(clip_norm) else update
 
 
@@ -61,7 +62,7 @@ def _schedule(config: ml_collections.ConfigDict, steps: int) -> optax.ScalarOrSc
     if name == "constant":
         return config.learning_rate
     if name != "cosine":
-        raise ValueError(f"optimizer.schedule={name!r}: choose constant or cosine")
+        raise ValueError(f"optimizer.schedule={name!r}: choose one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup < steps:
         raise ValueError(f"optimizer.warmup_steps={warmup}: must be at least 0 and below the {steps} steps of the run")
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)

@@ -16,7 +16,6 @@ report.html and best/, a workdir of the member that is best by validation. A sec
 from __future__ import annotations
 
 import collections
-import csv
 import functools
 import json
 import math
@@ -31,12 +30,13 @@ from absl import logging
 
 from pcgjax import metrics
 from pcgjax.pages import population as population_page
-from pcgjax.runs import log
-from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse_changes
+from pcgjax.runs import lock, log, schema
+from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse_changes, with_fields
 from pcgjax.runs.data import refuse_other_split
 from pcgjax.runs.judge import validation_scores
 from pcgjax.runs.record import record
 from pcgjax.runtime import files, goodput
+from pcgjax.runtime.tables import write_csv
 from pcgjax.training.conclude import Finished, conclude, model_of, system_facts
 from pcgjax.training.member_loop import Trained, save_best, train_program
 from pcgjax.training.members import Program, look_ahead
@@ -58,10 +58,19 @@ def train_population(
       ValueError: as `loop.train`, and for what a population cannot be.
       FloatingPointError: every member diverged, or one before the last stage.
     """
-    clock, workdir = goodput.Clock(), pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    schema.check(config)
     refuse(config)
+    for member in members_of(swept_values(config)):
+        schema.check(with_fields(config, member))
+    with lock.held(workdir, jax.process_index() == 0):
+        return _train_population(config, pathlib.Path(workdir), dry_run, together)
+
+
+def _train_population(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool, together: bool | None
+) -> dict:
     refuse_other_split(config, workdir)
+    clock = goodput.Clock()
     together = jax.default_backend() != "cpu" if together is None else together
     swept = swept_values(config)
     members = members_of(swept)
@@ -166,8 +175,8 @@ def conclude_population(
         "system": results["system"],
     }
     files.write_text(workdir / "population.json", json.dumps(population, indent=1))
-    with files.replacing(workdir / "table.csv") as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows(_rows(population))
+    names, *rows = _rows(population)
+    write_csv(workdir / "table.csv", names, rows)
     try:
         population_page.write_population(workdir)
     except ImportError as error:

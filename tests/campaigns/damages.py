@@ -25,7 +25,6 @@ import numpy as np
 from absl import app, flags, logging
 
 from pcgjax.classical.run import load_classical, train_classical
-from pcgjax.data import shards
 from pcgjax.data.corpus import from_prepared
 from pcgjax.data.prepare import prepare
 from pcgjax.datasets import synthetic
@@ -137,7 +136,8 @@ def targets(work: pathlib.Path) -> list[Target]:
         config.seed = 1
     classical = {"data.prepared": str(work / "prepared_a"), "evaluation.resamples": 20, "experiment.runs": 0}
     for name, seed in (("a", 0), ("b", 1)):
-        train_classical(with_fields(load_config("classical", {}), classical | {"seed": seed}), work / f"classical_{name}")
+        config = with_fields(load_config("classical", {}), classical | {"seed": seed})
+        train_classical(config, work / f"classical_{name}")
     state = _last_state(with_fields(load_config("cnn", {}), small), work / "run_a")
 
     def target(name: str, kind: str, pattern: str, act: Callable[[pathlib.Path], object]) -> Target:

@@ -1,6 +1,6 @@
 """Kills of the commands that take long, each at a random moment, each started again until it ends by itself.
 
-    python -m tests.campaigns.kills [--count=200] [--only=prepare,train,population,stages,audio_llm,processes] [--seed=0]
+    python -m tests.campaigns.kills [--count=200] [--only=prepare,train,...] [--seed=0]
 
 What they leave in the end must be what an undisturbed command leaves, to the last bit: rows, samples, losses,
 predictions, arrays. Of `processes` two train together and one of them is killed; the other must end by itself.
@@ -8,6 +8,7 @@ predictions, arrays. Of `processes` two train together and one of them is killed
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -89,10 +90,8 @@ def start(words: list[str], work: pathlib.Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -147,8 +146,9 @@ def campaign(
             if outcome != "killed":
                 break
             of_round += 1
-        same = outcome == "ended" and result(folder) == wanted
-        kind = "survived" if same else ("silent" if outcome == "ended" else outcome if outcome == "hang" else "traceback")
+        kind = {"ended": "silent", "hang": "hang"}.get(outcome, "traceback")
+        if outcome == "ended" and result(folder) == wanted:
+            kind = "survived"
         for _ in range(of_round):
             tally.add(name, kind, outcome)
         print(f"{name}: {done + of_round} of {kills} kills", file=sys.stderr, flush=True)
@@ -172,16 +172,17 @@ def main(argv: list[str]) -> None:
         prepare("circor", work / "circor", work / "prepared_16k", 16000, workers=1)
         make_tiny(work / "tiny")
         small = SMALL | {"train.epochs": 4}
+        train_words = trained("cnn", work / "prepared", small)
         llm = trained("audio_llm", work / "prepared_16k", SMALL_LLM, f"--model={work / 'tiny'}")
         llm[2] = "pcgjax.audio_llm.train"
         prepare_words = [sys.executable, "-m", "pcgjax.prepare", "--dataset=cinc2016", f"--source={work / 'many'}"]
         jobs: dict[str, tuple] = {
             "prepare": (prepare_words, result_of_prepare, 1),
-            "train": (trained("cnn", work / "prepared", small), result_of_run, 1),
-            "population": (trained("cnn", work / "prepared", small, "--config.sweep.seed=0,1"), result_of_population, 1),
+            "train": (train_words, result_of_run, 1),
+            "population": ([*train_words, "--config.sweep.seed=0,1"], result_of_population, 1),
             "stages": (trained("hinf_lstm", work / "prepared", SMALL_HINF_LSTM), result_of_stages, 1),
             "audio_llm": (llm, result_of_llm, 1),
-            "processes": (trained("cnn", work / "prepared", small), result_of_run, 2),
+            "processes": (train_words, result_of_run, 2),
         }
         for name in FLAGS.only:
             kills = round(FLAGS.count * SHARES[name] / sum(SHARES[name] for name in FLAGS.only))

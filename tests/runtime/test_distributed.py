@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import json
 import os
 import pathlib
 import re
@@ -15,6 +17,7 @@ import time
 import pytest
 
 from pcgjax.runtime import distributed
+from pcgjax.runtime import roll as roll_module
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -147,18 +150,29 @@ MISFITS = [
 ]
 
 
-def roll(calls: list[tuple[int, int]], timeout_s: float = 1.0, port: int | None = None) -> list:
+def roll(calls: list[tuple[int, int]], timeout_s: float = 1.0, port: int | None = None, token: str = "") -> list:
     """What each (number of processes, process) is answered: its links and the hosts, or the error's text."""
     address = f"127.0.0.1:{port or free_port()}"
 
     def call(count: int, process: int):
         try:
-            return distributed._call_roll(address, count, process, timeout_s)
+            return roll_module.call(address, count, process, timeout_s, token)
         except (ValueError, OSError) as error:
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(lambda one: call(*one), calls))
+
+
+def read_all(link: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    pieces = []
+    try:
+        while piece := link.recv(1 << 12):
+            pieces.append(piece)
+    except ConnectionError:
+        pass
+    return b"".join(pieces)
 
 
 def test_roll():
@@ -204,12 +218,139 @@ def test_a_stranger_at_the_port_is_let_go():
         time.sleep(0.3)
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(b"hello\n")
-            assert stranger.recv(1) == b""
+            assert read_all(stranger).startswith(b'{"nonce"')
         second = pool.submit(roll, [(2, 1)], 20, port)
         for ((links, _),) in (first.result(), second.result()):
             assert len(links) == 1
             for link in links.values():
                 link.close()
+
+
+def hello(process=1, processes=2, host="a", **more) -> bytes:
+    return json.dumps({"process": process, "processes": processes, "host": host, **more}).encode() + b"\n"
+
+
+NO_HELLOS = [
+    b"[1, 2]\n", b"1\n", b"null\n", b'"text"\n', b"{}\n", b"\n", b"\xff\xfe\n", b"[" * 5000 + b"\n", b"x" * 100_000,
+    b'{"process": ' + b"9" * 900 + b', "processes": 2, "host": "a"}\n',
+    hello(True), hello("1"), hello(1.0), hello([1]), hello(None), hello(0), hello(-1), hello(2), hello(10**30, 10**31),
+    hello(processes=True), hello(processes="2"), hello(processes=None), hello(processes=10**30),
+    hello(host=1), hello(host=""), hello(host="a" * 300), hello(host="a\nerror: b"), hello(host={}),
+    hello(proof=1), hello(proof="x" * 100), hello(proof="\u00e9"), hello() + b"more", b"GET / HTTP/1.1\r\n\r\n",
+]  # fmt: skip
+
+
+def test_R14_what_is_no_hello_is_let_go():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll, [(2, 0)], 20, port)
+        time.sleep(0.3)
+        for words in NO_HELLOS:
+            with socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.settimeout(10)
+                with contextlib.suppress(ConnectionError):
+                    stranger.sendall(words)
+                assert b"problem" not in read_all(stranger), words
+        ((links, hosts),) = roll([(2, 1)], 20, port)
+        assert hosts == dict.fromkeys(range(2), socket.gethostname())
+        ((others, _),) = first.result()
+        for link in (*links.values(), *others.values()):
+            link.close()
+
+
+def test_R14_a_byte_each_half_second_and_many_silent_ones_hold_up_nobody(monkeypatch):
+    monkeypatch.setattr(roll_module, "STRANGERS", 20)
+    port, began = free_port(), time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as open_ones:
+        first = pool.submit(roll, [(2, 0)], 2.5, port)
+        time.sleep(0.3)
+        links = [open_ones.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(40)]
+
+        def drip():
+            with contextlib.suppress(OSError):
+                for _ in range(12):
+                    links[-1].sendall(b"x")
+                    time.sleep(0.5)
+
+        pool.submit(drip)
+        assert first.result() == ["process 1 of 2 did not come within 2.5 s"]
+        assert time.monotonic() - began < 5
+
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as open_ones:
+        first = pool.submit(roll, [(2, 0)], 20, port)
+        time.sleep(0.3)
+        for _ in range(40):
+            open_ones.enter_context(socket.create_connection(("127.0.0.1", port)))
+        began = time.monotonic()
+        ((others, _),) = roll([(2, 1)], 20, port)
+        assert time.monotonic() - began < 2
+        ((members, _),) = first.result()
+        for link in (*others.values(), *members.values()):
+            link.close()
+
+
+def listeners(port: int) -> set[str]:
+    """The addresses that this machine's processes listen at, of one port, in the kernel's own words."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in pathlib.Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            address, _, its = line.split()[1].partition(":")
+            if int(its, 16) == port and line.split()[3] == "0A":
+                found.add(address)
+    return found
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="not Linux")
+@pytest.mark.parametrize(("host", "everywhere"), [("127.0.0.1", False), ("localhost", False), ("192.0.2.7", True),
+                                                   ("no.such.host.invalid", True)])  # fmt: skip
+def test_R14_the_roll_is_called_at_the_address_given(host, everywhere):
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll_module.call, f"{host}:{port}", 2, 0, 1.0)
+        time.sleep(0.5)
+        there = listeners(port)
+        with pytest.raises(ValueError, match="process 1 of 2 did not come"):
+            first.result()
+    assert len(there) == 1
+    assert there <= ({"0" * 32, "0" * 8} if everywhere else {"0100007F", "00000000000000000000000001000000"})
+
+
+def test_R14_a_shared_token_is_proven_and_not_sent(caplog):
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll, [(2, 0)], 20, port, "hush-5577")
+        time.sleep(0.3)
+        for token in ("", "another"):
+            (told,) = roll([(2, 1)], 5, port, token)
+            assert "process 1 (" in told
+            assert "has another --cluster_token or job than process 0" in told
+        with socket.create_connection(("127.0.0.1", port)) as seen:
+            nonce = json.loads(seen.makefile().readline())["nonce"]
+            said = roll_module.proof("hush-5577", nonce, 1, 2, "a")
+            assert "hush" not in said
+        with socket.create_connection(("127.0.0.1", port)) as again:  # a proof is of its own nonce
+            again.sendall(hello(proof=said))
+            assert b"another --cluster_token" in read_all(again)
+        ((links, _),) = roll([(2, 1)], 20, port, "hush-5577")
+        ((others, _),) = first.result()
+        for link in (*links.values(), *others.values()):
+            link.close()
+
+
+@pytest.mark.parametrize("answer", [
+    b"[]\n", b"[" * 5000 + b"\n", b'{"hosts": 5}\n', b'{"hosts": {"0": "a"}}\n', b'{"hosts": {"0": "a", "1": 5}}\n',
+    b'{"hosts": {"0": "a", "x": "b"}}\n', b'{"problem": 5}\n', b"x" * 100_000 + b"\n",
+])  # fmt: skip
+def test_R14_answers_of_process_0_are_typed(answer):
+    with socket.create_server(("127.0.0.1", 0)) as other, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        told = pool.submit(roll, [(2, 1)], 2.0, other.getsockname()[1])
+        link, _ = other.accept()
+        with link:
+            link.sendall(b'{"nonce": "1234"}\n')
+            with contextlib.suppress(ConnectionError):
+                link.sendall(answer)
+            assert "is no process 0 that waits for others" in told.result()[0]
 
 
 def test_one_process_asks_nobody():

@@ -51,9 +51,8 @@ def test_a_field_that_is_not_there_is_one_line_and_loads_nothing_heavy():
     modules, error = process.stderr.splitlines()
     assert process.returncode == 1
     assert not set(HEAVY) & set(json.loads(modules))
-    assert error == (
-        'error: the config has no part or field \'epoch\' Did you mean "epochs" instead of "epoch"?; '
-        "of --config.train.epoch"
+    assert error.startswith(
+        "error: --config.train.epoch: the config's part train has no part or field 'epoch'; nearest: epochs; it has "
     )
 
 
@@ -134,6 +133,75 @@ files.run(main)
     assert process.returncode == 0, process.stderr
     assert "our own" in process.stderr
     assert "of another package" not in process.stderr
+
+
+ENDS = """
+import sys
+from pcgjax.runtime import files
+
+def main(argv):
+    exec(argv[1], {})
+
+files.run(main)
+"""
+
+
+@pytest.mark.parametrize(("code", "status", "line"), [
+    ("raise ValueError('one\\ntwo')", 1, "error: one two"),
+    ("raise KeyboardInterrupt", 130, "interrupted; the same command goes on from what is saved"),
+    ("raise MemoryError", 1, "error: out of memory (MemoryError); take smaller"),
+    ("import numpy; numpy.ones(2**50)", 1, "error: out of memory (Unable to allocate 8.00 PiB"),
+    ("{}['a']", 1, "error: KeyError: 'a'; --verbosity=1 shows the traceback"),
+    ("from pcgjax.runtime import names; names.nearest(5, ['a'])", 1, "error: AttributeError: 'int' object has no "
+     "attribute 'lower' (at pcgjax/runtime/names.py, line "),
+    ("f = lambda: f(); f()", 1, "error: RecursionError: "),
+    ("import torch_of_nobody", 1, "error: needs the package torch_of_nobody, which is not installed here; pip install"),
+    ("import sys; sys.modules['torch'] = None; import torch", 1, "error: needs the package torch, which is not "
+     'installed here; pip install "pcgjax[audio-llm]"'),
+    ("b'\\xff'.decode()", 1, "error: 'utf-8' codec can't decode byte 0xff"),
+    ("open('/no/such/file')", 1, "error: /no/such/file: No such file or directory"),
+    ("open('/')", 1, "error: /: Is a directory"),
+    ("raise OSError('words alone')", 1, "error: words alone"),
+    ("import sys; sys.exit(7)", 7, ""),
+    ("print('a\\udcffb.wav')", 0, ""),
+])  # fmt: skip
+def test_R11_whatever_ends_a_command_is_one_line(code, status, line):
+    process = run_python(ENDS, code)
+    assert process.returncode == status, process.stderr
+    assert process.stderr.startswith(line)
+    assert process.stderr.count("\n") == bool(line)
+    traced = run_python(ENDS, code, "--verbosity=1")
+    assert ("Traceback" in traced.stderr) is (status == 1)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_R11_a_platform_that_is_not_there(platform):
+    process = run_python(ENDS, "import jax; jax.devices()", JAX_PLATFORMS=platform)
+    assert process.returncode == 1
+    error = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1, process.stderr
+    assert error[0].startswith(f"error: JAX_PLATFORMS={platform}: JAX finds no such device here")
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("words", [["print('x' * 10**6)"], ["[print(i) for i in range(10**5)]"], ["", "--help"]])
+def test_R11_a_reader_who_is_gone(words):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", ENDS, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+                          cwd=ROOT, text=True) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in (1, 141)
+
+
+def test_where_a_result_cannot_be_written_is_asked_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    for good, folder in (("new", False), ("a/b/new", True), ("file", False), (".", True)):
+        files.check_out(tmp_path / good, folder)
+    for bad, folder, message in ((".", False, "a folder; give a file"), ("file", True, "a file; give a folder"),
+                                 ("file/x", False, "file is no folder"), ("file/x", True, "is no folder")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            files.check_out(tmp_path / bad, folder)
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

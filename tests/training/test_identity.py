@@ -46,7 +46,7 @@ def flip(path: pathlib.Path, at: int, bit: int = 0) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"split.kind": "leave_database_out", "split.database": "cinc2016-a"}, "kind='person', .* 'leave_database_out'"),
+        ({"split.kind": "leave_database_out", "split.database": "cinc2016-a"}, "kind='person'.*'leave_database_out'"),
         ({"split.kind": "personn"}, "kind"),
         ({"split.fractions": (0.6, 0.2, 0.2)}, r"fractions=\[0.7, 0.15, 0.15\], .* \[0.6, 0.2, 0.2\]"),
         ({"seed": 1}, "seed=0, asked for is 1"),
@@ -62,7 +62,7 @@ def test_W1_a_split_that_a_failed_start_left(changes, named, make_config, traine
 
 def test_W1_a_split_file_of_another_kind(make_config, trained, tmp_path):
     config = make_config({"split.file": str(trained / "split.json"), "split.kind": "person_kfold"})
-    with pytest.raises(splits.SplitError, match="kind='person', asked for is 'person_kfold'; set split.kind"):
+    with pytest.raises(splits.SplitError, match=r"kind='person', asked for is 'person_kfold'; set split.kind"):
         train(config, tmp_path / "run")
     # Its seed and fractions are its own matter.
     config = make_config({"split.file": str(trained / "split.json"), "split.fractions": (0.6, 0.2, 0.2)})
@@ -72,7 +72,7 @@ def test_W1_a_split_file_of_another_kind(make_config, trained, tmp_path):
 def test_W1_a_damaged_split(workdir, make_config):
     text = (workdir / "split.json").read_text()
     (workdir / "split.json").write_text(text.replace('"seed": 0', '"seed": 8'))
-    with pytest.raises(splits.SplitError, match="split.json: damaged, it is not the split that was saved"):
+    with pytest.raises(splits.SplitError, match=r"split.json: damaged, it is not the split that was saved"):
         train(make_config(), workdir)
 
 
@@ -80,7 +80,7 @@ def test_W1_a_damaged_split(workdir, make_config):
 def test_W2_another_seed_in_a_workdir_without_its_last_checkpoint(lost, workdir, make_config):
     shutil.rmtree(workdir / "checkpoints" / ("last" if lost == "last" else ""))
     before = (workdir / "predictions.csv").read_bytes()
-    with pytest.raises(CheckpointError, match="trained with seed=0, now 1; give another --workdir"):
+    with pytest.raises(CheckpointError, match=r"trained with seed=0, now 1; give another --workdir"):
         train(make_config({"seed": 1, "train.epochs": 1}), workdir)
     assert (workdir / "predictions.csv").read_bytes() == before
 
@@ -97,7 +97,7 @@ def test_W2_a_best_model_of_another_run(workdir, make_config):
     config["seed"] = 5
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "hashes.json").unlink()
-    with pytest.raises(CheckpointError, match="config.json says seed=5, the checkpoint 0: they are of two runs"):
+    with pytest.raises(CheckpointError, match=r"config.json says seed=5, the checkpoint 0: they are of two runs"):
         load_model(workdir)
 
 
@@ -105,7 +105,7 @@ def test_W2_a_declined_save_is_an_error(tmp_path):
     manager = checkpoint.manager(tmp_path / "last")
     checkpoint.save(manager, 5, {"x": jnp.ones(3)}, {})
     manager.wait_until_finished()
-    with pytest.raises(CheckpointError, match="step 3 was not written, since step 5 is there"):
+    with pytest.raises(CheckpointError, match=r"step 3 was not written, since step 5 is there"):
         checkpoint.save(manager, 3, {"x": jnp.ones(3)}, {})
     checkpoint.save(manager, 5, {"x": jnp.zeros(3)}, {"anew": True})  # the same step is written anew
     manager.wait_until_finished()
@@ -133,8 +133,7 @@ def test_W3_flipped_bits_of_a_checkpoint(workdir):
         flip(path, int(rng.integers(len(content))), int(rng.integers(8)))
         try:
             assert digests(load_model(workdir)[3:5]) == wanted
-        except CheckpointError as error:
-            assert "damaged" in str(error)
+        except DamagedError:
             damaged += 1
         path.write_bytes(content)
     assert damaged >= 4
@@ -176,7 +175,7 @@ def test_files_of_a_finished_run_are_compared(workdir):
     assert page
     hashes.check(workdir)
     (workdir / "hashes.json").write_text((workdir / "hashes.json").read_text().replace('"bytes": ', '"bytes": 1'))
-    with pytest.raises(DamagedError, match="hashes.json: damaged"):
+    with pytest.raises(DamagedError, match=r"hashes.json: damaged"):
         read_json(workdir / "metrics.json")
 
 
@@ -187,10 +186,10 @@ def test_a_changed_digit_in_the_history(tmp_path):
     assert log.history(path)[0] == {"step": 3, "split": "train", "loss": 0.25}
     text = path.read_text()
     path.write_text(text.replace("0.25", "0.35"))
-    with pytest.raises(DamagedError, match="metrics.jsonl, line 1: damaged"):
+    with pytest.raises(DamagedError, match=r"metrics.jsonl, line 1: damaged"):
         log.history(path)
     path.write_text(text.replace('"check"', '"chekk"'))
-    with pytest.raises(DamagedError, match="metrics.jsonl, line 1: damaged"):
+    with pytest.raises(DamagedError, match=r"metrics.jsonl, line 1: damaged"):
         log.history(path)
 
 

@@ -84,13 +84,13 @@ def test_frozen_groups_stay():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "lion"}, "optimizer.name='lion': choose sgd, adam or adamw"),
+        ({"name": "lion"}, "optimizer.name='lion': choose one of sgd, adam, adamw"),
         ({"learning_rate": 0.0}, "optimizer.learning_rate=0.0: must be above 0"),
         ({"learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
         ({"momentum": 1.0}, "optimizer.momentum=1.0: must be at least 0 and below 1"),
         ({"name": "adamw", "weight_decay": -1.0}, "optimizer.weight_decay=-1.0: must be at least 0"),
         ({"clip_norm": -1.0}, "optimizer.clip_norm=-1.0: must be at least 0"),
-        ({"schedule": "linear"}, "optimizer.schedule='linear': choose constant or cosine"),
+        ({"schedule": "linear"}, "optimizer.schedule='linear': choose one of constant, cosine"),
         ({"schedule": "cosine", "warmup_steps": 10}, "optimizer.warmup_steps=10: .* below the 10 steps"),
         ({"schedule": "cosine", "warmup_steps": -1}, "optimizer.warmup_steps=-1: must be at least 0"),
     ],

@@ -385,7 +385,7 @@ def test_recordings_without_annotations_are_set_aside(make_config, prepared, wit
 BAD = [
     ({"data.train_share": 0.0}, "data.train_share=0.0: must be above 0 and at most 1"),
     ({"data.train_share": 1.5}, "data.train_share=1.5"),
-    ({"optimizer.schedule": "linear"}, "optimizer.schedule='linear': choose constant or cosine"),
+    ({"optimizer.schedule": "linear"}, "optimizer.schedule='linear': choose one of constant, cosine"),
     ({"optimizer.warmup_steps": 10_000}, "optimizer.warmup_steps=10000: .* below the .* steps of the run"),
     ({"optimizer.warmup_steps": -1}, "optimizer.warmup_steps=-1: must be at least 0"),
     ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay=-0.1: must be at least 0"),

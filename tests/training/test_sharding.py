@@ -40,7 +40,7 @@ def config_of(**changes) -> ml_collections.ConfigDict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "xmap"}, "parallel.strategy='xmap': choose jit or pmap"),
+        ({"strategy": "xmap"}, "parallel.strategy='xmap': choose one of jit, pmap"),
         ({"fsdp": 3}, "parallel.fsdp=3 does not divide the 8 devices"),
         ({"fsdp": 16}, "parallel.fsdp=16 does not divide the 8 devices"),
         ({"fsdp": 0}, "parallel.fsdp=0"),

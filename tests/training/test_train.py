@@ -19,6 +19,7 @@ from pcgjax.data import PrepareError, splits
 from pcgjax.data.corpus import from_prepared
 from pcgjax.data.plan import epoch_order
 from pcgjax.data.shards import read_rows
+from pcgjax.runs.config import load_config
 from pcgjax.runs.data import load_data, shuffle_labels
 from pcgjax.runs.results import PREDICTION_FIELDS
 from pcgjax.runs.streams import ORDER
@@ -26,7 +27,7 @@ from pcgjax.runtime.checkpoint import CheckpointError
 from pcgjax.training import loop
 from pcgjax.training.experiment import balance_groups
 from pcgjax.training.loop import train
-from pcgjax.training.stages import variants
+from pcgjax.training.stages import is_the_papers, variants
 
 
 def lines_of(workdir, without=("seconds", "waited", "check")):
@@ -323,30 +324,30 @@ def test_balanced_training_runs(make_config, tmp_path):
 BAD = [
     ({"data.prepared": ""}, "data.prepared is empty"),
     ({"data.prepared": "/no/such/folder"}, "/no/such/folder: no prepared data set"),
-    ({"data.pipeline": "disk"}, "data.pipeline='disk': choose resident, stream or auto"),
-    ({"split.kind": "random"}, "unknown kind 'random'"),
+    ({"data.pipeline": "disk"}, "data.pipeline='disk': choose one of resident, stream, auto"),
+    ({"split.kind": "random"}, "split.kind='random': choose one of person"),
     ({"split.kind": "leave_database_out", "split.database": "x"}, "no database 'x'"),
     ({"split.kind": "paper301"}, "this split tests on 150"),
-    ({"split.kind": "person_kfold", "split.fold": 7}, "fold 7"),
+    ({"split.kind": "person_kfold", "split.fold": 7}, "split.fold=7: must be below split.folds=5"),
     ({"split.fractions": (0.5, 0.5, 0.5)}, "fractions"),
     ({"task.name": "rnn"}, "task.name='rnn': choose one of cnn"),
-    ({"task.target": "age"}, "unknown target 'age'"),
+    ({"task.target": "age"}, "task.target='age': choose one of abnormal, murmur"),
     ({"features.filter": "median"}, "features.filter='median': choose one of none, zero_phase, causal"),
     ({"features.overlap": 1.0}, r"features.overlap=1.0: must be at least 0 and below 1"),
     ({"features.overlap": -0.5}, r"features.overlap=-0.5"),
     ({"features.window_s": 0.001}, "features.window_s=0.001"),
     ({"features.window_s": -1.0}, "features.window_s=-1.0"),
     ({"features.window_s": 100.0}, r"features.window_s=100.0: longer than every recording of .* \(at most .* s\)"),
-    ({"features.low_hz": 450.0}, r"features.low_hz.*\(450.0, 400.0\) Hz does not fit a rate of 1000 Hz"),
+    ({"features.low_hz": 450.0}, "features.low_hz=450.0: must be below features.high_hz=400.0"),
     ({"features.high_hz": 500.0}, r"features.high_hz.*\(25.0, 500.0\) Hz does not fit a rate of 1000 Hz"),
-    ({"features.low_hz": 0.0}, r"features.low_hz.*\(0.0, 400.0\) Hz does not fit"),
-    ({"features.filter_order": 0}, "features.filter_order.*: order 0: must be at least 1"),
+    ({"features.low_hz": 0.0}, "features.low_hz=0.0: must be above 0"),
+    ({"features.filter_order": 0}, "features.filter_order=0: must be at least 1"),
     ({"features.noise_snr_db": float("nan")}, "features.noise_snr_db=nan"),
-    ({"model.kernel_size": 4}, "kernel_size must be odd, not 4"),
+    ({"model.kernel_size": 4}, "model.kernel_size=4: must be odd"),
     ({"model.filters": (4,)}, r"filters=\(4,\)"),
     ({"model.filters": (4, 0)}, r"filters=\(4, 0\)"),
     ({"model.hidden": 0}, "hidden=0"),
-    ({"optimizer.name": "lion"}, "optimizer.name='lion': choose sgd, adam or adamw"),
+    ({"optimizer.name": "lion"}, "optimizer.name='lion': choose one of sgd, adam, adamw"),
     ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate=0.0: must be above 0"),
     ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
@@ -354,12 +355,12 @@ BAD = [
     ({"train.epochs": 0}, "train.epochs=0: must be at least 1"),
     ({"train.batch_recordings": 0}, "train.batch_recordings=0"),
     ({"train.checkpoint_steps": 0}, "train.checkpoint_steps=0"),
-    ({"train.balance": "people"}, "train.balance='people': choose none, class or database_class"),
+    ({"train.balance": "people"}, "train.balance='people': choose one of none, class, database_class"),
     ({"train.select": "auroc"}, "train.select='auroc': choose one of loss, "),
     ({"evaluation.batch_recordings": 0}, "evaluation.batch_recordings=0"),
     ({"evaluation.threshold": 2.0}, "evaluation.threshold=2.0"),
     ({"evaluation.resamples": 0}, "evaluation.resamples=0"),
-    ({"parallel.strategy": "xmap"}, "parallel.strategy='xmap': choose jit or pmap"),
+    ({"parallel.strategy": "xmap"}, "parallel.strategy='xmap': choose one of jit, pmap"),
     ({"parallel.fsdp": 3}, "parallel.fsdp=3 does not divide"),
     ({"parallel.fsdp": 0}, "parallel.fsdp=0"),
 ]
@@ -437,7 +438,7 @@ def test_help_explains_every_flag(run_command):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.train.epoch=3", 'Did you mean "epochs"'),
+        ("--config.train.epoch=3", "train has no part or field 'epoch'; nearest: epochs; it has "),
         ("--config.trian.epochs=3", "no part or field 'trian'"),
         ("--config=/no/such.py", "/no/such.py"),
     ],
@@ -481,7 +482,9 @@ def test_variants(make_config, tmp_path, capsys):
     rows = variants(config, tmp_path)
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in rows] == [row["name"] for row in table] == ["A", "B"]
-    assert "<svg" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert "Lamperti" not in page
     for name, filter_ in (("a", "none"), ("b", "causal")):
         assert json.loads((tmp_path / name / "config.json").read_text())["features"]["filter"] == filter_
         scored = json.loads((tmp_path / name / "metrics.json").read_text())["test"]["overall"]["auc"]
@@ -494,6 +497,27 @@ def test_variants(make_config, tmp_path, capsys):
     config.train.batch_recordings = 2
     with pytest.raises(CheckpointError, match=r"train.batch_recordings=3, now 2"):
         variants(config, tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "papers"), [
+    ({}, True),
+    ({"train.epochs": 12, "data.prepared": "x", "seed": 1, "optimizer.learning_rate": 0.1}, True),
+    ({"model.hidden": 8}, False),
+    ({"features.window_s": 5.0}, False),
+    ({"task.target": "murmur"}, False),
+    ({"data.shuffle_labels": True}, False),
+    ({"task.name": "image"}, False),
+    ({"variants.filter.features.filter": "none"}, False),
+    ({"variants.filter.features.filter": "causal"}, False),
+    ({"variants.filter.features.low_hz": 30.0}, False),
+    ({"variants.no_filter_noise.features.noise_snr_db": float("inf")}, False),
+    ({"variants.filter.features.filter_order": 2}, False),
+])  # fmt: skip
+def test_W10_the_papers_figures_are_beside_its_own_config_alone(changes, papers):
+    config = load_config("cnn:sweep", {})
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(changes)
+    assert is_the_papers(config) is papers
 
 
 def test_nothing_crosses_to_or_from_the_devices_unasked(make_config, tmp_path, monkeypatch):

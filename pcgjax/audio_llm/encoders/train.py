@@ -40,6 +40,7 @@ from pcgjax.audio_llm.encoders.start import (
     machine_of,
     start,
 )
+from pcgjax.runs import lock, schema
 from pcgjax.runs.best import better_epoch
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.judge import validation_scores
@@ -60,8 +61,14 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
       ValueError (also ModelError, SplitError, LeakError, CheckpointError): what does not fit, by name.
       FloatingPointError: a loss or gradient that is not finite, naming the step and its recordings.
     """
-    clock, workdir = goodput.Clock(), pathlib.Path(workdir)
+    schema.check(config)
     check_config(config)
+    with lock.held(workdir):
+        return _train_encoder(config, pathlib.Path(workdir), dry_run)
+
+
+def _train_encoder(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> dict:
+    clock = goodput.Clock()
     workdir.mkdir(parents=True, exist_ok=True)
     data = load(config, workdir)
     model, extractor, optimizer = build(config)
