@@ -48,7 +48,7 @@ def flip(path: pathlib.Path, at: int, bit: int = 0) -> None:
     [
         ({"split.kind": "leave_database_out", "split.database": "cinc2016-a"}, "kind='person'.*'leave_database_out'"),
         ({"split.kind": "personn"}, "kind"),
-        ({"split.fractions": (0.6, 0.2, 0.2)}, r"fractions=\[0.7, 0.15, 0.15\], .* \[0.6, 0.2, 0.2\]"),
+        ({"split.fractions": (0.6, 0.2, 0.2)}, r"fractions=\[0.65, 0.15, 0.2\], .* \[0.6, 0.2, 0.2\]"),
         ({"seed": 1}, "seed=0, asked for is 1"),
         ({"task.target": "murmur"}, "target='abnormal', asked for is 'murmur'"),
     ],
@@ -140,10 +140,9 @@ def test_W3_flipped_bits_of_a_checkpoint(workdir):
 
 
 def test_W3_the_checkpoint_before_a_damaged_one_is_used(workdir, trained, make_config, caplog):
-    for name in ("last", "best"):
-        for path in newest(workdir / "checkpoints" / name).rglob("*"):
-            if path.is_file() and path.parent.name == "d":
-                flip(path, path.stat().st_size // 2)
+    for path in newest(workdir / "checkpoints" / "last").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            flip(path, path.stat().st_size // 2)
     step = newest(workdir / "checkpoints" / "last").name
     train(make_config(), workdir)
     assert f"checkpoints/last/{step}: damaged" in caplog.text
