@@ -30,6 +30,7 @@ _WRAPPERS_WITHIN = re.compile(r"\.(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight$")
 # How LoRA begins: these also change the base weights, which a merge or a score here would not.
 _CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_MOST_RANKS = 100_000
 
 
 def translated(name: str) -> str:
@@ -139,7 +140,8 @@ def read_config(folder: pathlib.Path) -> Any:
             raise ModelError(f"{path}: peft_type is {fields.get('peft_type')!r}; only LORA is understood here")
         known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
         if odd := [name for name, value in fields.items() if name not in known and value]:
-            raise ModelError(f"{path}: this PEFT ({peft.__version__}) has no {odd[0]}={fields[odd[0]]!r}; install a newer")
+            version = peft.__version__
+            raise ModelError(f"{path}: PEFT {version} does not know {odd[0]}={fields[odd[0]]!r}; install a newer one")
         config: Any = peft.LoraConfig.from_pretrained(str(folder))
     except ModelError:
         raise
@@ -147,10 +149,10 @@ def read_config(folder: pathlib.Path) -> Any:
         raise ModelError(f"{path}: cannot be read: {one_line(error)}; copy or download it again") from None
     start = str(config.init_lora_weights).lower()
     if start.startswith(_CHANGE_BASE):
-        raise ModelError(f"{path}: init_lora_weights={start} changed the base weights; convert it to plain LoRA in PEFT")
+        raise ModelError(f"{path}: init_lora_weights={start} changed the base weights; convert it to LoRA in PEFT")
     ranks, scales = [config.r, *config.rank_pattern.values()], [config.lora_alpha, *config.alpha_pattern.values()]
-    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not all(isinstance(rank, int) and 1 <= rank <= 100_000 for rank in ranks) or not all(map(number, scales)):
+    numbers = all(type(rank) is int and 1 <= rank <= _MOST_RANKS for rank in ranks)
+    if not (numbers and all(type(scale) in (int, float) and math.isfinite(scale) for scale in scales)):
         raise ModelError(f"{path}: r={config.r!r}, lora_alpha={config.lora_alpha!r} (or their patterns): need numbers")
     config.init_lora_weights, config.inference_mode, config.revision = True, True, None
     return config

@@ -25,8 +25,8 @@ from torch import nn
 
 from pcgjax.audio_llm import adapter_files
 from pcgjax.audio_llm.questions import LETTERS
+from pcgjax.audio_llm.weights import ODD_FILE, one_line, refuse_not_finite, weight_files
 from pcgjax.audio_llm.weights import ModelError as ModelError  # callers take it from here
-from pcgjax.audio_llm.weights import one_line, refuse_not_finite, weight_files
 from pcgjax.runtime import files, hashes
 
 RATE_HZ = 16000
@@ -35,7 +35,6 @@ _HOP = 160  # samples of a mel frame
 _MOST_FRAMES = 3000
 _PREFIX = 0  # of `Batch.owner_SxL`: what all questions on a clip share
 _PAD = -1
-_ODD_FILE = (KeyError, TypeError, AttributeError, IndexError)  # what transformers may meet in a damaged JSON
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 
 
@@ -86,7 +85,7 @@ def load(folder: str | pathlib.Path, dtype: str, attention: str, device: str | t
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, *_ODD_FILE) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, *ODD_FILE) as error:
         raise ModelError(f"{folder}: cannot be loaded: {one_line(error, 400)}") from None
     model, info = loaded
     if lacking := sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])}):
@@ -269,8 +268,12 @@ def shortest() -> int:
 
 
 def mel_of_clip(feature_extractor: Any, clip: np.ndarray) -> np.ndarray:
-    """(128, M) of a clip at 16 kHz: what the padded clip's mel has there, and the frames after it that the
-    convolutions before the encoder look at."""
+    """(128, M) of a clip at 16 kHz, float in [-1, 1]: what the padded clip's mel has there, and the frames after it
+    that the convolutions before the encoder look at.
+
+    Raises:
+      ValueError: samples that are not finite, or so large that their squares are not.
+    """
     frames = min(2 * positions(len(clip)) + 2, _MOST_FRAMES)
     # Two more frames, so that the reflection at the end reaches none of ours; of 30 s the documented path has one too.
     samples = np.zeros(min((frames + 2) * _HOP, _MOST_FRAMES * _HOP), np.float32)
@@ -278,7 +281,10 @@ def mel_of_clip(feature_extractor: Any, clip: np.ndarray) -> np.ndarray:
     features = feature_extractor(
         samples, sampling_rate=RATE_HZ, padding="do_not_pad", truncation=False, return_tensors="np"
     )
-    return features["input_features"][0][:, :frames]
+    mel = features["input_features"][0][:, :frames]
+    if not np.isfinite(mel).all():
+        raise ValueError(f"a clip whose samples reach {np.abs(clip).max():g} has no spectrum: give samples in [-1, 1]")
+    return mel
 
 
 def conversation(processor: Any, question: str) -> str:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+# What transformers may raise, beside its own, at a JSON that is damaged.
+ODD_FILE = (KeyError, TypeError, AttributeError, IndexError, RecursionError, ZeroDivisionError)
+
 
 class ModelError(ValueError):
     """A model folder or an adapter that cannot be used; the message names it and the fix."""

@@ -213,7 +213,7 @@ def test_a_run_leaves_what_others_read(trained, corpus_folder, tmp_path):
     assert there >= {"config.json", "split.json", "metrics.jsonl", "metrics.json", "predictions.csv", "report.html",
                      "examples.npz", "run.json", "tensorboard", "checkpoints"}  # fmt: skip
     kinds = sorted(path.name.split("-")[0] for path in (trained / "checkpoints").iterdir())
-    assert kinds == ["best", "last"]
+    assert set(kinds) == {"best", "last"}
     history = lines(trained)
     assert [line["split"] for line in history] == ["train", "validation"] * 5 + ["test"]
     assert history[8]["loss"] < history[0]["loss"]

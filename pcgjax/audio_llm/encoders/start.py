@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ import torch
 from absl import logging
 
 from pcgjax import metrics
-from pcgjax.audio_llm.checkpoints import newest
-from pcgjax.audio_llm.encoders.clips import geometry_of, load_weights, torch_device
+from pcgjax.audio_llm.checkpoints import forget_later, intact, refuse_foreign_best
+from pcgjax.audio_llm.encoders.clips import FREE, geometry_of, load_weights, torch_device
 from pcgjax.audio_llm.encoders.model import ARCHITECTURES, Classifier, check, make_encoder
 from pcgjax.audio_llm.model import RATE_HZ
 from pcgjax.data.corpus import Corpus, order_digest
@@ -32,8 +31,6 @@ from pcgjax.runs.streams import ORDER
 from pcgjax.runtime import files
 from pcgjax.training.experiment import balance_groups
 
-# How fast it is computed: a run may go on with another value.
-FREE = (("train", "portion_clips"),)
 _AT_LEAST_ONE = (("train", "epochs"), ("train", "batch_recordings"), ("train", "checkpoint_steps"),
                  ("train", "portion_clips"), ("evaluation", "resamples"))  # fmt: skip
 _ONLY = (("optimizer", "name", "adamw"), ("optimizer", "schedule", "cosine"), ("parallel", "strategy", "torch"),
@@ -88,9 +85,8 @@ def start(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: Data, 
     """
     device = torch_device()
     progress = resume(config, workdir, data, model, optimizer)
-    for unfinished in workdir.glob("checkpoints/.*.tmp"):  # of a process that was killed
-        shutil.rmtree(unfinished)
     at = progress.step
+    forget_later(workdir, at, progress.best and progress.best["step"])
     rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= at and line["split"] != "test")
     board = open_board(workdir, at)
     record(workdir, config, at, machine_of(device))
@@ -179,12 +175,16 @@ def resume(
     optimizer: torch.optim.Optimizer,
 ) -> Progress:  # fmt: skip
     """Sets model and optimizer to the newest checkpoint, and says how far that is."""
-    folder = newest(workdir, "last")
-    if folder is None:
+    plain = plain_config(config)
+    # Also where `last` was removed: then they would be taken for this run's.
+    refuse_foreign_best(workdir, plain, FREE, order_sha256=data.digest)
+    found = intact(workdir, "last")
+    if found is None:
         return Progress(0, None, np.zeros(3))
-    meta = load_weights(model, folder, optimizer)
-    refuse_changes(meta["config"], plain_config(config), workdir, FREE)
+    folder, meta = found
+    refuse_changes(meta["config"], plain, workdir, FREE)
     refuse_other_order(meta["order_sha256"], data.digest, workdir)
+    load_weights(model, folder, optimizer)
     logging.info("resuming at step %d", meta["step"])
     return Progress(meta["step"], meta["best"], np.array(meta["totals"]))
 

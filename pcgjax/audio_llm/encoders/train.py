@@ -26,8 +26,8 @@ from torch import nn
 
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm.checkpoints import learning_rate, newest
-from pcgjax.audio_llm.encoders.clips import answers, batch_of, clips_of, load_weights, save
+from pcgjax.audio_llm.checkpoints import best, learning_rate
+from pcgjax.audio_llm.encoders.clips import FREE, answers, batch_of, clips_of, load_weights, save
 from pcgjax.audio_llm.encoders.start import (
     Data,
     Progress,
@@ -46,7 +46,6 @@ from pcgjax.runs.judge import validation_scores
 from pcgjax.runs.signals import collected, leave
 from pcgjax.runs.streams import STEP
 from pcgjax.runtime import files, goodput
-from pcgjax.runtime.files import CheckpointError
 from pcgjax.training.conclude import Finished, conclude
 
 Portion = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # samples (C, T), mask (C, T) or None, labels (C,)
@@ -208,10 +207,8 @@ def judge_best(run: Run, facts: dict[str, int], seconds: dict[str, float], began
     facts: of `facts_of`; seconds: of the goodput clock; began: of `time.monotonic`, when the training was started.
     """
     data = run.data
-    folder = newest(run.workdir, "best")
-    if folder is None:
-        raise CheckpointError(f"{run.workdir}: no checkpoints/best-* there any more; give another --workdir")
-    meta = load_weights(run.model, folder)
+    folder, meta = best(run.workdir, "encoder", FREE, plain_config(run.config), order_sha256=data.digest)
+    load_weights(run.model, folder)
     log_p = {
         part: answers(run.model, run.extractor, data.corpus, data.parts[part], run.config, run.device)
         for part in ("validation", "test")
