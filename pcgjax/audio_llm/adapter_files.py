@@ -69,7 +69,8 @@ def attach(model: Any, folder: pathlib.Path) -> Any:
         raise ModelError(f"{folder / WEIGHTS}: {both[0]} and {both[1]} are the same tensor of this model; {fix}")
     by_name = {names[name]: (name, tensor) for name, tensor in weights.items()}
     problems: list[str] = []
-    for candidate in (config, in_older_layout(config, model)):
+    renamed = any(name != theirs for theirs, name in names.items())
+    for candidate in (config, in_older_layout(config, model) if renamed else None):
         if candidate is None:
             continue
         try:

@@ -265,11 +265,12 @@ def write(
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    of_kind = folders(workdir, kind)
-    named = {best_named(last) for last in folders(workdir, "last")} if kind == "best" else set()
-    for other in of_kind[_KEPT:]:
-        if step_of(other) not in named:  # a run that goes on from that `last` needs it
-            shutil.rmtree(other)
+    for older in folders(workdir, "last")[_KEPT:]:
+        shutil.rmtree(older)
+    named = {best_named(last) for last in folders(workdir, "last")}  # a run that goes on from that `last` needs it
+    for older in folders(workdir, "best")[_KEPT:]:
+        if step_of(older) not in named:
+            shutil.rmtree(older)
 
 
 def read(path: pathlib.Path) -> dict[str, torch.Tensor]:
