@@ -156,6 +156,7 @@ def read_config(folder: pathlib.Path) -> Any:
     if not (numbers and all(type(scale) in (int, float) and math.isfinite(scale) for scale in scales)):
         raise ModelError(f"{path}: r={config.r!r}, lora_alpha={config.lora_alpha!r} (or their patterns): need numbers")
     config.init_lora_weights, config.inference_mode, config.revision = True, True, None
+    config.base_model_name_or_path = None  # a path on somebody's machine: base.json says it better
     return config
 
 

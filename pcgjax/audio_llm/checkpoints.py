@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,6 +91,15 @@ def meta_of(folder: pathlib.Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise files.DamagedError(f"{path.parent}: damaged ({one_line(error)})") from None
+
+
+@contextlib.contextmanager
+def understood(folder: pathlib.Path) -> Iterator[None]:
+    """DamagedError for what is not in a meta.json, of a version without hashes, that should be."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise files.DamagedError(f"{folder}/meta.json: damaged ({one_line(error)}); remove {folder.name}") from None
 
 
 def intact(workdir: str | pathlib.Path, kind: str) -> tuple[pathlib.Path, dict[str, Any]] | None:
@@ -248,7 +258,11 @@ def write(
 ) -> None:  # fmt: skip
     """Writes checkpoints/KIND-STEP: what `write_weights(folder)` writes, moments as optimizer.safetensors (None: none),
     meta.json and hashes.json; then removes all but the last two, and those that a kept `last` names as its best. It is
-    there whole or not at all."""
+    there whole or not at all.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     from safetensors.torch import save_file
 
     target = workdir / "checkpoints" / f"{kind}-{step:08d}"
@@ -263,6 +277,8 @@ def write(
         hashes.write(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+    except SafetensorError as error:  # a full disk, in safetensors' words
+        raise OSError(f"{target}: cannot be written: {one_line(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for older in folders(workdir, "last")[_KEPT:]:

@@ -32,10 +32,11 @@ def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pat
 
     Raises:
       ValueError: `out` is a file, or a folder with something in it.
+      OSError: it cannot be written.
       ModelError (also DamagedError): as `model.load` and `model.with_adapter`, or a sum that its type cannot hold.
     """
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     import pcgjax
     from pcgjax.audio_llm import adapter_files, weights
@@ -69,7 +70,10 @@ def merge(model: str | pathlib.Path, adapter: str | pathlib.Path, out: str | pat
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as parent:
         new = pathlib.Path(parent) / "new"
-        merged.save_pretrained(new, save_original_format=older)
+        try:
+            merged.save_pretrained(new, save_original_format=older)
+        except SafetensorError as error:  # a full disk, in safetensors' words
+            raise OSError(f"{out}: cannot be written: {weights.one_line(error)}") from None
         for path in folder.iterdir():
             if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_OUT):
                 shutil.copyfile(path, new / path.name)

@@ -78,7 +78,7 @@ def load(folder: str | pathlib.Path, dtype: str, attention: str, device: str | t
 
     loaded: Any
     folder = check(folder, dtype)
-    hashes.check(folder, fix="merge it again")
+    hashes.check(folder, fix="merge it again, or remove hashes.json where you changed it")
     try:
         loaded = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True,

@@ -17,7 +17,7 @@ from absl import logging
 
 from pcgjax.audio_llm import batches, questions
 from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm.checkpoints import FREE, forget_later, intact, put, refuse_foreign_best
+from pcgjax.audio_llm.checkpoints import FREE, forget_later, intact, put, refuse_foreign_best, understood
 from pcgjax.data.corpus import Corpus, order_digest
 from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.data import load_data
@@ -216,14 +216,15 @@ def resume(
             files.write_text(workdir / "config.json", json.dumps(plain, indent=1) + "\n")
         return Progress(0, None, np.zeros(3), 0)
     folder, meta = found
-    refuse_changes(meta["config"], plain, workdir, FREE)
-    if meta["base"] != identity["base"]:
-        raise CheckpointError(f"{workdir}: trained on other base weights than {model_folder} has")
-    refuse_other_order(meta["order"], data.digest, workdir)
-    put(model.weights, folder, model.optimizer)
-    state = meta["state"]
-    logging.info("resuming at step %d", meta["step"])
-    return Progress(meta["step"], state["best"], np.array(state["sums"]), state["validated"])
+    with understood(folder):
+        refuse_changes(meta["config"], plain, workdir, FREE)
+        if meta["base"] != identity["base"]:
+            raise CheckpointError(f"{workdir}: trained on other base weights than {model_folder} has")
+        refuse_other_order(meta["order"], data.digest, workdir)
+        put(model.weights, folder, model.optimizer)
+        state = meta["state"]
+        logging.info("resuming at step %d", meta["step"])
+        return Progress(meta["step"], state["best"], np.array(state["sums"]), state["validated"])
 
 
 def clean(workdir: pathlib.Path, progress: Progress) -> None:

@@ -102,6 +102,20 @@ def test_W3_two_exchanged_checkpoints_are_told_apart(tmp_path):
         best(workdir)
 
 
+def test_a_full_disk_is_one_line_and_nothing_half_written_stays(tmp_path):
+    from safetensors import SafetensorError
+
+    workdir = make_run(tmp_path)
+    before = names(workdir)
+
+    def full(folder: pathlib.Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="last-00000040: cannot be written: .*No space left"):
+        checkpoints.write(workdir, "last", 40, full, None, {})
+    assert names(workdir) == before
+
+
 def test_a_best_that_is_missing_is_said(tmp_path, caplog):
     workdir = make_run(tmp_path)
     shutil.rmtree(workdir / "checkpoints" / "best-00000030")

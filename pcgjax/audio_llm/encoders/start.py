@@ -17,7 +17,7 @@ import torch
 from absl import logging
 
 from pcgjax import metrics
-from pcgjax.audio_llm.checkpoints import forget_later, intact, refuse_foreign_best
+from pcgjax.audio_llm.checkpoints import forget_later, intact, refuse_foreign_best, understood
 from pcgjax.audio_llm.encoders.clips import FREE, geometry_of, load_weights, torch_device
 from pcgjax.audio_llm.encoders.model import ARCHITECTURES, Classifier, check, make_encoder
 from pcgjax.audio_llm.model import RATE_HZ
@@ -182,11 +182,13 @@ def resume(
     if found is None:
         return Progress(0, None, np.zeros(3))
     folder, meta = found
-    refuse_changes(meta["config"], plain, workdir, FREE)
-    refuse_other_order(meta["order_sha256"], data.digest, workdir)
+    with understood(folder):
+        refuse_changes(meta["config"], plain, workdir, FREE)
+        refuse_other_order(meta["order_sha256"], data.digest, workdir)
+        progress = Progress(meta["step"], meta["best"], np.array(meta["totals"]))
     load_weights(model, folder, optimizer)
     logging.info("resuming at step %d", meta["step"])
-    return Progress(meta["step"], meta["best"], np.array(meta["totals"]))
+    return progress
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
