@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_stays(tmp_path):
     def full(folder: pathlib.Path) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    with pytest.raises(OSError, match="last-00000040: cannot be written: .*No space left"):
+    with pytest.raises(OSError, match=r"last-00000040: cannot be written: .*No space left"):
         checkpoints.write(workdir, "last", 40, full, None, {})
     assert names(workdir) == before
 
