@@ -179,9 +179,9 @@ def in_older_layout(config: Any, model: Any) -> Any:
     patterns = {}
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field) or {}
-        keys = {name: get_pattern_key(pattern.keys(), older(name)) for name in chosen}
+        keys = {name: get_pattern_key(list(pattern), older(name)) for name in chosen}
         patterns[field] = {re.escape(name): pattern[key] for name, key in keys.items() if key in pattern}
-    changes = {"target_modules": set(chosen)} | patterns
+    changes: dict[str, Any] = {"target_modules": set(chosen)} | patterns
     changes |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     translated_config = copy.deepcopy(config)
     for field, value in changes.items():

@@ -229,7 +229,7 @@ def resume(
 
 def clean(workdir: pathlib.Path, progress: Progress) -> None:
     """Removes what is of later steps: checkpoints, and lines of the log."""
-    forget_later(workdir, progress.step, progress.best and progress.best["step"])
+    forget_later(workdir, progress.step, progress.best["step"] if progress.best else None)
     until = {"train": progress.step, "validation": progress.validated, "test": -1}
     rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= until[line["split"]])
 

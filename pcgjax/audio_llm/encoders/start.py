@@ -86,7 +86,7 @@ def start(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: Data, 
     device = torch_device()
     progress = resume(config, workdir, data, model, optimizer)
     at = progress.step
-    forget_later(workdir, at, progress.best and progress.best["step"])
+    forget_later(workdir, at, progress.best["step"] if progress.best else None)
     rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= at and line["split"] != "test")
     board = open_board(workdir, at)
     record(workdir, config, at, machine_of(device))
