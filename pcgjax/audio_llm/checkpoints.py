@@ -23,6 +23,7 @@ from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.weights import ModelError, first_and_more, not_finite, one_line
 from pcgjax.audio_llm.weights import read as weights_of
 from pcgjax.runs.config import refuse_changes
+from pcgjax.runs.results import read_json
 from pcgjax.runtime import files, hashes
 from pcgjax.runtime.files import CheckpointError
 
@@ -173,10 +174,7 @@ def best(
     folder, meta = found
     path = workdir / "config.json"
     if config is None and path.is_file():
-        try:
-            config = dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not a run's config ({one_line(error)})") from None
+        config = read_json(path)
     if config is not None:
         refuse_foreign(folder, meta, config, free, **more)
     if (wanted := best_step(workdir)) is not None and step_of(folder) < wanted:

@@ -23,6 +23,7 @@ from pcgjax.audio_llm.conclude import Candidate, judge_run
 from pcgjax.audio_llm.start import Progress, Run, log, start
 from pcgjax.runs.best import more_accurate
 from pcgjax.runs.config import plain_config
+from pcgjax.runs.seal import seal
 from pcgjax.runs.signals import collected, leave
 from pcgjax.runs.streams import STEP
 
@@ -243,5 +244,6 @@ def judge_best(run: Run, progress: Progress, began: float) -> dict:
     log(run, progress.step, "test", {"accuracy": mean["accuracy"]["value"]} if mean["accuracy"] else {})
     close_board(run)
     if run.rank == 0:
+        seal(run.workdir)
         logging.info("done in %.0f s", time.monotonic() - began)
     return results

@@ -23,6 +23,7 @@ from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.data import load_data
 from pcgjax.runs.log import log_line, open_board, rewind
 from pcgjax.runs.record import record
+from pcgjax.runs.seal import begin_anew, refuse_other_run, unseal
 from pcgjax.runtime import files
 from pcgjax.runtime.files import CheckpointError
 
@@ -97,6 +98,7 @@ def start(config: ml_collections.ConfigDict, model_folder: str, workdir: pathlib
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     check(config, model_folder, processes, device)
     workdir.mkdir(parents=True, exist_ok=True)
+    refuse_other_run(workdir, plain_config(config), FREE)
     data = load(config, workdir)
     steps_an_epoch = -(-len(data.train) // config.train.batch_recordings)
     model = build(config, model_folder, device, processes)
@@ -228,7 +230,10 @@ def resume(
 
 
 def clean(workdir: pathlib.Path, progress: Progress) -> None:
-    """Removes what is of later steps: checkpoints, and lines of the log."""
+    """Removes what is of later steps: checkpoints, results, and lines of the log."""
+    unseal(workdir)
+    if not progress.step:
+        begin_anew(workdir)
     forget_later(workdir, progress.step, progress.best["step"] if progress.best else None)
     until = {"train": progress.step, "validation": progress.validated, "test": -1}
     rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= until[line["split"]])

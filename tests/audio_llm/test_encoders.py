@@ -78,7 +78,7 @@ def trained(config_of, tmp_path_factory) -> pathlib.Path:
 
 def lines(workdir: pathlib.Path) -> list[dict]:
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in history]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited", "check")} for line in history]
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -298,9 +298,15 @@ def test_W2_an_old_best_is_not_taken_for_another_run_s(config_of, trained, tmp_p
     workdir = shutil.copytree(trained, tmp_path / "run")
     for folder in workdir.glob("checkpoints/last-*"):
         shutil.rmtree(folder)
-    with pytest.raises(CheckpointError, match=r"checkpoints/best-\d+: trained with seed=0, now 1; give another"):
-        train_encoder(config_of(changes={"seed": 1, "train.epochs": 1, "split.seed": 0}), workdir)
+    other = config_of(changes={"optimizer.learning_rate": 1.0})
+    says = r"trained with optimizer\.learning_rate=0\.003, now 1\.0; give another --workdir"
+    with pytest.raises(CheckpointError, match=f"run: {says}"):
+        train_encoder(other, workdir)
     config = json.loads((workdir / "config.json").read_text())
+    for name in ("config.json", "hashes.json"):
+        (workdir / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"best-\d+: {says}"):
+        train_encoder(other, workdir)
     (workdir / "config.json").write_text(json.dumps(config | {"seed": 1}))
     with pytest.raises(CheckpointError, match="trained with seed=0, now 1"):
         load_encoder(workdir)

@@ -27,6 +27,7 @@ from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.data import load_data
 from pcgjax.runs.log import log_line, open_board, rewind
 from pcgjax.runs.record import record
+from pcgjax.runs.seal import begin_anew, unseal
 from pcgjax.runs.streams import ORDER
 from pcgjax.runtime import files
 from pcgjax.training.experiment import balance_groups
@@ -85,7 +86,10 @@ def start(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: Data, 
     """
     device = torch_device()
     progress = resume(config, workdir, data, model, optimizer)
+    unseal(workdir)
     at = progress.step
+    if not at:
+        begin_anew(workdir)
     forget_later(workdir, at, progress.best["step"] if progress.best else None)
     rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= at and line["split"] != "test")
     board = open_board(workdir, at)

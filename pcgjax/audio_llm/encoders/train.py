@@ -43,6 +43,7 @@ from pcgjax.audio_llm.encoders.start import (
 from pcgjax.runs.best import better_epoch
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.judge import validation_scores
+from pcgjax.runs.seal import refuse_other_run
 from pcgjax.runs.signals import collected, leave
 from pcgjax.runs.streams import STEP
 from pcgjax.runtime import files, goodput
@@ -62,6 +63,7 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
     clock, workdir = goodput.Clock(), pathlib.Path(workdir)
     check_config(config)
     workdir.mkdir(parents=True, exist_ok=True)
+    refuse_other_run(workdir, plain_config(config), FREE)
     data = load(config, workdir)
     model, extractor, optimizer = build(config)
     facts = facts_of(data, model)
