@@ -411,7 +411,7 @@ def audio_llm(case: Case) -> None:
     zero_shot = f"--zero_shot=cinc2016:{case.corpora / 'cinc'},pascal:{case.corpora / 'pascal'}"
     out = f"--out={case.folder / 'scores'}"
     case.run("pcgjax.audio_llm.score", f"--workdir={workdir}", *llm, out, zero_shot)
-    [adapter] = workdir.glob("checkpoints/best-*/adapter")
+    adapter = max(workdir.glob("checkpoints/best-*/adapter"))
     case.run("pcgjax.audio_llm.merge", *llm, f"--adapter={adapter}", f"--out={case.folder / 'merged'}")
 
 

@@ -18,6 +18,7 @@ from pcgjax.audio_llm.conclude import Candidate, about, score_part, write
 from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
 from pcgjax.data.corpus import Corpus, from_prepared
 from pcgjax.runs.data import load_data
+from pcgjax.runtime import hashes
 
 
 class Entry(NamedTuple):
@@ -45,6 +46,7 @@ def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
       ValueError: none there, or of another model.
     """
     path = pathlib.Path(workdir) / "config.json"
+    hashes.check(path.parent, [path.name], "put it back, or train again")
     try:
         config = ml_collections.ConfigDict(json.loads(path.read_text()))
         name = config.task.name

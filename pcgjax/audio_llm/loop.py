@@ -18,12 +18,13 @@ from absl import logging
 
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm.checkpoints import best_adapter, full, learning_rate, put, save
+from pcgjax.audio_llm.checkpoints import FREE, best, full, learning_rate, put, save
 from pcgjax.audio_llm.conclude import Candidate, judge_run
 from pcgjax.audio_llm.start import Progress, Run, log, start
 from pcgjax.runs import lock
 from pcgjax.runs.best import more_accurate
 from pcgjax.runs.config import plain_config
+from pcgjax.runs.seal import seal
 from pcgjax.runs.signals import collected, leave
 from pcgjax.runs.streams import STEP
 
@@ -239,7 +240,9 @@ def judge_best(run: Run, progress: Progress, began: float) -> dict:
     began: of `time.monotonic`, when the training was started.
     """
     data, model = run.data, run.model
-    put(model.weights, best_adapter(run.workdir).parent)
+    identity = {"base": model.peft.base_fingerprint, "order": data.digest}
+    folder, _ = best(run.workdir, "adapter", FREE, plain_config(run.config), **identity)
+    put(model.weights, folder)
     name = run.workdir.resolve().name
     candidate = Candidate(name, model.answerer, model.tokenize.processor, run.config, model.device)
     results = judge_run(candidate, data.source, data.lengths, data.parts, data.split, run.workdir)
@@ -247,5 +250,6 @@ def judge_best(run: Run, progress: Progress, began: float) -> dict:
     log(run, progress.step, "test", {"accuracy": mean["accuracy"]["value"]} if mean["accuracy"] else {})
     close_board(run)
     if run.rank == 0:
+        seal(run.workdir)
         logging.info("done in %.0f s", time.monotonic() - began)
     return results

@@ -19,10 +19,15 @@ import ml_collections
 import numpy as np
 import torch
 import torch.nn.functional as F
+from absl import logging
 from safetensors import SafetensorError
 from torch import nn
 
+from pcgjax.audio_llm import adapter_files
 from pcgjax.audio_llm.questions import LETTERS
+from pcgjax.audio_llm.weights import ODD_FILE, one_line, refuse_not_finite, weight_files
+from pcgjax.audio_llm.weights import ModelError as ModelError  # callers take it from here
+from pcgjax.runtime import files, hashes
 
 RATE_HZ = 16000
 CLIP_S = 30.0  # what Qwen2-Audio hears at most; its processor cuts the rest off in silence
@@ -31,10 +36,6 @@ _MOST_FRAMES = 3000
 _PREFIX = 0  # of `Batch.owner_SxL`: what all questions on a clip share
 _PAD = -1
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
-
-
-class ModelError(ValueError):
-    """A model folder or an adapter that cannot be used; the message names it and the fix."""
 
 
 # ------------------------------------------------------------------------------------------------------ loading
@@ -52,12 +53,12 @@ def check(folder: str | pathlib.Path, dtype: str) -> pathlib.Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json there; --model takes a local folder with a Qwen2-Audio checkpoint")
     try:
-        kind = dict(json.loads((folder / "config.json").read_text())).get("model_type")
-    except (ValueError, TypeError) as error:
+        kind = dict(json.loads((folder / "config.json").read_bytes())).get("model_type")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{folder}/config.json: no JSON object: {error}") from None
     if kind != "qwen2_audio":
         raise ModelError(f"{folder}/config.json: model_type is {kind!r}; only qwen2_audio is understood here")
-    if not any(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
         others = f"only {', '.join(sorted(pickled))}, pickled files that are not opened here" if pickled else "none"
         raise ModelError(f"{folder}: need weights as *.safetensors, found {others}; download those of the checkpoint")
@@ -69,28 +70,30 @@ def load(folder: str | pathlib.Path, dtype: str, attention: str, device: str | t
 
     Args: dtype: float32 or bfloat16; attention: transformers' name, such as sdpa, eager, flash_attention_2.
     Raises:
-      ModelError: no folder, another architecture, no safetensors weights, missing or misshapen weights, letters that
-        are not single tokens.
+      ModelError: no folder, another architecture, no safetensors weights, weights that are missing, unknown, misshapen
+        or not finite, letters that are not single tokens.
+      DamagedError: a file of it is not as `merge` wrote it.
     """
     import transformers
 
     loaded: Any
     folder = check(folder, dtype)
+    hashes.check(folder, fix="merge it again, or remove hashes.json where you changed it")
     try:
         loaded = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True,
             use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:400]}") from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, *ODD_FILE) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {one_line(error, 400)}") from None
     model, info = loaded
-    lacking = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
-    if lacking:
+    if lacking := sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])}):
         raise ModelError(
             f"{folder}: {len(lacking)} weights are missing, unknown or of another shape than config.json says: "
             f"{', '.join(lacking[:5])}; download the checkpoint again"
         )
+    refuse_not_finite(folder, model.named_parameters(), "download the checkpoint again")
     processor.tokenizer.padding_side = "left"
     letter_ids(processor)
     return model.requires_grad_(False).eval().to(device), processor
@@ -163,39 +166,67 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def save_adapter(model: Any, folder: pathlib.Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """PEFT's own layout, safetensors, and base.json, which says what weights it belongs to.
+    """PEFT's own layout, safetensors, and base.json, which says what weights it belongs to and what was written.
 
     tensors: full parameters by name, where the model itself holds parts of them.
     """
     model.save_pretrained(folder, state_dict=tensors, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
-    (folder / "base.json").write_text(json.dumps({"fingerprint": model.base_fingerprint}) + "\n")
+    names = (adapter_files.CONFIG, adapter_files.WEIGHTS)
+    about = {"fingerprint": model.base_fingerprint, "files": {name: hashes.of_file(folder / name) for name in names}}
+    (folder / adapter_files.BASE).write_text(json.dumps(about | {"sha256": hashes.of_json(about)}) + "\n")
 
 
-def with_adapter(model: Any, folder: str | pathlib.Path) -> Any:
-    """The model with the adapter that `save_adapter` wrote.
+def check_adapter(folder: str | pathlib.Path) -> str | None:
+    """The fingerprint of the base weights that an adapter belongs to; None where it does not say it.
 
     Raises:
-      ModelError: no adapter there, a pickled one, or one of another base.
+      ModelError: no adapter there, or a pickled one.
+      DamagedError: a file of it is not as training wrote it.
     """
-    import peft
-
     folder = pathlib.Path(folder)
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+    if not all((folder / name).is_file() for name in (adapter_files.CONFIG, adapter_files.WEIGHTS)):
         pickled = " (adapter_model.bin is a pickled file, which is not opened here)"
         raise ModelError(
             f"{folder}: need adapter_config.json and adapter_model.safetensors"
             f"{pickled if (folder / 'adapter_model.bin').exists() else ''}; give the folder that training wrote"
         )
-    base = fingerprint(model)
-    saved = folder / "base.json"
-    theirs = json.loads(saved.read_text()).get("fingerprint") if saved.is_file() else None
-    if theirs is not None and theirs != base:
-        raise ModelError(f"{folder}: trained on other base weights ({theirs}) than --model has ({base}); give its own")
+    whole = folder.resolve()
+    listed = hashes.read(whole.parent) or {}  # a checkpoint's
+    fix = "use another checkpoint, or train again"
+    hashes.check(whole.parent, [name for name in listed if name.startswith(f"{whole.name}/")], fix)
+    path = folder / adapter_files.BASE
+    if not path.exists():
+        return None
     try:
-        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder}: does not fit this model: {' '.join(str(error).split())[:300]}") from None
+        about = dict(json.loads(path.read_bytes()))
+        written = about.pop("sha256", None)
+        if written is not None and written != hashes.of_json(about):
+            raise ValueError("not what was written")
+        for name, digest in about.get("files", {}).items():
+            if hashes.of_file(folder / name) != digest:
+                raise files.DamagedError(f"{folder / name}: damaged, not the bytes that were written; {fix}")
+        return about["fingerprint"]
+    except files.DamagedError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise files.DamagedError(f"{path}: damaged ({one_line(error)}); {fix}") from None
+
+
+def with_adapter(model: Any, folder: str | pathlib.Path) -> Any:
+    """The model with the adapter that `save_adapter` wrote, or another in PEFT's layout.
+
+    Raises:
+      ModelError: no adapter there, a pickled one, one of another base, or one of which a tensor does not fit.
+      DamagedError: a file of it is not as training wrote it.
+    """
+    folder = pathlib.Path(folder)
+    theirs, base = check_adapter(folder), fingerprint(model)
+    if theirs is None:
+        logging.warning("%s: has no base.json, so nothing says that --model is the one it was trained on", folder)
+    elif theirs != base:
+        raise ModelError(f"{folder}: trained on other base weights ({theirs}) than --model has ({base}); give its own")
+    adapted = adapter_files.attach(model, folder)
     adapted.base_fingerprint = base
     return adapted.eval()
 
@@ -237,8 +268,12 @@ def shortest() -> int:
 
 
 def mel_of_clip(feature_extractor: Any, clip: np.ndarray) -> np.ndarray:
-    """(128, M) of a clip at 16 kHz: what the padded clip's mel has there, and the frames after it that the
-    convolutions before the encoder look at."""
+    """(128, M) of a clip at 16 kHz, float in [-1, 1]: what the padded clip's mel has there, and the frames after it
+    that the convolutions before the encoder look at.
+
+    Raises:
+      ValueError: samples that are not finite, or so large that their squares are not.
+    """
     frames = min(2 * positions(len(clip)) + 2, _MOST_FRAMES)
     # Two more frames, so that the reflection at the end reaches none of ours; of 30 s the documented path has one too.
     samples = np.zeros(min((frames + 2) * _HOP, _MOST_FRAMES * _HOP), np.float32)
@@ -246,7 +281,10 @@ def mel_of_clip(feature_extractor: Any, clip: np.ndarray) -> np.ndarray:
     features = feature_extractor(
         samples, sampling_rate=RATE_HZ, padding="do_not_pad", truncation=False, return_tensors="np"
     )
-    return features["input_features"][0][:, :frames]
+    mel = features["input_features"][0][:, :frames]
+    if not np.isfinite(mel).all():
+        raise ValueError(f"a clip whose samples reach {np.abs(clip).max():g} has no spectrum: give samples in [-1, 1]")
+    return mel
 
 
 def conversation(processor: Any, question: str) -> str:

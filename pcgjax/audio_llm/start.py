@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -18,20 +17,18 @@ from absl import logging
 
 from pcgjax.audio_llm import batches, questions
 from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm.checkpoints import newest, put
+from pcgjax.audio_llm.checkpoints import FREE, forget_later, intact, put, refuse_foreign_best, understood
 from pcgjax.data.corpus import Corpus, order_digest
 from pcgjax.runs import schema
 from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.data import load_data
 from pcgjax.runs.log import log_line, open_board, rewind
 from pcgjax.runs.record import record
+from pcgjax.runs.seal import begin_anew, refuse_other_run, unseal
 from pcgjax.runtime import files
 from pcgjax.runtime.files import CheckpointError
 
 _PAD_MULTIPLE = 64  # tokens, where layers are compiled or run on a GPU
-# Where and how fast it is computed: a run may go on with other values.
-FREE = (("parallel", "fsdp"), ("train", "accumulate"), ("train", "log_steps"), ("model", "checkpointing"),
-        ("model", "compile"), ("model", "share_prefix"), ("front_end", "segments"))  # fmt: skip
 
 
 class Data(NamedTuple):
@@ -99,6 +96,7 @@ def start(config: ml_collections.ConfigDict, model_folder: str, workdir: pathlib
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     check(config, model_folder, processes, device)
     workdir.mkdir(parents=True, exist_ok=True)
+    refuse_other_run(workdir, plain_config(config), FREE)
     data = load(config, workdir)
     steps_an_epoch = -(-len(data.train) // config.train.batch_recordings)
     model = build(config, model_folder, device, processes)
@@ -209,25 +207,33 @@ def resume(
       CheckpointError: the checkpoint is of another config, base model or order of data, or damaged.
     """
     plain = plain_config(config)
-    folder = newest(workdir, "last")
-    if folder is None:
-        if batches.process()[0] == 0:
+    identity = {"base": model.peft.base_fingerprint, "order": data.digest}
+    first = batches.process()[0] == 0
+    if first:  # also where `last` was removed: then they would be taken for this run's
+        refuse_foreign_best(workdir, plain, FREE, **identity)
+    found = intact(workdir, "last")
+    if found is None:
+        if first:
             files.write_text(workdir / "config.json", json.dumps(plain, indent=1) + "\n")
         return Progress(0, None, np.zeros(3), 0)
-    meta = json.loads((folder / "meta.json").read_text())
-    refuse_changes(meta["config"], plain, workdir, FREE)
-    if meta["base"] != model.peft.base_fingerprint:
-        raise CheckpointError(f"{workdir}: trained on other base weights than {model_folder} has")
-    refuse_other_order(meta["order"], data.digest, workdir)
-    state = put(model.weights, folder, model.optimizer)["state"]
-    logging.info("resuming at step %d", meta["step"])
-    return Progress(meta["step"], state["best"], np.array(state["sums"]), state["validated"])
+    folder, meta = found
+    with understood(folder):
+        refuse_changes(meta["config"], plain, workdir, FREE)
+        if meta["base"] != identity["base"]:
+            raise CheckpointError(f"{workdir}: trained on other base weights than {model_folder} has")
+        refuse_other_order(meta["order"], data.digest, workdir)
+        put(model.weights, folder, model.optimizer)
+        state = meta["state"]
+        logging.info("resuming at step %d", meta["step"])
+        return Progress(meta["step"], state["best"], np.array(state["sums"]), state["validated"])
 
 
 def clean(workdir: pathlib.Path, progress: Progress) -> None:
-    """Removes what a killed process left of later steps: half-written checkpoints, lines of the log."""
-    for unfinished in workdir.glob("checkpoints/.*.tmp"):
-        shutil.rmtree(unfinished)
+    """Removes what is of later steps: checkpoints, results, and lines of the log."""
+    unseal(workdir)
+    if not progress.step:
+        begin_anew(workdir)
+    forget_later(workdir, progress.step, progress.best["step"] if progress.best else None)
     until = {"train": progress.step, "validation": progress.validated, "test": -1}
     rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= until[line["split"]])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pcgjax.models.ssamba_checkpoint import read_tensors
+from pcgjax.models.ssamba_checkpoint import read_tensors, refuse_not_finite
 
 _STEMS = ("conv1.weight", "features.0.0.weight", "patch_embed.proj.weight")
 _UNUSED = ("fc.", "classifier.3.", "head.")  # the heads for ImageNet's thousand classes
@@ -29,7 +29,7 @@ def load_imagenet(model: Any, path: str | pathlib.Path) -> Any:
       model: an `image.ImageClassifier`.
       path: a .safetensors, or a state dict of torch.save, which needs torch; code that the file may hold is not run.
     Raises:
-      ValueError: not such a file, or keys that are missing, unknown or of another shape; the message names them.
+      ValueError: not such a file, keys that are missing, unknown or of another shape, or a NaN; the message names them.
       OSError: no such file.
     """
     tensors = {
@@ -69,9 +69,11 @@ def _read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise ImportError(f"{path}: reading it needs safetensors: pip install safetensors") from error
     try:
-        return {name: np.asarray(x, np.float32) for name, x in safetensors.flax.load_file(str(path)).items()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a .safetensors file: {error}") from None
+        arrays = {name: np.asarray(x, np.float32) for name, x in safetensors.flax.load_file(str(path)).items()}
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a .safetensors file of arrays: {error}") from None
+    refuse_not_finite(path, arrays)
+    return arrays
 
 
 def _as_ours(name: str, array: np.ndarray, last: str, grid: tuple[int, int] | None) -> np.ndarray | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-import pickle
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from flax import nnx
 from pcgjax.models.ssamba_net import MEL_BINS, PATCH, SSAMBA, Unused, make_head, patch_grid
 
 _PREFIX = "module."  # of torch.nn.DataParallel, which the public code wants to see
+_WITHIN = ("state_dict", "model", "model_state_dict")  # where trainers' own files keep the state dict
 _PRETRAIN_SIZES = ("p_input_fdim", "p_input_tdim")
 
 
@@ -216,11 +216,12 @@ def save_torch_checkpoint(model: SSAMBA, path: str | pathlib.Path) -> None:
 def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of a state dict that `torch.save` wrote, by name, without the prefix "module."; needs torch.
 
-    Floats of any width come as float32, integers as they are; code that the file may hold is not run.
+    Floats of any width come as float32, integers as they are; parameters as their arrays; a state dict may lie beside
+    other things under "state_dict", "model" or "model_state_dict". Code that the file may hold is not run.
 
     Raises:
       ImportError: torch is not installed.
-      ValueError: not such a file; the message names it.
+      ValueError: not such a file, or a NaN or an infinity in an array; the message names both.
       OSError: no such file.
     """
     try:
@@ -229,24 +230,40 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         raise ImportError(f"{path}: reading a PyTorch checkpoint needs torch: pip install torch") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler meets in a file that anyone wrote
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path}: not a PyTorch checkpoint of arrays alone, and nothing else in it was run ({reason}); "
             "give a state dict written by torch.save"
         ) from None
+    if isinstance(state, dict) and len(within := [name for name in _WITHIN if isinstance(state.get(name), dict)]) == 1:
+        state = state[within[0]]
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path}: holds a {type(state).__name__}, needs a state dict")
     wrong = [name for name, value in state.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]!r} is not an array; give a state dict")
-    prefixed = all(name.startswith(_PREFIX) for name in state)
-    return {
-        name.removeprefix(_PREFIX) if prefixed else name: (
-            value.float() if value.is_floating_point() else value
-        ).numpy()
-        for name, value in state.items()
-    }
+    while all(name.startswith(_PREFIX) for name in state):
+        state = {name.removeprefix(_PREFIX): value for name, value in state.items()}
+    arrays = {}
+    for name, value in state.items():
+        try:
+            arrays[name] = (value.float() if value.is_floating_point() else value).detach().numpy()
+        except (RuntimeError, TypeError, ValueError) as error:  # sparse, quantised, without its values
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: {name} cannot be read ({reason}); give a state dict of plain arrays") from None
+    refuse_not_finite(path, arrays)
+    return arrays
+
+
+def refuse_not_finite(path: str | pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError naming the first array that holds a NaN or an infinity, and how many more do."""
+    names = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise ValueError(f"{path}: {names[0]} holds a NaN or an infinity{more}; copy or download the file again")
 
 
 def _adapted(path: str | pathlib.Path, tensors: dict[str, np.ndarray], grid: tuple[int, int]) -> np.ndarray:

@@ -7,7 +7,7 @@ itself.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -40,15 +40,17 @@ def unseal(workdir: pathlib.Path) -> None:
         (workdir / hashes.NAME).unlink(missing_ok=True)
 
 
-def refuse_other_run(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+def refuse_other_run(
+    workdir: pathlib.Path, config: Mapping[str, Any], also_free: Iterable[tuple[str, str]] = ()
+) -> None:
     """Raises CheckpointError where a workdir holds a run of another config, naming the field; before anything is read
-    or written."""
+    or written. also_free: as in `refuse_changes`."""
     path = workdir / "config.json"
     if not path.exists():
         return
     begun = any((workdir / name).exists() for name in ("metrics.jsonl", *RESULTS))
     if begun or any(path.is_file() for path in (workdir / "checkpoints").rglob("*")):
-        refuse_changes(read_json(path), dict(config), workdir)
+        refuse_changes(read_json(path), dict(config), workdir, also_free)
 
 
 def begin_anew(workdir: pathlib.Path) -> None:

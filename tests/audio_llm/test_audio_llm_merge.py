@@ -14,6 +14,8 @@ import torch
 from pcgjax.audio_llm import make_tiny
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.merge import merge
+from pcgjax.runtime import hashes
+from pcgjax.runtime.files import DamagedError
 
 QUESTIONS = ["What is the pitch of the murmur?\nA. Low\nB. High", "Is there a murmur?\nA. Present\nB. Absent"]
 
@@ -70,7 +72,7 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(legacy, tiny_llm, adapt
     with safe_open(out / "model.safetensors", "pt") as merged, safe_open(folder / "model.safetensors", "pt") as base:
         assert set(merged.keys()) == set(base.keys())
     others = {path.name for path in folder.iterdir()} - {"model.safetensors", make_tiny.MARKER}
-    assert {path.name for path in out.iterdir()} == {*others, "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {*others, "model.safetensors", "merged_from.json", "hashes.json"}
     for name in others:
         assert (out / name).read_bytes() == (folder / name).read_bytes()
 
@@ -125,6 +127,32 @@ def test_an_empty_folder_may_be_written_to(tiny_llm, adapter, tmp_path):
     (tmp_path / "out").mkdir()
     assert (merge(tiny_llm, adapter, tmp_path / "out") / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_merged_folder_says_what_it_was_made_from_and_is_checked(tiny_llm, adapter, tmp_path):
+    out = merge(tiny_llm, adapter, tmp_path / "merged")
+    about = json.loads((out / "merged_from.json").read_text())
+    base = llm.load(tiny_llm, "float32", "sdpa")[0]
+    assert about["base"] == {"fingerprint": llm.fingerprint(base), "name": tiny_llm.name}
+    assert about["adapter"]["adapter_model.safetensors"] == hashes.of_file(adapter / "adapter_model.safetensors")
+    llm.load(out, "float32", "sdpa")
+    weights = out / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1000] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"model\.safetensors: damaged, its \d+ bytes are not those"):
+        llm.load(out, "float32", "sdpa")
+
+
+def test_R5_hidden_files_are_no_weights(tiny_llm, adapter, tmp_path):
+    base = shutil.copytree(tiny_llm, tmp_path / "base")
+    for name in ("._model.safetensors", ".DS_Store", "._config.json"):
+        (base / name).write_bytes(b"Mac OS X")
+    out = merge(base, adapter, tmp_path / "merged")
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    (base / "model.safetensors").unlink()
+    with pytest.raises(llm.ModelError, match=r"need weights as \*\.safetensors, found none"):
+        llm.load(base, "float32", "sdpa")
 
 
 @pytest.mark.slow

@@ -260,6 +260,8 @@ def test_folders_that_are_no_model_are_refused(tiny_llm, tmp_path):
     find = lambda tensors: next(key for key in tensors if key.endswith(name))
     refused("1 weights are missing.*layers.0.fc1", weights(lambda w: w.pop(find(w))))
     refused("cannot be loaded", weights(lambda w: w.update({find(w): torch.zeros(3, 3)})))
+    refused("1 weights are missing, unknown .*: extra", weights(lambda w: w.update({"extra": torch.zeros(3)})))
+    refused("layers.0.fc1.weight holds a NaN", weights(lambda w: w[find(w)].fill_(float("nan"))))
 
 
 def test_a_letter_of_several_tokens_is_refused(loaded):

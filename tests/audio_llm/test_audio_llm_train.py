@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def adapter(workdir: pathlib.Path, kind: str = "last") -> dict[str, np.ndarray]:
 
 def lines(workdir: pathlib.Path) -> list[dict]:
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in history]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "check")} for line in history]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_run_leaves_what_others_read(trained):
     split = json.loads((trained / "split.json").read_text())
     assert split["target"] == "murmur_status"
     assert not {p.name for p in (trained / "checkpoints").iterdir() if p.name.startswith(".")}
-    assert sorted(p.name.split("-")[0] for p in (trained / "checkpoints").iterdir()) == ["best", "last"]
+    assert {p.name.split("-")[0] for p in (trained / "checkpoints").iterdir()} == {"best", "last"}
     for weight in adapter(trained).values():
         assert np.isfinite(weight).all()
 
@@ -234,6 +235,34 @@ def test_another_experiment_is_refused(words, trained, change, match):
     done = run(words, trained, 1, f"--config.{name}={value}")
     assert done.returncode == 1
     assert re.search(match, done.stderr)
+
+
+@pytest.mark.slow
+def test_W3_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(words, trained, tmp_path):
+    from pcgjax.audio_llm.checkpoints import newest
+
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    path = newest(workdir, "last") / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    done = run(words, workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"last-\d+/adapter/adapter_model.safetensors: damaged.*the checkpoint before it", done.stderr)
+    assert lines(workdir) == lines(trained)
+    for kind in ("last", "best"):
+        wanted, resumed = adapter(trained, kind), adapter(workdir, kind)
+        assert all(np.array_equal(wanted[name], resumed[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_W2_an_old_best_is_not_taken_for_another_run_s(words, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    for folder in (workdir / "checkpoints").glob("last-*"):
+        shutil.rmtree(folder)
+    done = run(words, workdir, 1, "--config.optimizer.learning_rate=0.5")
+    assert done.returncode == 1
+    assert re.search(r"error: \S+: trained with optimizer.learning_rate=\S+, now 0.5; give", done.stderr)
 
 
 @pytest.mark.parametrize(

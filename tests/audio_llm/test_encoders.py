@@ -28,7 +28,7 @@ from pcgjax.audio_llm.encoders.train import train_encoder  # noqa: E402
 from pcgjax.audio_llm.model import ModelError  # noqa: E402
 from pcgjax.data.corpus import in_memory  # noqa: E402
 from pcgjax.pages import run as run_page  # noqa: E402
-from pcgjax.runtime.files import CheckpointError  # noqa: E402
+from pcgjax.runtime.files import CheckpointError, DamagedError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
@@ -78,7 +78,7 @@ def trained(config_of, tmp_path_factory) -> pathlib.Path:
 
 def lines(workdir: pathlib.Path) -> list[dict]:
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in history]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited", "check")} for line in history]
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -161,6 +161,14 @@ def test_what_a_folder_lacks_is_said(config_of, tmp_path):
     state = load(content)
     save_file({k: v for k, v in state.items() if "feature_projection" not in k}, weights, {"format": "pt"})
     fails("4 weights are missing .* feature_projection", folder)
+    # R6, R5: a NaN is named; a Mac's hidden file is no weight.
+    nan = {k: v.clone() for k, v in state.items()}
+    nan["wav2vec2.encoder.layers.1.final_layer_norm.bias"][3] = math.nan
+    save_file(nan, weights, {"format": "pt"})
+    fails(r"encoder\.layers\.1\.final_layer_norm\.bias holds a NaN or an infinity", folder)
+    save_file({k: v.half() for k, v in state.items()}, weights, {"format": "pt"})
+    (folder / "._model.safetensors").write_bytes(b"Mac OS X")
+    make_encoder(config_of("wav2vec2", {"model.folder": str(folder)}).model)
     weights.unlink()
     fails(r"no weights there, need \*.safetensors", folder)
     torch.save(state, folder / "pytorch_model.bin")
@@ -212,8 +220,7 @@ def test_a_run_leaves_what_others_read(trained, corpus_folder, tmp_path):
     there = {path.name for path in trained.iterdir()}
     assert there >= {"config.json", "split.json", "metrics.jsonl", "metrics.json", "predictions.csv", "report.html",
                      "examples.npz", "run.json", "tensorboard", "checkpoints"}  # fmt: skip
-    kinds = sorted(path.name.split("-")[0] for path in (trained / "checkpoints").iterdir())
-    assert kinds == ["best", "last"]
+    assert {path.name.split("-")[0] for path in (trained / "checkpoints").iterdir()} == {"best", "last"}
     history = lines(trained)
     assert [line["split"] for line in history] == ["train", "validation"] * 5 + ["test"]
     assert history[8]["loss"] < history[0]["loss"]
@@ -277,13 +284,53 @@ def test_another_experiment_does_not_go_on_with_a_run(config_of, trained, tmp_pa
     workdir = shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"trained with optimizer\.learning_rate=0.003, now 0.1"):
         train_encoder(config_of(changes={"optimizer.learning_rate": 0.1}), workdir)
-    with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
+    with pytest.raises(CheckpointError, match=r"trained with model\.architecture=wav2vec2, now distilhubert"):
         train_encoder(config_of("distilhubert"), workdir)
-    next(workdir.glob("checkpoints/best-*/model.safetensors")).write_bytes(b"1234")
-    with pytest.raises(CheckpointError, match="not a checkpoint of this run"):
+    for path in workdir.glob("checkpoints/best-*/model.safetensors"):
+        path.write_bytes(b"1234")
+    with pytest.raises(DamagedError, match=r"model\.safetensors: damaged, 4 bytes and not the"):
         load_encoder(workdir)
     with pytest.raises(CheckpointError, match="no trained encoder there"):
         load_encoder(tmp_path)
+
+
+def test_W2_an_old_best_is_not_taken_for_another_run_s(config_of, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    for folder in workdir.glob("checkpoints/last-*"):
+        shutil.rmtree(folder)
+    other = config_of(changes={"optimizer.learning_rate": 1.0})
+    says = r"trained with optimizer\.learning_rate=0\.003, now 1\.0; give another --workdir"
+    with pytest.raises(CheckpointError, match=f"run: {says}"):
+        train_encoder(other, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    for name in ("config.json", "hashes.json"):
+        (workdir / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"best-\d+: {says}"):
+        train_encoder(other, workdir)
+    (workdir / "config.json").write_text(json.dumps(config | {"seed": 1}))
+    with pytest.raises(CheckpointError, match="trained with seed=0, now 1"):
+        load_encoder(workdir)
+
+
+def test_W3_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(config_of, trained, tmp_path, caplog):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    newest_last = newest(workdir, "last")
+    flip(newest_last / "optimizer.safetensors")
+    (workdir / "checkpoints" / "last-00000099").mkdir()  # R8
+    train_encoder(config_of(), workdir)
+    assert f"{newest_last.name}/optimizer.safetensors: damaged, its" in caplog.text
+    assert "last-00000099: no checkpoint, passed over" in caplog.text
+    assert json.loads((workdir / "run.json").read_text())["starts"][-1]["step"] == 18
+    assert lines(workdir) == lines(trained)
+    for kind in ("last", "best"):
+        assert weights(workdir, kind) == weights(trained, kind)
+    assert (workdir / "predictions.csv").read_text() == (trained / "predictions.csv").read_text()
+
+
+def flip(path: pathlib.Path, place: float = 0.7) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 4
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

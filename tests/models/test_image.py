@@ -363,6 +363,14 @@ def test_safetensors_in_bfloat16_and_a_grey_stem(tmp_path):
     state["conv1.weight"] = state["conv1.weight"].float().sum(1, keepdim=True)
     save_file(state, tmp_path / "grey.safetensors")
     grey = load_imagenet(make("resnet"), tmp_path / "grey.safetensors")
+    # R6: parameters, wrapped; a NaN.
+    torch.save({"model": {f"module.{k}": torch.nn.Parameter(x, False) for k, x in state.items()}}, tmp_path / "a.pth")
+    again = load_imagenet(make("resnet"), tmp_path / "a.pth")
+    np.testing.assert_array_equal(again.trunk.conv1.kernel[...], grey.trunk.conv1.kernel[...])
+    state["bn1.bias"][0] = torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=r"nan\.safetensors: bn1\.bias holds a NaN or an infinity"):
+        load_imagenet(make("resnet"), tmp_path / "nan.safetensors")
     assert_near(grey.trunk.conv1.kernel[...], model.trunk.conv1.kernel[...], 1e-6)
 
 

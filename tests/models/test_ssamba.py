@@ -274,6 +274,29 @@ def test_import_is_strict(model, tmp_path, change, says):
     assert "bad.pth" in str(caught.value)
 
 
+def test_R6_parameters_wrapped_state_dicts_and_half_precision_load(model, tmp_path):
+    state = fine_tuned(model, tmp_path / "fine.pth")
+    parameters = {f"module.{name}": torch.nn.Parameter(x) for name, x in state.items()}
+    for theirs in ({"state_dict": parameters, "epoch": 3}, {name: x.bfloat16() for name, x in state.items()}):
+        torch.save(theirs, tmp_path / "theirs.pth")
+        save_torch_checkpoint(load_torch_checkpoint(tmp_path / "theirs.pth", FRAMES), tmp_path / "again.pth")
+        again = torch.load(tmp_path / "again.pth", weights_only=True)
+        assert all(torch.allclose(again[name], state[name], rtol=0.01) for name in again)
+
+
+def test_R6_what_cannot_be_a_weight_is_named(model, tmp_path):
+    def refused(says, change):
+        fine_tuned(model, tmp_path / "bad.pth", change)
+        with pytest.raises(ValueError, match=says):
+            load_torch_checkpoint(tmp_path / "bad.pth", FRAMES)
+
+    name = "v.layers.1.mixer.D"
+    nan = torch.full((32,), float("nan"))
+    refused(r"bad\.pth: v\.layers\.1\.mixer\.D holds a NaN or an infinity", lambda s: s.update({f"module.{name}": nan}))
+    refused(r"v\.layers\.1\.mixer\.D cannot be read", lambda s: s.update({f"module.{name}": torch.eye(2).to_sparse()}))
+    refused("'epoch' is not an array", lambda s: s.update(epoch=3, model={}, state_dict={}))
+
+
 class Touch:
     def __init__(self, path):
         self.path = path

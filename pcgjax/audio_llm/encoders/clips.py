@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -14,12 +13,16 @@ import numpy as np
 import torch
 
 from pcgjax.audio_llm import batches
-from pcgjax.audio_llm.checkpoints import full, moments_of, newest, write
+from pcgjax.audio_llm.checkpoints import best, full, moments_of, put_moments, read, write
 from pcgjax.audio_llm.encoders.model import Classifier, make_encoder
 from pcgjax.audio_llm.model import RATE_HZ, precision
+from pcgjax.audio_llm.weights import first_and_more, not_finite, one_line
 from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import Geometry
 from pcgjax.runtime.files import CheckpointError
+
+# How fast it is computed: a run may go on with another value.
+FREE = (("train", "portion_clips"),)
 
 
 class Clip(NamedTuple):
@@ -57,14 +60,28 @@ def clips_of(corpus: Corpus, indices: Sequence[int] | np.ndarray, geometry: Geom
 def batch_of(
     corpus: Corpus, clips: Sequence[Clip], extractor: Any, window: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(samples (C, T), mask (C, T) or None) as the encoder takes them: each clip normalised over its own samples
-    where the extractor does so, then padded with zeros to `window`, with a mask where the extractor gives one."""
+    """(samples (C, T), mask (C, T) or None) of these clips as `as_heard` gives them."""
     read = functools.lru_cache(1)(corpus.read)  # a recording's clips come one after another
     waves = [read(clip.recording)[clip.begin : clip.end].astype(np.float32) / 32767 for clip in clips]
+    return as_heard(waves, extractor, window)
+
+
+def as_heard(waves: Sequence[np.ndarray], extractor: Any, window: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(samples (C, T), mask (C, T) or None) as the encoder takes them: each clip, float32 in [-1, 1], normalised over
+    its own samples where the extractor does so, then padded with zeros to `window`, with a mask where the extractor
+    gives one.
+
+    Raises:
+      ValueError: samples that are not finite, or so large that their squares are not.
+    """
     normalised = extractor(waves, sampling_rate=RATE_HZ, return_attention_mask=False)
     # Padded in a second step: without a mask the first would count the zeros in the mean and variance.
     padded = extractor.pad(normalised, padding="max_length", max_length=window, return_tensors="pt")
-    return padded["input_values"].float(), padded.get("attention_mask")
+    samples = padded["input_values"].float()
+    if not bool(torch.isfinite(samples).all()):
+        loudest = max(float(np.abs(wave).max(initial=0)) for wave in waves)
+        raise ValueError(f"a clip whose samples reach {loudest:g} cannot be normalised: give samples in [-1, 1]")
+    return samples, padded.get("attention_mask")
 
 
 def answers(
@@ -75,7 +92,11 @@ def answers(
     config: ml_collections.ConfigDict,
     device: torch.device,
 ) -> np.ndarray:
-    """(n, 2) float64 log p, log (1 - p) of each of these recordings being positive, p the mean over its clips."""
+    """(n, 2) float64 log p, log (1 - p) of each of these recordings being positive, p the mean over its clips.
+
+    Raises:
+      FloatingPointError: an answer that is not finite, naming its recording.
+    """
     geometry = geometry_of(config, corpus)
     clips, size = clips_of(corpus, indices, geometry), config.train.portion_clips
     pieces = [clips[i : i + size] for i in range(0, len(clips), size)]
@@ -89,6 +110,9 @@ def answers(
     finally:
         model.train(training)
     z = np.concatenate(logits).astype(np.float64)
+    if len(bad := np.flatnonzero(~np.isfinite(z))):
+        name = corpus.rows[clips[bad[0]].recording].get("id", clips[bad[0]].recording)
+        raise FloatingPointError(f"the model's answer to {name} is not finite, nor to {len(bad) - 1} other clips")
     counts = geometry.windows(corpus.lengths[indices])
     log_pairs = np.stack([-np.logaddexp(0, -z), -np.logaddexp(0, z)], axis=-1)
     of_recording = np.split(log_pairs, np.cumsum(counts)[:-1])
@@ -100,7 +124,8 @@ def torch_device() -> torch.device:
 
 
 def save(workdir: pathlib.Path, kind: str, step: int, model: Classifier, optimizer: Any, meta: dict) -> None:
-    """Writes checkpoints/KIND-STEP: model.safetensors, meta.json and, with an optimizer, optimizer.safetensors."""
+    """Writes checkpoints/KIND-STEP: model.safetensors, meta.json, hashes.json and, with an optimizer,
+    optimizer.safetensors; see `checkpoints.write`."""
     from safetensors.torch import save_file
 
     tensors = {name: full(p) for name, p in model.state_dict().items()}
@@ -108,41 +133,23 @@ def save(workdir: pathlib.Path, kind: str, step: int, model: Classifier, optimiz
     write(workdir, kind, step, lambda folder: save_file(tensors, folder / "model.safetensors"), moments, meta)
 
 
-def load_weights(model: Classifier, folder: pathlib.Path, optimizer: Any = None) -> dict:
-    """Sets the weights, and the optimizer's moments, to those of a checkpoint; returns its meta.json.
+def load_weights(model: Classifier, folder: pathlib.Path, optimizer: Any = None) -> None:
+    """Sets the weights, and the optimizer's moments, to those of a checkpoint that `checkpoints.meta_of` found whole.
 
     Raises:
-      CheckpointError: it is damaged, or of another model.
+      CheckpointError: it cannot be read, or is of another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    state = read(folder / "model.safetensors")
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(state)
+        if bad := not_finite(state.items()):
+            raise ValueError(f"{first_and_more(bad)}: a NaN or an infinity")
         if optimizer is not None:
-            weights = dict(model.named_parameters())
-            for key, value in load_file(folder / "optimizer.safetensors").items():
-                name, kind = key.rsplit("|", 1)
-                p = weights[name]
-                optimizer.state[p][kind] = value.to(p.device) if value.ndim else value
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+            put_moments(dict(model.named_parameters()), folder, optimizer)
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: not a checkpoint of this run ({reason}); give another --workdir, or remove it"
+            f"{folder}: not a checkpoint of this run ({one_line(error)}); give another --workdir, or remove it"
         ) from None
-
-
-def best_folder(workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder with a run's best model by its validation score.
-
-    Raises:
-      CheckpointError: there is none.
-    """
-    folder = newest(workdir, "best")
-    if folder is None:
-        raise CheckpointError(f"{workdir}: no trained encoder there (checkpoints/best-*); train one first")
-    return folder
 
 
 def load_encoder(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict, int, Callable[[Corpus], np.ndarray]]:
@@ -150,17 +157,16 @@ def load_encoder(workdir: str | pathlib.Path) -> tuple[ml_collections.ConfigDict
 
     The folder that the weights came from is not needed.
     Raises:
-      CheckpointError: there is none, or it is damaged.
+      CheckpointError (also DamagedError): there is none, it is damaged, or of another run than config.json says.
     """
     import transformers
 
-    folder = best_folder(workdir)
+    folder, meta = best(workdir, "encoder", FREE)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
         config, kind = ml_collections.ConfigDict(meta["config"]), meta["encoder"].pop("model_type")
         encoder = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **meta["encoder"]))
         extractor = transformers.Wav2Vec2FeatureExtractor.from_dict(meta["extractor"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}/meta.json: cannot be read ({error}); train again") from None
     model, device = Classifier(encoder), torch_device()
     load_weights(model, folder)
@@ -179,9 +185,9 @@ def encoded_features(
     by a run's best model, and by the model that training began with.
 
     Raises:
-      CheckpointError: there is none, or it is damaged.
+      CheckpointError (also DamagedError): there is none, it is damaged, or of another run than config.json says.
     """
-    folder = best_folder(workdir)
+    folder, _ = best(workdir, "encoder", FREE)
     torch.manual_seed(config.seed)
     model, extractor = make_encoder(config.model)
     untrained = _embed(model, extractor, corpus, indices, config)

@@ -12,7 +12,8 @@ import ml_collections
 import torch
 from torch import nn
 
-from pcgjax.audio_llm.model import RATE_HZ, ModelError
+from pcgjax.audio_llm.model import RATE_HZ
+from pcgjax.audio_llm.weights import ODD_FILE, ModelError, one_line, refuse_not_finite, weight_files
 
 # config.model.architecture -> transformers' name of it, and what differs from that one's base size as published.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,8 +104,8 @@ def check(folder: str | pathlib.Path, architecture: str) -> pathlib.Path:
             "it, or leave it empty for random weights"
         )
     try:
-        saved = dict(json.loads((folder / "config.json").read_text()))
-    except (ValueError, TypeError) as error:
+        saved = dict(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{folder}/config.json: no JSON object: {error}") from None
     kind, differing = ARCHITECTURES[architecture]
     # The distilled model is a HuBERT of fewer layers, else of the same name and weights.
@@ -115,7 +116,7 @@ def check(folder: str | pathlib.Path, architecture: str) -> pathlib.Path:
                 f"{folder}/config.json: {field} is {saved.get(field)!r}; model.architecture={architecture} needs "
                 f"{value!r}: use the config of what the folder holds, or another folder"
             )
-    if not any(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
             raise ModelError(
                 f"{folder}: only {', '.join(pickled)}, pickled weights, which are not opened here; convert them: "
@@ -146,8 +147,8 @@ def _loaded(model: ml_collections.ConfigDict) -> tuple[Any, Any]:
         extractor = _extractor(config)
         if (folder / "preprocessor_config.json").is_file():
             extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:400]}") from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, *ODD_FILE) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {one_line(error, 400)}") from None
     encoder, info = loaded
     # What else the file holds belongs to the heads of its pre-training.
     if lacking := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
@@ -155,6 +156,7 @@ def _loaded(model: ml_collections.ConfigDict) -> tuple[Any, Any]:
             f"{folder}: {len(lacking)} weights are missing or of another shape than config.json says: "
             f"{', '.join(lacking[:5])}; download the checkpoint again"
         )
+    refuse_not_finite(folder, encoder.named_parameters(), "download the checkpoint again")
     if extractor.sampling_rate != RATE_HZ:
         raise ModelError(
             f"{folder}/preprocessor_config.json: sampling_rate is {extractor.sampling_rate}; only {RATE_HZ} Hz is "

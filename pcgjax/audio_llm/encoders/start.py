@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 from absl import logging
 
-from pcgjax.audio_llm.checkpoints import newest
-from pcgjax.audio_llm.encoders.clips import geometry_of, load_weights, torch_device
+from pcgjax.audio_llm.checkpoints import forget_later, intact, refuse_foreign_best, understood
+from pcgjax.audio_llm.encoders.clips import FREE, geometry_of, load_weights, torch_device
 from pcgjax.audio_llm.encoders.model import ARCHITECTURES, Classifier, check, make_encoder
 from pcgjax.audio_llm.model import RATE_HZ
 from pcgjax.data.corpus import Corpus, order_digest
@@ -27,12 +26,10 @@ from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.data import load_data
 from pcgjax.runs.log import log_line, open_board, rewind
 from pcgjax.runs.record import record
+from pcgjax.runs.seal import begin_anew, unseal
 from pcgjax.runs.streams import ORDER
 from pcgjax.runtime import files
 from pcgjax.training.experiment import balance_groups
-
-# How fast it is computed: a run may go on with another value.
-FREE = (("train", "portion_clips"),)
 
 
 class Data(NamedTuple):
@@ -83,9 +80,11 @@ def start(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: Data, 
     """
     device = torch_device()
     progress = resume(config, workdir, data, model, optimizer)
-    for unfinished in workdir.glob("checkpoints/.*.tmp"):  # of a process that was killed
-        shutil.rmtree(unfinished)
+    unseal(workdir)
     at = progress.step
+    if not at:
+        begin_anew(workdir)
+    forget_later(workdir, at, progress.best["step"] if progress.best else None)
     rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= at and line["split"] != "test")
     board = open_board(workdir, at)
     record(workdir, config, at, machine_of(device))
@@ -163,14 +162,20 @@ def resume(
     optimizer: torch.optim.Optimizer,
 ) -> Progress:  # fmt: skip
     """Sets model and optimizer to the newest checkpoint, and says how far that is."""
-    folder = newest(workdir, "last")
-    if folder is None:
+    plain = plain_config(config)
+    # Also where `last` was removed: then they would be taken for this run's.
+    refuse_foreign_best(workdir, plain, FREE, order_sha256=data.digest)
+    found = intact(workdir, "last")
+    if found is None:
         return Progress(0, None, np.zeros(3))
-    meta = load_weights(model, folder, optimizer)
-    refuse_changes(meta["config"], plain_config(config), workdir, FREE)
-    refuse_other_order(meta["order_sha256"], data.digest, workdir)
+    folder, meta = found
+    with understood(folder):
+        refuse_changes(meta["config"], plain, workdir, FREE)
+        refuse_other_order(meta["order_sha256"], data.digest, workdir)
+        progress = Progress(meta["step"], meta["best"], np.array(meta["totals"]))
+    load_weights(model, folder, optimizer)
     logging.info("resuming at step %d", meta["step"])
-    return Progress(meta["step"], meta["best"], np.array(meta["totals"]))
+    return progress
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:

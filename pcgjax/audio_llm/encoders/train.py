@@ -26,8 +26,8 @@ from torch import nn
 
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm.checkpoints import learning_rate, newest
-from pcgjax.audio_llm.encoders.clips import answers, batch_of, clips_of, load_weights, save
+from pcgjax.audio_llm.checkpoints import best, learning_rate
+from pcgjax.audio_llm.encoders.clips import FREE, answers, batch_of, clips_of, load_weights, save
 from pcgjax.audio_llm.encoders.start import (
     Data,
     Progress,
@@ -44,10 +44,10 @@ from pcgjax.runs import lock, schema
 from pcgjax.runs.best import better_epoch
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.judge import validation_scores
+from pcgjax.runs.seal import refuse_other_run
 from pcgjax.runs.signals import collected, leave
 from pcgjax.runs.streams import STEP
 from pcgjax.runtime import files, goodput
-from pcgjax.runtime.files import CheckpointError
 from pcgjax.training.conclude import Finished, conclude
 
 Portion = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # samples (C, T), mask (C, T) or None, labels (C,)
@@ -70,6 +70,7 @@ def train_encoder(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
 def _train_encoder(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: bool) -> dict:
     clock = goodput.Clock()
     workdir.mkdir(parents=True, exist_ok=True)
+    refuse_other_run(workdir, plain_config(config), FREE)
     data = load(config, workdir)
     model, extractor, optimizer = build(config)
     facts = facts_of(data, model)
@@ -215,10 +216,8 @@ def judge_best(run: Run, facts: dict[str, int], seconds: dict[str, float], began
     facts: of `facts_of`; seconds: of the goodput clock; began: of `time.monotonic`, when the training was started.
     """
     data = run.data
-    folder = newest(run.workdir, "best")
-    if folder is None:
-        raise CheckpointError(f"{run.workdir}: no checkpoints/best-* there any more; give another --workdir")
-    meta = load_weights(run.model, folder)
+    folder, meta = best(run.workdir, "encoder", FREE, plain_config(run.config), order_sha256=data.digest)
+    load_weights(run.model, folder)
     log_p = {
         part: answers(run.model, run.extractor, data.corpus, data.parts[part], run.config, run.device)
         for part in ("validation", "test")
