@@ -292,7 +292,7 @@ def test_another_experiment_does_not_go_on_with_a_run(config_of, trained, tmp_pa
         ({"model.architecture": "whisper"}, "model.architecture='whisper': choose one of wav2vec2, hubert, distil"),
         ({"model.size": "large"}, "model.size='large': choose one of base, tiny"),
         ({"model.dtype": "float16"}, "model.dtype='float16': choose one of float32, bfloat16"),
-        ({"optimizer.name": "sgd"}, "optimizer.name='sgd': only 'adamw'"),
+        ({"optimizer.name": "sgd"}, "optimizer.name='sgd': only adamw"),
         ({"train.portion_clips": 0}, "train.portion_clips=0: must be at least 1"),
         ({"train.select": "wer"}, "train.select='wer': choose one of loss,"),
         ({"features.window_s": 9.0}, "features.window_s=9.0: longer than every recording"),
