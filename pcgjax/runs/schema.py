@@ -108,6 +108,8 @@ def choice(names: Iterable[str]) -> Rule:
     def problem(value: Any) -> str:
         if isinstance(value, str) and value in names:
             return ""
+        if len(names) == 1:
+            return f"only {names[0]} is offered here"
         like = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else []
         return f"choose one of {shown}{'; nearest: ' + like[0] if like else ''}"
 

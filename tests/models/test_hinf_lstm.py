@@ -325,7 +325,7 @@ def test_validation_without_a_class_keeps_the_threshold_and_says_so(make_config,
         ({"sapt.metric": "auc"}, "sapt.metric='auc'"),
         ({"evaluation.threshold": 1.5}, "evaluation.threshold=1.5"),
         ({"optimizer.frozen": ("lstm",)}, r"optimizer.frozen=\('lstm',\): no parameters 'lstm' among cnn, recurrent"),
-        ({"train.start_from": "/no/such"}, "/no/such.*no checkpoint"),
+        ({"train.start_from": "/no/such", "optimizer.frozen": ("cnn",)}, "/no/such.*no checkpoint"),
     ],
     ids=str,
 )

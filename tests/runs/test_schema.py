@@ -70,7 +70,7 @@ WRONG = [
     ("classical", {"experiment.runs": 1}, "experiment.runs=1: one run has no deviation"),
     ("audio_llm", {"lora.targets": ("x",)}, "lora.targets=.*choose one of q_proj"),
     ("audio_llm", {"front_end.kind": "cut"}, "front_end.kind='cut': choose one of none, crop, gate"),
-    ("wav2vec2", {"parallel.strategy": "jit"}, "parallel.strategy='jit': choose one of torch"),
+    ("wav2vec2", {"parallel.strategy": "jit"}, "parallel.strategy='jit': only torch is offered here"),
 ]
 
 
