@@ -29,7 +29,8 @@ from tests.campaigns import HangError, Tally, deadline
 LIMIT_S = 10  # a file
 MEMORY = 3 << 30  # bytes of address space beyond what the process has at the start
 EXTREMES = (0, 1, 2, 3, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000, 0xFFFFFFFF)
-WORDS = (b"-1", b"0", b"1e999", b"nan", b"-inf", b"9" * 20, b"9" * 5000, b"0x10", b"", b"4000000000", b"\xc2\xb2", b"1e-9")
+WORDS = (b"-1", b"0", b"1e999", b"nan", b"-inf", b"9" * 20, b"9" * 5000, b"0x10", b"", b"4000000000", b"\xc2\xb2",
+         b"1e-9", b"0,5", b"\xff")  # fmt: skip
 Read = Callable[[pathlib.Path], tuple[int, bool]]  # path -> (what must not change unsaid, whether something was said)
 
 
