@@ -8,7 +8,6 @@ answers score), beside them OUT with .csv: a probability and decision for each r
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags, logging
 
 from pcgjax import datasets
+from pcgjax.datasets.sources import printable
 from pcgjax.runtime import files
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
       ValueError (also CheckpointError): no trained model there, or one that has no answers to judge.
     """
     from pcgjax import systems
+    from pcgjax.data.shards import as_json
     from pcgjax.runs.judge import write_table
 
     began = time.monotonic()
@@ -46,11 +47,13 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
         scores, rows, undecoded = judge_answers(model, recordings, dataset, source, target or model.config.task.target)
     else:
         raise ValueError(f"{workdir}: a model of task {model.config.task.name!r} has no answers to judge")
+    listed = {problem.reason for problem in problems if problem.note}
+    problems += [problem for problem in undecoded if not (problem.note and problem.reason in listed)]
     scores |= {
         "dataset": dataset,
-        "source": str(source),
-        "workdir": str(workdir),
-        "problems": [dataclasses.asdict(problem) for problem in problems + undecoded],
+        "source": printable(source),
+        "workdir": printable(workdir),
+        "problems": [as_json(problem) for problem in problems],
         "wall_s": time.monotonic() - began,
     }
     files.write_text(pathlib.Path(out), json.dumps(scores, indent=1))
@@ -69,6 +72,7 @@ def judge_answers(
     import numpy as np
 
     from pcgjax.runs.judge import NO_CYCLE, judge_recordings, prediction_rows
+    from pcgjax.tasks.segmenter_model import NOT_FINITE
 
     assert model.answer is not None
     labelled = [r for r in recordings if r.labels.get(target) in ("0", "1")]
@@ -77,9 +81,10 @@ def judge_answers(
     corpus, problems = decode(labelled, model.sample_rate_hz, source, "labelled")
     log_p = model.answer(corpus)
     answered = np.isfinite(log_p[:, 0])
-    problems = problems + [datasets.Problem(corpus.rows[i]["path"], NO_CYCLE) for i in np.flatnonzero(~answered)]
+    why = NO_CYCLE if model.config.task.name == "classical" else NOT_FINITE
+    problems = problems + [datasets.Problem(corpus.rows[i]["path"], why) for i in np.flatnonzero(~answered)]
     if not answered.any():
-        raise datasets.DatasetError(f"{source}: {NO_CYCLE} in any of the {len(answered)} recordings")
+        raise datasets.DatasetError(f"{source}: {why} in any of the {len(answered)} recordings")
     indices, labels, log_p = np.flatnonzero(answered), corpus.labels(target)[answered], log_p[answered]
     scores = judge_recordings(corpus, indices, labels, log_p, model.config) | {
         "target": target,
@@ -120,13 +125,13 @@ def judge_states(
 def decode(
     recordings: list[datasets.Recording], sample_rate_hz: int, source: str, kind: str
 ) -> tuple[Corpus, list[datasets.Problem]]:
-    """The recordings in memory, and those left out; raises DatasetError where none can be decoded."""
+    """The recordings in memory, and those left out or read with a doubt; raises DatasetError where there are none."""
     from pcgjax.data.corpus import decode_recordings
 
     corpus, problems = decode_recordings(recordings, sample_rate_hz)
     if not corpus.rows:
         raise datasets.DatasetError(f"{source}: none of the {len(recordings)} {kind} recordings could be decoded")
-    return corpus, problems
+    return corpus, datasets.with_notes(problems, corpus.rows)
 
 
 def main(argv: list[str]) -> None:
@@ -136,7 +141,8 @@ def main(argv: list[str]) -> None:
 
     scores = evaluate(FLAGS.workdir, FLAGS.dataset, FLAGS.source, FLAGS.out, FLAGS.target)
     for problem in scores["problems"]:
-        logging.warning("left out: %s: %s", problem["path"], problem["reason"])
+        what = "read with a doubt" if problem.get("note") else "left out"
+        logging.warning("%s: %s: %s", what, problem["path"], problem["reason"])
     print(run_summary(scores if "segmentation" in scores else {"test": scores}))
     print(f"wrote {FLAGS.out} and {pathlib.Path(FLAGS.out).with_suffix('.csv')}")
 

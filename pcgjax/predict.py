@@ -11,6 +11,7 @@ heart rates.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from absl import app, flags, logging
 
 from pcgjax import datasets
 from pcgjax.datasets import S1
+from pcgjax.datasets.sources import printable
 from pcgjax.runtime import files
 
 if TYPE_CHECKING:
@@ -25,9 +27,12 @@ if TYPE_CHECKING:
 
 
 def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
-    """Writes `out` with path, probability, decision and error for each file, in order, and returns those rows.
+    """Writes `out` with path, probability, decision, error and notes for each file, in order, and returns those rows.
 
-    A file that cannot be used has an error and no probability.
+    A file that cannot be used has an error and no probability; what was read with a doubt has notes.
+
+    Raises:
+      ValueError: the model does not answer, or `out` is a folder.
     """
     import numpy as np
 
@@ -35,29 +40,35 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     from pcgjax.data.corpus import decode_recordings
     from pcgjax.datasets import audio
     from pcgjax.runs.judge import NO_CYCLE, write_table
+    from pcgjax.tasks.segmenter_model import NOT_FINITE
 
+    if pathlib.Path(out).is_dir():
+        raise ValueError(f"--out={out}: is a folder; give the name of a file to write")
     model = systems.load(workdir)
     if model.segmenter is not None:
         return predict_states(model.segmenter, paths, out)
     if model.answer is None:
         raise ValueError(f"{workdir}: a model of task {model.config.task.name!r} decides nothing about a recording")
-    rows: list[dict] = [{"path": path, "probability": "", "decision": "", "error": ""} for path in paths]
+    rows: list[dict] = [
+        {"path": printable(path), "probability": "", "decision": "", "error": "", "notes": ""} for path in paths
+    ]
     recordings = []
     for i, path in enumerate(paths):
         try:
             rate_hz, _, _ = audio.header(path)
-        except (audio.AudioError, OSError) as error:
-            rows[i]["error"] = str(error)
+        except audio.AudioError as error:
+            rows[i]["error"] = _named(path, error)
             continue
         recordings.append(datasets.Recording(str(i), str(i), False, "", rate_hz, {}, (), pathlib.Path(path)))
     corpus, problems = decode_recordings(recordings, model.sample_rate_hz)
     reasons = {problem.path: problem.reason for problem in problems}
-    for row in rows:
-        row["error"] = row["error"] or reasons.get(str(pathlib.Path(row["path"])), "")
+    for row, path in zip(rows, paths, strict=True):
+        row["error"] = row["error"] or reasons.get(printable(pathlib.Path(path)), "")
     if corpus.rows:
         for row, log_p in zip(corpus.rows, model.answer(corpus), strict=True):
-            if np.isnan(log_p[0]):
-                rows[int(row["id"])]["error"] = NO_CYCLE
+            rows[int(row["id"])]["notes"] = "; ".join(row["notes"])
+            if not log_p[0] < np.inf:  # NaN, too
+                rows[int(row["id"])]["error"] = NO_CYCLE if model.config.task.name == "classical" else NOT_FINITE
                 continue
             probability = float(np.exp(log_p[0]))
             decision = int(probability >= model.config.evaluation.threshold)
@@ -67,8 +78,8 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
 
 
 def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[dict]:
-    """Writes a segmenter's .tsv for each file, read a piece at a time, and returns rows of path, tsv, heart_rate_bpm
-    and error, which `out` holds unless it is itself the .tsv of the only file.
+    """Writes a segmenter's .tsv for each file, read a piece at a time, and returns rows of path, tsv, heart_rate_bpm,
+    error and notes, which `out` holds unless it is itself the .tsv of the only file.
 
     Raises:
       ValueError: two files would have the same .tsv, or one is there already beside its recording, whose annotation
@@ -91,21 +102,24 @@ def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[di
             raise ValueError(f"{tsv}: is there already, beside its recording; give --out in another folder")
     rows: list[dict] = []
     for path, tsv in zip(paths, tsvs, strict=True):
-        row = {"path": path, "tsv": "", "heart_rate_bpm": "", "error": ""}
+        row = {"path": printable(path), "tsv": "", "heart_rate_bpm": "", "error": "", "notes": ""}
         rows.append(row)
+        notes: list[str] = []
         try:
             rate_hz, samples, _ = audio.header(path)
             pieces = tqdm.tqdm(
-                audio.pieces(path, model.sample_rate_hz), desc=pathlib.Path(path).name, unit="piece",
+                audio.pieces(path, model.sample_rate_hz, notes=notes),
+                desc=pathlib.Path(row["path"]).name, unit="piece",
                 total=-(-samples // (10 * rate_hz)), disable=None, leave=False, mininterval=1.0,
             )  # fmt: skip
             [scores] = model.frame_scores([pieces])
-        except (audio.AudioError, OSError) as error:
-            row["error"] = str(error)
+            row["notes"] = "; ".join(notes)
+            spans = state_spans(model.decide(scores), model.step_s, samples / rate_hz)
+        except (audio.AudioError, FloatingPointError) as error:
+            row["error"] = _named(path, error)
             continue
-        spans = state_spans(model.decide(scores), model.step_s, samples / rate_hz)
         write_tsv(spans, tsv)
-        row["tsv"] = str(tsv)
+        row["tsv"] = printable(tsv)
         onsets = np.array([start for start, _, state in spans if state == S1])
         if model.config.task.frames == "states" and len(onsets) > 1:
             row["heart_rate_bpm"] = f"{60 / np.median(np.diff(onsets)):.1f}"
@@ -114,14 +128,25 @@ def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[di
     return rows
 
 
-def main(argv: list[str]) -> None:
+def _named(path: str, error: Exception) -> str:
+    """An error's message, with what to name instead where a folder or a pattern was named."""
+    if os.path.isdir(path):
+        return f"missing: this is a folder; name the files in it, as in {os.path.join(printable(path), '*.wav')}"
+    if str(error).startswith("missing") and any(sign in path for sign in "*?["):
+        return f"{error} fits this pattern"
+    return str(error)
+
+
+def main(argv: list[str]) -> int:
     if len(argv) < 2:
         raise app.UsageError("name at least one audio file")
     rows = predict(FLAGS.workdir, argv[1:], FLAGS.out)
     for row in rows:
-        if row["error"]:
-            logging.warning("%s: %s", row["path"], row["error"])
-    print(f"{sum(not row['error'] for row in rows)} of {len(rows)} files answered; wrote {FLAGS.out}")
+        if row["error"] or row["notes"]:
+            logging.warning("%s: %s", row["path"], row["error"] or row["notes"])
+    answered = sum(not row["error"] for row in rows)
+    print(f"{answered} of {len(rows)} files answered; wrote {printable(FLAGS.out)}")
+    return int(answered == 0)
 
 
 FLAGS = flags.FLAGS

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import soundfile
 import soxr
 
-from pcgjax import datasets, evaluate, metrics, predict
+from pcgjax import datasets, evaluate, metrics, predict, systems
 from pcgjax.datasets import DatasetError, audio, synthetic
 from pcgjax.runs.judge import PREDICTION_COLUMNS
 from pcgjax.runs.results import PREDICTION_FIELDS
@@ -224,3 +226,59 @@ def test_nothing_can_be_answered(trained, tmp_path):
     rows = predict.predict(str(trained), [str(tmp_path / "missing.wav"), str(tmp_path)], str(tmp_path / "o.csv"))
     assert [row["error"].split(":")[0] for row in rows] == ["missing", "missing"]
     assert len(rows_of(tmp_path / "o.csv")) == 2
+
+
+def test_W7_R3_one_file_that_no_model_can_answer_among_good_ones(trained, trained_segmenter, waves, tmp_path):
+    samples, rate_hz, _ = audio.read(waves["b0001"])
+    odd = tmp_path / os.fsdecode(b"n\xe9.wav")
+    shutil.copy(waves["b0002"], odd)
+    soundfile.write(tmp_path / "loud.wav", samples * 1e30, rate_hz, subtype="FLOAT")
+    soundfile.write(tmp_path / "stereo.wav", np.stack([samples, samples], 1), rate_hz)
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "itself.wav").symlink_to("itself.wav")
+    names = ("loud.wav", "stereo.wav", "pipe.wav", "itself.wav", odd.name, "x" * 300 + ".wav", "*.flac", ".")
+    paths = [str(waves["b0001"]), *(str(tmp_path / name) for name in names)]
+    for workdir in (trained, trained_segmenter):
+        out = tmp_path / "out" / "answers.csv"
+        predict.predict(str(workdir), paths, str(out))
+        rows = rows_of(out)
+        kinds = [row["error"].split(":")[0] for row in rows]
+        assert kinds == ["", "too loud", "", "unreadable", "unreadable", "", "unreadable", "missing", "missing"]
+        assert rows[2]["notes"] == "channels: the first of 2 is read"
+        assert [row["notes"] for row in rows if row is not rows[2]] == [""] * 8
+        assert rows[5]["path"] == str(tmp_path / "n\\xe9.wav")
+        assert rows[7]["error"] == "missing: no such file fits this pattern"
+        assert rows[8]["error"].startswith("missing: this is a folder; name the files in it")
+    assert os.fsdecode(b"n\xe9.tsv") in os.listdir(out.parent)
+    with pytest.raises(ValueError, match="--out=.*: is a folder; give the name of a file to write"):
+        predict.predict(str(trained), paths[:1], str(tmp_path))
+
+
+def test_W7_an_answer_that_is_not_finite_is_said(trained, trained_segmenter, waves, corpus_folder, tmp_path, monkeypatch):
+    def broken(workdir):
+        model = load(workdir)
+        if model.segmenter is not None:
+            whole = model.segmenter.whole
+            model.segmenter.whole = lambda *arguments: whole(*arguments) * np.nan
+            return model
+        return dataclasses.replace(model, answer=lambda corpus: np.full((len(corpus.rows), 2), np.nan))
+
+    load = systems.load
+    monkeypatch.setattr(systems, "load", broken)
+    source, out = str(corpus_folder / "source"), str(tmp_path / "o.json")
+    for workdir, error in ((trained, datasets.DatasetError), (trained_segmenter, FloatingPointError)):
+        rows = predict.predict(str(workdir), [str(waves["b0001"])], str(tmp_path / "o.csv"))
+        assert [row["error"] for row in rows] == ["the model's answer is not finite"]
+        with pytest.raises(error, match="the model's answer is not finite"):
+            evaluate.evaluate(str(workdir), "cinc2016", source, out)
+
+
+def test_notes_in_what_evaluate_leaves(trained, corpus_folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(corpus_folder / "source", source)
+    path = source / "training-a" / "a0001.wav"
+    samples, rate_hz, _ = audio.read(path)
+    soundfile.write(path, np.stack([samples, samples], 1), rate_hz)
+    scores = evaluate.evaluate(str(trained), "cinc2016", str(source), str(tmp_path / "o.json"))
+    assert scores["problems"] == [{"path": str(path), "reason": "channels: the first of 2 is read", "note": True}]
+    assert "a0001" in {row["id"] for row in rows_of(tmp_path / "o.csv")}

@@ -364,10 +364,11 @@ def main(argv: list[str]) -> None:
     paths = {one.id: os.path.abspath(one.path) for one in recordings}
     export(drawn, paths, FLAGS.out, FLAGS.layout)
     names = sorted({question.recording for question in drawn})
+    left_out = sum(not problem.note for problem in problems)
     too_long = sum(frames > 30 * rate_hz for rate_hz, frames, _ in (audio.header(paths[name]) for name in names))
     for task, count in collections.Counter(question.task for question in drawn).items():
         print(f"{task:18s} {count:6d}")
-    print(f"{len(drawn)} questions about {len(names)} recordings in {FLAGS.out}; {len(problems)} files left out")
+    print(f"{len(drawn)} questions about {len(names)} recordings in {FLAGS.out}; {left_out} files left out")
     if too_long:
         print(f"{too_long} recordings are longer than 30 s, of which the tools let the model hear the first 30 s only")
 

@@ -46,7 +46,7 @@ def load_unheard(dataset: str, folder: str | pathlib.Path) -> Unheard:
             rows.append(row)
     if not rows:
         raise datasets.DatasetError(f"{folder}: none of {len(recordings)} recordings has a label and can be decoded")
-    for problem in problems:
+    for problem in (problem for problem in problems if not problem.note):
         logging.warning("left out: %s: %s", problem.path, problem.reason)
     lengths = np.array([row["num_samples"] for row in rows], np.int32)
 

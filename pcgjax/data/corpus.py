@@ -15,6 +15,7 @@ from pcgjax.data import Row
 from pcgjax.data.decode import decode_all
 from pcgjax.data.shards import open_records, read_rows
 from pcgjax.datasets import Problem, Recording
+from pcgjax.datasets.sources import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def decode_recordings(recordings: list[Recording], sample_rate_hz: int) -> tuple
     rows, samples, problems = [], [], []
     for recording, row, audio, reason in decode_all(recordings, sample_rate_hz, None, "decode"):
         if row is None or audio is None:
-            problems.append(Problem(str(recording.path), str(reason)))
+            problems.append(Problem(printable(recording.path), str(reason)))
         else:
             rows.append(row)
             samples.append(audio)

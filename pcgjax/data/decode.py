@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from pcgjax.data import Row
 from pcgjax.data.workers import in_order, progress_bar
 from pcgjax.datasets import Recording, audio
 from pcgjax.datasets.audio import AudioError
+from pcgjax.datasets.sources import printable
 
 Decoded = tuple[Row | None, np.ndarray | None, str | None]  # row, samples, or the reason why there are none
 _FULL_SCALE = 32767
@@ -25,17 +27,16 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
 
     Returns: (row, int16 samples (row["num_samples"],)). A row is what json can hold: id, person, person_known,
       database, labels, annotations [[start_s, end_s, state], ...], path, source_rate_hz, sample_rate_hz,
-      channels, num_samples, scale, sha256 (of the int16 samples), fingerprint (as the function gives it).
+      channels, num_samples, scale, sha256 (of the int16 samples), fingerprint (as the function gives it), notes (what
+      was read with a doubt, each a text with a kind before a colon).
     Raises:
-      AudioError: as `audio.read`, or the recording is silent below half the new rate.
-      OSError: the file cannot be read.
+      AudioError: as `audio.read`, the recording is silent below half the new rate, or too long at it.
     """
     import soxr
 
-    samples, source_rate_hz, channels = audio.read_steps(recording.path)
-    native = samples
-    if samples.dtype != np.int16:
-        native = np.clip(np.rint(samples), -32768, 32767).astype("<i2")
+    samples, source_rate_hz, channels, notes = audio.read_noted(recording.path)
+    audio.check_resampled(len(samples), source_rate_hz, sample_rate_hz, len(samples))
+    native = samples if samples.dtype == np.int16 else as_stored(samples)
     samples = samples.astype(np.float32, copy=False)
     if source_rate_hz != sample_rate_hz:
         samples = soxr.resample(samples, source_rate_hz, sample_rate_hz, quality="HQ")
@@ -45,7 +46,7 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
     scaled = samples * np.float32(_FULL_SCALE / peak)
     scaled = np.rint(scaled, out=scaled).astype("<i2")
     row = dataset_fields(recording) | {
-        "path": str(recording.path),
+        "path": printable(recording.path),
         "source_rate_hz": source_rate_hz,
         "sample_rate_hz": sample_rate_hz,
         "channels": channels,
@@ -53,8 +54,25 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
         "scale": peak / 32768,
         "sha256": hashlib.sha256(scaled.data).hexdigest(),
         "fingerprint": fingerprint(native, source_rate_hz),
+        "notes": [*recording.notes, *notes],
     }
     return row, scaled
+
+
+def as_stored(samples: np.ndarray) -> np.ndarray:
+    """Samples as int16 for `fingerprint`; a copy of integers that was saved as floats has the integers' fingerprint.
+
+    Args: samples: float32 (n,) with full scale at 32768. Integers saved as floats without scaling lie far beyond it,
+      24-bit ones still farther, and physical units such as volts far below: these are scaled by powers of 256, which
+      are the same for an excerpt of about the same peak.
+    """
+    peak = float(np.abs(samples).max())
+    factor = 1.0
+    if peak > 32768 and not (samples % 32768).any():  # whole numbers
+        factor = 2.0 ** (-15 - 8 * max(0, math.ceil((math.log2(peak) - 30) / 8)))
+    elif peak > 65536 or (0 < peak < 16 and (samples % 1).any()):
+        factor = 2.0 ** (8 * math.floor((15 - math.log2(peak)) / 8))
+    return np.clip(np.rint(samples * np.float32(factor)), -32768, 32767).astype("<i2")
 
 
 def dataset_fields(recording: Recording) -> Row:
@@ -135,3 +153,5 @@ def try_decode(recording: Recording, sample_rate_hz: int) -> Decoded:
         return None, None, str(error)
     except OSError as error:
         return None, None, f"unreadable: {error.strerror or error}"
+    except MemoryError:
+        return None, None, "too long: the memory does not suffice to decode it; cut the recording"

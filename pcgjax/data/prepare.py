@@ -21,6 +21,7 @@ from pcgjax.data.shards import (
 )
 from pcgjax.data.workers import in_order, progress_bar
 from pcgjax.datasets import Problem
+from pcgjax.datasets.sources import printable
 
 ENGINES = ("local", "ray")
 
@@ -61,15 +62,18 @@ def prepare(
         raise PrepareError("--overwrite would remove other machines' shards: empty the folder, or use another --out")
     if not 100 <= sample_rate_hz <= 192_000:
         raise PrepareError(f"--sample_rate_hz={sample_rate_hz}: must lie between 100 and 192000")
+    if not os.fspath(out).isascii() and printable(out) != os.fspath(out):
+        raise PrepareError(f"--out={printable(out)}: the name is not UTF-8; choose another")
     source, out = os.path.abspath(source), pathlib.Path(os.path.abspath(out))
     recordings, problems = datasets.load(dataset, source)
+    source = printable(source)
     units = [recordings[i : i + RECORDINGS_A_SHARD] for i in range(0, len(recordings), RECORDINGS_A_SHARD)]
     parameters = {"dataset": dataset, "sample_rate_hz": sample_rate_hz, "resampler": "soxr HQ"}
     try:
         if overwrite:
             remove_prepared(out)
         elif (manifest := finished_manifest(out, source, parameters, units)) is not None:
-            if strict and manifest["problems"]:
+            if strict and manifest["counts"]["left_out"]:
                 raise PrepareError(problem_list([Problem(**problem) for problem in manifest["problems"]]))
             return manifest
         (out / "parts").mkdir(parents=True, exist_ok=True)
@@ -112,8 +116,10 @@ def summary(manifest: dict[str, Any]) -> str:
         lines.append(f"{name}: {size}, {', '.join(labels) or 'no labels'}")
     if counts["several_channels"]:
         lines.append(f"{counts['several_channels']} recordings have several channels: the first is used")
-    if manifest["problems"]:
-        kinds = ", ".join(f"{kind} {n}" for kind, n in counts["left_out"].items())
-        lines.append(f"problems: {len(manifest['problems'])} ({kinds}); manifest.json lists them, the first are")
-        lines += [f"  {problem['path']}: {problem['reason']}" for problem in manifest["problems"][:10]]
+    for what, key in (("problems", "left_out"), ("read with a doubt", "notes")):
+        listed = [problem for problem in manifest["problems"] if problem.get("note", False) == (key == "notes")]
+        if listed:
+            kinds = ", ".join(f"{kind} {n}" for kind, n in counts[key].items())
+            lines.append(f"{what}: {len(listed)} ({kinds}); manifest.json lists them, the first are")
+            lines += [f"  {problem['path']}: {problem['reason']}" for problem in listed[:10]]
     return "\n".join(lines)

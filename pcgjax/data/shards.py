@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import platform
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,14 @@ from pcgjax import __version__
 from pcgjax.data import PrepareError, Row
 from pcgjax.data.decode import DATASET_FIELDS, dataset_fields, try_decode
 from pcgjax.data.workers import progress_bar
-from pcgjax.datasets import Problem, Recording
+from pcgjax.datasets import Problem, Recording, with_notes
+from pcgjax.datasets.sources import printable
 from pcgjax.runtime import files, hashes
 
 Job = tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any]]  # out, number of the shard, its part, parameters
 FORMAT = 2
 RECORDINGS_A_SHARD = 64  # also the unit of work; fixed, so that the shards do not depend on who wrote them
-_FOR_JOIN = (*DATASET_FIELDS[:-1], "path", "sample_rate_hz", "channels", "num_samples", "sha256")
+_FOR_JOIN = (*DATASET_FIELDS[:-1], "path", "sample_rate_hz", "channels", "num_samples", "sha256", "notes")
 # Noise-like int16 samples compress by a quarter only, and writing them compressed takes four times as long.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access, as ArrayRecord advises
@@ -50,7 +52,7 @@ def unit_key(recordings: Sequence[Recording], parameters: dict[str, Any], texts:
             file = f"{recording.path} {stat.st_size} {stat.st_mtime_ns}"
         except OSError:
             file = f"{recording.path} missing"
-        digest.update(f"{text}\n{file}\n".encode())
+        digest.update(f"{text}\n{file}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -116,7 +118,7 @@ def write_unit(job: Job) -> tuple[int, str]:
             for recording, text in zip(recordings, texts, strict=True):
                 row, samples, reason = try_decode(recording, parameters["sample_rate_hz"])
                 if row is None or samples is None:
-                    lines.append(_json({"problem": {"path": str(recording.path), "reason": reason}}) + "\t")
+                    lines.append(_json({"problem": {"path": printable(recording.path), "reason": reason}}) + "\t")
                     continue
                 writer.write(samples.tobytes())
                 audio_fields = {name: value for name, value in row.items() if name not in DATASET_FIELDS}
@@ -231,11 +233,14 @@ def join_shards(
             shards.append({"file": shard.name, **facts})
     doubles = _doubles(rows)
     problems += doubles.values()
-    # As the loaders name files: from the source on.
-    problems = [Problem(problem.path.removeprefix(source + os.sep), problem.reason) for problem in problems]
-    if strict and problems:
-        raise PrepareError(problem_list(problems))
     rows = [row for row in rows if row["id"] not in doubles]
+    # As the loaders name files: from the source on.
+    problems = [
+        dataclasses.replace(problem, path=problem.path.removeprefix(source + os.sep))
+        for problem in with_notes(problems, rows)
+    ]
+    if strict and not all(problem.note for problem in problems):
+        raise PrepareError(problem_list(problems))
     if not rows:
         raise PrepareError(f"{source}: no recording can be used; {problem_list(problems)}")
     content = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
@@ -249,7 +254,7 @@ def join_shards(
         "parameters": parameters,
         "versions": decoder_versions(),
         "counts": _counts(rows, problems),
-        "problems": [{"path": problem.path, "reason": problem.reason} for problem in problems],
+        "problems": [as_json(problem) for problem in problems],
         "shards": shards,
         "source_keys": keys,
         "content_sha256": content.hexdigest(),
@@ -312,8 +317,18 @@ def _counts(rows: list[Row], problems: list[Problem]) -> dict[str, Any]:
         **count(rows),
         "databases": {name: count([row for row in rows if row["database"] == name]) for name in databases},
         "several_channels": sum(row["channels"] > 1 for row in rows),
-        "left_out": dict(sorted(collections.Counter(p.reason.split(":")[0] for p in problems).items())),
+        "left_out": _kinds(problem for problem in problems if not problem.note),
+        "notes": _kinds(problem for problem in problems if problem.note),
     }
+
+
+def _kinds(problems: Iterable[Problem]) -> dict[str, int]:
+    return dict(sorted(collections.Counter(problem.reason.split(":")[0] for problem in problems).items()))
+
+
+def as_json(problem: Problem) -> dict[str, Any]:
+    """A problem as manifests hold it; `note` only where it is true."""
+    return {name: value for name, value in dataclasses.asdict(problem).items() if value is not False}
 
 
 def decoder_versions() -> dict[str, str]:
@@ -326,6 +341,7 @@ def decoder_versions() -> dict[str, str]:
 
 def problem_list(problems: list[Problem]) -> str:
     """The files and rows that are left out, a line each, for messages."""
+    problems = [problem for problem in problems if not problem.note]
     return f"{len(problems)} files or rows cannot be used:" + "".join(f"\n  {p.path}: {p.reason}" for p in problems)
 
 

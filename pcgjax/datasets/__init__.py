@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pcgjax.datasets.sources import printable
 
 # The states of a cardiac cycle, numbered as in CirCor's .tsv files.
 UNANNOTATED, S1, SYSTOLE, S2, DIASTOLE = range(5)
@@ -28,6 +31,8 @@ class Recording:
     labels: what the data set says, as text. Two keys are common to all: `abnormal` ("0" or "1") and `murmur`
       ("0" or "1"), each left out where the data set does not say. `class` is the data set's own word.
     annotations: (start_s, end_s, state), in order; state as numbered above. Empty when there are none.
+    notes: doubts about what the tables and annotations say, as in `annotation: ...`; those about the audio follow when
+      it is read.
     """
 
     id: str  # unique within the data set, e.g. "a0001", "50782_MV_1"
@@ -38,14 +43,24 @@ class Recording:
     labels: Mapping[str, str]
     annotations: tuple[Span, ...]
     path: pathlib.Path
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-    """A file or table row that is left out, and why."""
+    """A file or table row that is left out, or with `note` one that is used with a doubt, and why."""
 
     path: str
     reason: str  # begins with a short kind: "truncated: ...", "silent: ...", "mislabelled: ..."
+    note: bool = False
+
+
+def with_notes(problems: Iterable[Problem], rows: Iterable[Mapping[str, Any]]) -> list[Problem]:
+    """The problems, and after them the notes of recordings' rows ("path", "notes") that are not among them."""
+    problems = list(problems)
+    listed = {problem.reason for problem in problems if problem.note}
+    notes = [Problem(row["path"], note, True) for row in rows for note in row.get("notes", ()) if note not in listed]
+    return problems + notes
 
 
 def load(name: str, source: str | pathlib.Path) -> tuple[list[Recording], list[Problem]]:
@@ -62,6 +77,16 @@ def load(name: str, source: str | pathlib.Path) -> tuple[list[Recording], list[P
         raise DatasetError(f"{source}: no such folder; --source takes the folder that holds the {name} files")
     recordings, problems = loader.load(source)
     if not recordings:
-        listed = "".join(f"\n  {p.path}: {p.reason}" for p in problems[:5])
+        listed = "".join(f"\n  {printable(p.path)}: {printable(p.reason)}" for p in problems[:5])
         raise DatasetError(f"{source}: no usable {name} recording; expected {loader.LAYOUT}{listed}")
-    return sorted(recordings, key=lambda r: r.id), problems
+    return sorted(map(_printable, recordings), key=lambda r: r.id), [
+        dataclasses.replace(problem, path=printable(problem.path), reason=printable(problem.reason))
+        for problem in problems
+    ]
+
+
+def _printable(recording: Recording) -> Recording:
+    """The recording with names as text that a file can hold, as `printable` writes them; the path stays."""
+    if recording.id.isascii() and recording.person.isascii():
+        return recording
+    return dataclasses.replace(recording, id=printable(recording.id), person=printable(recording.person))

@@ -1,42 +1,61 @@
-"""Audio files -> float32 samples: WAV of any PCM width or float, and FLAC, at any rate."""
+"""Audio files -> float32 samples: WAV of any PCM width or float, FLAC, and what else libsndfile reads, at any rate.
+
+What is read with a doubt has notes: short texts that begin with a kind, as in `size: ...`, `channels: ...`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
-import struct
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, TypeGuard
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from pcgjax.datasets import containers
+from pcgjax.datasets.sources import SourceError, opened
+
 SHORTEST_S = 0.5  # less than one cardiac cycle at any heart rate
-MOST_SAMPLES_A_BYTE = 65535  # FLAC's largest block
+ONE_CYCLE_S = 1.0
+RATES_HZ = (100, 768_000)  # that can be read
+USUAL_RATES_HZ = (1000, 48_000)
+MOST_SAMPLES = 1 << 26  # that a file may be decoded or resampled to, unless its own bytes are a quarter as many
+LOUDEST = 2.0**33  # full scale is 1; integers of 32 bits that were saved as floats reach 2**31
+QUIETEST = 2.0**-100
+LOUDER_CHANNEL = 10  # times the range of the one that is read, from where on it is said
+FAMILIES = {
+    ".wav": ("WAV", "WAVEX", "RF64", "W64"), ".wave": ("WAV", "WAVEX", "RF64", "W64"), ".flac": ("FLAC",),
+    ".aif": ("AIFF",), ".aiff": ("AIFF",), ".mp3": ("MP3", "MPEG"), ".ogg": ("OGG",),
+}  # fmt: skip
+WHOLE_OR_ERROR = {"WAV", "WAVEX", "RF64", "FLAC", "AIFF"}  # of these formats a cut file is noticed
+LOSSLESS = ("PCM_", "FLOAT", "DOUBLE", "ALAC")
 
 
 class AudioError(ValueError):
     """An audio file that cannot be used; the message begins with a short kind, as in `truncated: ...`."""
 
 
-class _Wav(NamedTuple):
-    """What a RIFF file's chunks say."""
+class Header(NamedTuple):
+    """What is known of a file before its samples are read."""
 
-    encoding: int  # 1: integer PCM
-    channels: int
     rate_hz: int
-    bits: int
-    begin: int  # of the samples, in bytes
-    size: int  # of the samples as the header declares it; -1 where a recorder that streams left it open
+    frames: int
+    channels: int
+    notes: tuple[str, ...]
+    length: int  # of the file, in bytes
+    wav: containers.Wav | None = None
+    flac: containers.Flac | None = None
 
 
 def header(path: str | pathlib.Path) -> tuple[int, int, int]:
     """Returns (rate_hz, frames, channels) from the file's header.
 
     Raises:
-      AudioError: `missing`, `empty`, `not audio` or `truncated`.
+      AudioError: `missing`, `unreadable`, `empty`, `not audio`, `rate`, `too long` or `truncated`.
     """
-    with _opened(path) as file:
-        return _header(file, _wav(file))
+    with _open(path) as file:
+        return _header(file)[:3]
 
 
 def read(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
@@ -44,7 +63,7 @@ def read(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
 
     Returns: (samples float32 (n,) with full scale at 1, rate_hz, channels).
     Raises:
-      AudioError: as `header`, and `not finite`, `silent`, `too short`.
+      AudioError: as `header`, and `damaged`, `not finite`, `too loud`, `silent`, `too short`.
     """
     samples, rate_hz, channels = read_steps(path)
     return samples * np.float32(1 / 32768), rate_hz, channels
@@ -52,121 +71,259 @@ def read(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
 
 def read_steps(path: str | pathlib.Path) -> tuple[np.ndarray, int, int]:
     """As `read`, with full scale at 32768: int16 where the file holds 16-bit integers, else float32."""
-    with _opened(path) as file:
-        wav = _wav(file)
-        rate_hz, frames, channels = _header(file, wav)
-        if _plain(wav):
-            # Nearly all heart sounds come so: libsndfile would take longer to open the file than this to read it.
-            file.seek(wav.begin)
-            samples = np.ascontiguousarray(np.frombuffer(file.read(2 * frames * channels), "<i2")[::channels])
-        else:
-            samples = _decode(file, frames)
-            if not np.isfinite(samples).all():
-                raise AudioError(f"not finite: {np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
-            samples *= np.float32(32768)
-    if samples.min() == samples.max():
-        raise AudioError("silent: every sample has the same value")
-    if len(samples) < SHORTEST_S * rate_hz:
-        raise AudioError(f"too short: {len(samples) / rate_hz:.3f} s, at least {SHORTEST_S} s is needed")
-    return samples, rate_hz, channels
+    return read_noted(path)[:3]
 
 
-def pieces(path: str | pathlib.Path, sample_rate_hz: int, piece_s: float = 10.0) -> Iterator[np.ndarray]:
+def read_noted(path: str | pathlib.Path) -> tuple[np.ndarray, int, int, tuple[str, ...]]:
+    """As `read_steps`, and the notes on what was read with a doubt."""
+    try:
+        with _open(path) as file:
+            found = _header(file)
+            if found.wav and found.wav.plain:
+                # Nearly all heart sounds come so: libsndfile would take longer to open the file than this to read it.
+                file.seek(found.wav.begin)
+                every = np.frombuffer(file.read(2 * found.frames * found.channels), "<i2").reshape(-1, found.channels)
+                if len(every) < found.frames:
+                    raise AudioError("truncated: the file became shorter while it was read")
+            else:
+                every = np.concatenate(list(_blocks(file, found, found.frames)))
+    except OSError as error:
+        raise AudioError(f"unreadable: {error.strerror or error}") from None
+    samples = np.ascontiguousarray(every[:, 0])
+    low, high = samples.min(), samples.max()
+    notes = found.notes + _judged(every, low, high, found)
+    if samples.dtype != np.int16:
+        samples *= np.float32(32768)
+    return samples, found.rate_hz, found.channels, notes
+
+
+def pieces(
+    path: str | pathlib.Path, sample_rate_hz: int, piece_s: float = 10.0, notes: list[str] | None = None
+) -> Iterator[np.ndarray]:
     """A file's first channel at another rate, float32 with full scale at 1, a piece at a time: for files of any length.
 
+    Args: notes: to which those on what is read with a doubt are added.
     Yields: (n,) samples of about `piece_s` seconds.
     Raises:
-      AudioError: as `header`, and `not finite`, `too short`; with the last piece `silent`.
+      AudioError: as `header`, and `not finite`, `too short`; with the last piece `damaged`, `too loud`, `silent`.
     """
-    import soundfile
     import soxr
 
-    rate_hz, frames, _ = header(path)
-    if frames < SHORTEST_S * rate_hz:
-        raise AudioError(f"too short: {frames / rate_hz:.3f} s, at least {SHORTEST_S} s is needed")
-    resample = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32", quality="HQ")
-    done, lowest, highest = 0, np.inf, -np.inf
     try:
-        for block in soundfile.blocks(str(path), round(piece_s * rate_hz), dtype="float32", always_2d=True):
-            samples = np.ascontiguousarray(block[:, 0])
-            if not np.isfinite(samples).all():
-                raise AudioError(f"not finite: a sample after {done / rate_hz:.1f} s is NaN or infinite")
-            done += len(samples)
-            lowest, highest = min(lowest, samples.min()), max(highest, samples.max())
-            yield samples if rate_hz == sample_rate_hz else resample.resample_chunk(samples, last=done >= frames)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"truncated: {error.error_string}") from None
-    if done < frames:
-        raise AudioError(f"truncated: the header declares {frames} samples, {done} could be read")
-    if lowest == highest:
-        raise AudioError("silent: every sample has the same value")
+        with _open(path) as file:
+            found = _header(file)
+            rate_hz, frames = found.rate_hz, found.frames
+            if frames < SHORTEST_S * rate_hz:
+                raise AudioError(f"too short: {frames / rate_hz:.3f} s, at least {SHORTEST_S} s is needed")
+            check_resampled(frames, rate_hz, sample_rate_hz, found.length)
+            resample = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32", quality="HQ")
+            done, ends = 0, []
+            for every in _blocks(file, found, round(piece_s * rate_hz)):
+                if not np.isfinite(every[:, 0]).all():
+                    raise AudioError(f"not finite: a sample after {done / rate_hz:.1f} s is NaN or infinite")
+                done += len(every)
+                ends += [every.min(0), every.max(0)]
+                samples = np.ascontiguousarray(every[:, 0])
+                if abs(samples).max() > LOUDEST:
+                    _judged(np.array(ends), ends[-2][0], ends[-1][0], found._replace(frames=frames))
+                yield samples if rate_hz == sample_rate_hz else resample.resample_chunk(samples, last=done >= frames)
+    except OSError as error:
+        raise AudioError(f"unreadable: {error.strerror or error}") from None
+    reach = np.array(ends)
+    judged = _judged(reach, reach[:, 0].min(), reach[:, 0].max(), found)
+    if notes is not None:
+        notes += found.notes + judged
 
 
-def _opened(path: str | pathlib.Path) -> BinaryIO:
+def check_resampled(frames: int, rate_hz: int, sample_rate_hz: int, length: int) -> None:
+    """Raises AudioError where a file of `length` bytes would become too many samples at another rate."""
+    samples = frames * sample_rate_hz // rate_hz
+    if samples > max(MOST_SAMPLES, 4 * length):
+        raise AudioError(
+            f"too long: {frames} samples at {rate_hz} Hz, as the header's rate says, are {samples} at "
+            f"{sample_rate_hz} Hz; write the recorder's rate into the header, or cut the recording"
+        )
+
+
+def _open(path: str | pathlib.Path) -> BinaryIO:
     try:
-        return open(path, "rb")
-    except (FileNotFoundError, IsADirectoryError):
-        raise AudioError("missing: no such file") from None
+        return opened(path)
+    except SourceError as error:
+        raise AudioError(str(error)) from None
 
 
-def _plain(wav: _Wav | None) -> TypeGuard[_Wav]:
-    return wav is not None and wav.encoding == 1 and wav.bits == 16 and wav.channels > 0 and wav.size >= 0
-
-
-def _wav(file: BinaryIO) -> _Wav | None:
-    """The chunks of a RIFF file; None for any other file."""
-    head = file.read(12)
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        return None
-    encoding = channels = rate_hz = bits = 0
-    while len(chunk := file.read(8)) == 8:
-        name, size = struct.unpack("<4sI", chunk)
-        if name == b"data":
-            return _Wav(encoding, channels, rate_hz, bits, file.tell(), -1 if size in (0, 0xFFFFFFFF) else size)
-        body = file.read(size + size % 2) if size < 65536 else b""
-        if name == b"fmt " and len(body) >= 16:
-            encoding, channels, rate_hz, _, _, bits = struct.unpack("<HHIIHH", body[:16])
-        elif not body:
-            file.seek(size + size % 2, 1)
-    return None
-
-
-def _header(file: BinaryIO, wav: _Wav | None) -> tuple[int, int, int]:
-    import soundfile
-
+def _header(file: BinaryIO) -> Header:
     length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise AudioError("empty: the file has no bytes")
-    if wav and wav.size > length - wav.begin:  # libsndfile reads a cut file without an error
-        present = length - wav.begin
-        raise AudioError(f"truncated: the header declares {wav.size} bytes of samples, there are {present}")
-    if _plain(wav):
-        rate_hz, frames, channels = wav.rate_hz, wav.size // (2 * wav.channels), wav.channels
+    wav = containers.wav(file, length)
+    if wav and wav.missing:  # libsndfile reads a cut file without an error
+        raise AudioError(
+            f"truncated: the header declares {wav.size + wav.missing} bytes of samples, there are {wav.size}"
+        )
+    if wav and wav.plain:
+        found = Header(wav.rate_hz, wav.size // (2 * wav.channels), wav.channels, wav.notes, length, wav)
     else:
-        try:
-            info = soundfile.info(file.name)
-        except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless format, such as .raw
-            raise AudioError(f"not audio: {getattr(error, 'error_string', error)}") from None
-        rate_hz, frames, channels = int(info.samplerate), int(info.frames), int(info.channels)
+        found = _as_libsndfile_reads_it(file, wav, length)
+    rate_hz, frames = found.rate_hz, found.frames
     if frames == 0:
         raise AudioError("empty: the file holds no samples")
     if rate_hz <= 0:
         raise AudioError("not audio: the header declares a rate of 0 Hz")
-    if frames > length * MOST_SAMPLES_A_BYTE:  # would ask for the memory before reading
+    low_hz, high_hz = RATES_HZ
+    if not low_hz <= rate_hz <= high_hz:
         raise AudioError(
-            f"truncated: the header declares {frames} samples, more than {length} bytes can hold"
-            " (a FLAC written to a pipe declares no length: encode it again)"
+            f"rate: the header declares {rate_hz} Hz, {low_hz} to {high_hz} can be read; write the recorder's rate "
+            "into the header"
         )
-    return rate_hz, frames, channels
+    low_hz, high_hz = USUAL_RATES_HZ
+    if not low_hz <= rate_hz <= high_hz or found.channels > 1 or frames < ONE_CYCLE_S * rate_hz:
+        return found._replace(notes=found.notes + _unusual(found))
+    return found
 
 
-def _decode(file: BinaryIO, frames: int) -> np.ndarray:
+def _unusual(found: Header) -> tuple[str, ...]:
+    notes = []
+    low_hz, high_hz = USUAL_RATES_HZ
+    if found.rate_hz < low_hz:
+        notes.append(f"rate: {found.rate_hz} Hz holds nothing above {found.rate_hz / 2:g} Hz, where murmurs reach")
+    elif found.rate_hz > high_hz:
+        notes.append(f"rate: {found.rate_hz} Hz is unusual for a stethoscope")
+    if found.channels > 1:
+        notes.append(f"channels: the first of {found.channels} is read")
+    if SHORTEST_S * found.rate_hz <= found.frames < ONE_CYCLE_S * found.rate_hz:
+        notes.append(f"short: {found.frames / found.rate_hz:.2f} s may not hold a heart cycle")
+    return tuple(notes)
+
+
+def _as_libsndfile_reads_it(file: BinaryIO, wav: containers.Wav | None, length: int) -> Header:
     import soundfile
 
     try:
-        samples, _ = soundfile.read(file.name, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(_source(file, wav)) as sound:
+            rate_hz, frames, channels = int(sound.samplerate), int(sound.frames), int(sound.channels)
+            kind, subtype = sound.format, sound.subtype
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # TypeError: no header, as of .raw
+        raise AudioError(f"not audio: {getattr(error, 'error_string', error)}") from None
+    notes = list(wav.notes) if wav else []
+    suffix = os.path.splitext(os.fsdecode(file.name))[1].lower()
+    if kind not in FAMILIES.get(suffix, (kind,)):
+        notes.append(f"name: the file is named {suffix} and is {kind}")
+    if not subtype.startswith(LOSSLESS):
+        notes.append(f"lossy: {subtype} keeps only a part of the sound")
+    elif kind not in WHOLE_OR_ERROR:
+        notes.append(f"container: whether a file of format {kind} was cut cannot be told")
+    file.seek(0)
+    flac = containers.flac(file) if kind == "FLAC" else None
+    found = Header(rate_hz, frames, channels, (), length, wav, flac)
+    if kind == "AIFF":
+        file.seek(0)
+        declared = containers.aiff_frames(file) or 0
+        if frames < declared:
+            raise AudioError(f"truncated: the header declares {declared} samples, there are {frames}")
+        if frames > declared:
+            notes.append(f"size: the header declares {declared} samples, there are {frames}; all are read")
+    if kind == "FLAC" and not (flac and flac.frames):
+        found = found._replace(flac=None, frames=_counted(file, found))
+        notes.append("size: the header leaves it open, as of an encoder that streams; read to the file's end")
+    if found.frames * channels > max(MOST_SAMPLES, 4 * length):  # would ask for the memory before reading
+        raise AudioError(
+            f"too long: the header declares {found.frames} samples in {channels} channels, too many for "
+            f"{length} bytes; encode the recording again, in parts if it is so long"
+        )
+    return found._replace(notes=tuple(notes))
+
+
+def _source(file: BinaryIO, wav: containers.Wav | None) -> bytes | BinaryIO:
+    """What libsndfile is given: the file's name, or the samples under a header of our own."""
+    return os.fsencode(file.name) if wav is None or wav.canonical else containers.rewritten(file, wav)
+
+
+def _counted(file: BinaryIO, found: Header) -> int:
+    """The frames of a file that does not declare them."""
+    import soundfile
+
+    frames, most = 0, max(MOST_SAMPLES, 4 * found.length) // found.channels
+    try:
+        with soundfile.SoundFile(_source(file, found.wav)) as sound:
+            sound.seekable = lambda: False  # seeking fails where the length is not known
+            while frames <= most and (some := len(sound.read(1 << 16, dtype="int16", always_2d=True))):
+                frames += some
+    except soundfile.LibsndfileError as error:
+        if not frames:
+            raise AudioError(f"truncated: {error.error_string}") from None
+    return frames
+
+
+def _blocks(file: BinaryIO, found: Header, size: int) -> Iterator[np.ndarray]:
+    """All samples, float32 (n, channels) with full scale at 1, `size` frames at a time.
+
+    Raises:
+      AudioError: `truncated` or `damaged`.
+    """
+    import soundfile
+
+    done = 0
+    if found.wav and found.wav.plain:
+        file.seek(found.wav.begin)
+        for done in range(0, found.frames, size):
+            frames = min(size, found.frames - done)
+            every = np.frombuffer(file.read(2 * frames * found.channels), "<i2").reshape(-1, found.channels)
+            if len(every) < frames:
+                raise AudioError("truncated: the file became shorter while it was read")
+            yield every * np.float32(1 / 32768)
+        return
+    # FLAC carries a digest of its integers, which are exact as float32 up to 24 bits.
+    flac = found.flac if found.flac and found.flac.bits in (8, 16, 24) and any(found.flac.md5) else None
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with soundfile.SoundFile(_source(file, found.wav)) as sound:
+            sound.seekable = lambda: False  # seeking after each block takes time, and fails in a FLAC of open length
+            while done < found.frames:
+                frames = min(size, found.frames - done)
+                every = sound.read(frames, dtype="int32" if flac else "float32", always_2d=True)
+                done += len(every)
+                if len(every) < frames:
+                    raise AudioError(
+                        f"truncated: the header declares {found.frames} samples, {done} could be read"
+                    )
+                if flac:
+                    used = every.view(np.uint8).reshape(*every.shape, 4)[..., 4 - flac.bits // 8 :]
+                    digest.update(np.ascontiguousarray(used))
+                    every = every.astype(np.float32) * np.float32(2**-31)
+                yield every
     except soundfile.LibsndfileError as error:
         raise AudioError(f"truncated: {error.error_string}") from None
-    if len(samples) < frames:
-        raise AudioError(f"truncated: the header declares {frames} samples, {len(samples)} could be read")
-    return np.ascontiguousarray(samples[:, 0])
+    if flac and digest.digest() != flac.md5:
+        raise AudioError("damaged: the samples do not fit the FLAC's checksum; copy the file again")
+
+
+def _judged(every: np.ndarray, low: float, high: float, found: Header) -> tuple[str, ...]:
+    """Notes on decoded samples. every: (n, channels), or just the extremes of each; low, high: of the first channel.
+
+    Raises:
+      AudioError: `not finite`, `too loud`, `silent` or `too short`.
+    """
+    if not np.isfinite(low) or not np.isfinite(high):
+        bad = np.count_nonzero(~np.isfinite(every[:, 0]))
+        raise AudioError(f"not finite: {bad} samples are NaN or infinite")
+    full_scale = 32768.0 if every.dtype == np.int16 else 1.0
+    peak = max(float(high), -float(low)) / full_scale
+    if peak > LOUDEST:
+        raise AudioError(f"too loud: the samples reach {peak:.3g}, full scale is 1; save them as integers or within 1")
+    ranges = every.max(0).astype(float) - every.min(0) if found.channels > 1 else np.zeros(1)
+    if low == high or peak < QUIETEST:
+        what = "every sample has the same value" if low == high else f"the samples reach no more than {peak:.0e}"
+        others = f" in the first of {found.channels} channels" if found.channels > 1 else ""
+        hint = "; another one has sound: save it alone" if ranges.max() > 0 else ""
+        raise AudioError(f"silent: {what}{others}{hint}")
+    if found.frames < SHORTEST_S * found.rate_hz:
+        seconds = found.frames / found.rate_hz
+        raise AudioError(f"too short: {seconds:.3f} s, at least {SHORTEST_S} s is needed")
+    notes = []
+    if peak > 1:
+        notes.append(f"scale: the samples are floats that reach {peak:.5g}, where full scale is 1; read as they are")
+    if ranges.max() > LOUDER_CHANNEL * ranges[0]:
+        times = ranges.max() / ranges[0]
+        notes.append(f"channels: number {ranges.argmax() + 1} is {times:.0f} times as loud as the first, which is read")
+    return tuple(notes)

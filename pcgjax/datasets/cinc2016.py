@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import collections
 import itertools
+import operator
 import os
 import pathlib
 import re
@@ -20,6 +23,7 @@ from pcgjax.datasets import (
     audio,
     state_ans,
 )
+from pcgjax.datasets.sources import Folder, SourceError, read_bytes, text_of
 from pcgjax.datasets.tables import read_rows, read_table, relative
 
 LAYOUT = (
@@ -70,11 +74,12 @@ def _database(
     problems: list[Problem],
 ) -> list[Recording]:
     """The recordings of one training-x folder; what is left out is added to `problems`."""
-    tables, sqi = _references(folder, source, problems)
+    there = Folder(folder)
+    tables, sqi = _references(there, source, problems)
     primary, labels = next(iter(tables.items()))
     recordings = []
     for record, label in sorted(labels.items()):
-        path = folder / f"{record}.wav"
+        path = there[f"{record}.wav"]
         if label is None:
             continue  # its row is among the problems
         label_of_table = {name: table[record] for name, table in tables.items() if table.get(record)}
@@ -83,6 +88,8 @@ def _database(
             problems.append(Problem(relative(path, source), f"mislabelled: {verdicts} (1 abnormal, -1 normal)"))
             continue
         try:
+            if f"{record}.wav" not in there:
+                raise audio.AudioError("missing: no such file")
             rate_hz, frames, _ = audio.header(path)
         except audio.AudioError as error:
             problems.append(Problem(relative(path, source), str(error)))
@@ -93,9 +100,13 @@ def _database(
             reason = f"mislabelled: {record} is {row[APPENDIX_CLASS]!r} here and {label} in {primary}, which counts"
             problems.append(Problem(APPENDIX, reason))
         annotations: tuple[Span, ...] = ()
+        notes: tuple[str, ...] = ()
         if record in states:
             try:
-                annotations = _annotations(states[record], rate_hz, frames)
+                annotations, notes = _annotations(states[record], rate_hz, frames)
+                problems += [Problem(relative(states[record], source), note, True) for note in notes]
+            except SourceError as error:
+                problems.append(Problem(relative(states[record], source), f"{error}, so no annotations"))
             except ValueError as error:
                 problems.append(Problem(relative(states[record], source), f"annotation: {error}"))
         extra = {"sqi": sqi.get(record), "diagnosis": row.get("diagnosis"), "site": row.get(APPENDIX_SITE)}
@@ -114,22 +125,24 @@ def _database(
                 | {key: value for key, value in extra.items() if value},
                 annotations=annotations,
                 path=path,
+                notes=notes,
             )
         )
-    for path in sorted(path for path in folder.glob("*.wav") if path.stem not in labels):
+    read = {there[f"{record}.wav"] for record in labels}
+    for path in (path for path in there.ending(".wav") if path not in read):
         problems.append(Problem(relative(path, source), f"unlabelled: no label in {primary}"))
     return recordings
 
 
 def _references(
-    folder: pathlib.Path, source: pathlib.Path, problems: list[Problem]
+    folder: Folder, source: pathlib.Path, problems: list[Problem]
 ) -> tuple[dict[str, dict[str, str | None]], dict[str, str]]:
     """({table: {record: "1", "-1", or None where the row is bad}}, {record: sqi}); the first table counts."""
     tables: dict[str, dict[str, str | None]] = {}
     sqi: dict[str, str] = {}
     for name in ("REFERENCE.csv", "REFERENCE_withSQI.csv"):
-        path = folder / name
-        if not path.is_file():
+        path = folder[name]
+        if name not in folder:
             continue
         rows = read_rows(path)
         _check_labels(path, rows)
@@ -154,10 +167,16 @@ def _references(
                 else:
                     reason = f"mislabelled: line {line}, record {record}: sqi {values[1]!r}, allowed are 0 and 1"
                     problems.append(Problem(relative(path, source), reason))
-    comments = {path.stem: verdict for path in folder.glob("*.hea") if (verdict := _header_label(path))}
+    comments = {}
+    for path in folder.ending(".hea"):
+        try:
+            if verdict := _header_label(path):
+                comments[path.stem] = verdict
+        except SourceError as error:
+            problems.append(Problem(relative(path, source), str(error)))
     if not tables and not comments:
         raise DatasetError(
-            f"{folder}: no labels; it needs REFERENCE.csv (rows such as a0001,1) or REFERENCE_withSQI.csv, "
+            f"{folder.path}: no labels; it needs REFERENCE.csv (rows such as a0001,1) or REFERENCE_withSQI.csv, "
             "or .hea files with a comment '# Normal' or '# Abnormal'"
         )
     tables["the .hea file"] = dict(comments)
@@ -183,7 +202,7 @@ def _check_labels(path: pathlib.Path, rows: list[tuple[int, list[str]]]) -> None
 
 def _header_label(path: pathlib.Path) -> str | None:
     """The label in a WFDB header's comment, or None."""
-    for line in path.read_text("latin-1").splitlines():
+    for line in text_of(read_bytes(path)).splitlines():
         word = line.lstrip("# \t").strip().lower()
         if line.startswith("#") and word in CLASSES.values():
             return "1" if word == "abnormal" else "-1"
@@ -236,24 +255,55 @@ def _state_files(source: pathlib.Path, folders: list[pathlib.Path]) -> dict[str,
     """The hand-corrected state files by record, from `annotations` next to, above or inside the training folders."""
     paths: dict[str, pathlib.Path] = {}
     for base in dict.fromkeys((source.parent, source, *folders)):
-        for path in sorted((base / "annotations" / "hand_corrected").glob("*/*_StateAns.mat"), key=str):
+        for path in sorted((base / "annotations" / "hand_corrected").glob("[!.]*/[!.]*_StateAns.mat"), key=str):
             paths[path.name.removesuffix("_StateAns.mat")] = path
     return paths
 
 
-def _annotations(path: pathlib.Path, rate_hz: int, frames: int) -> tuple[Span, ...]:
-    """Intervals from a file of (1-based sample index, state name) pairs; each state lasts until the next begins.
+def _annotations(path: pathlib.Path, rate_hz: int, frames: int) -> tuple[tuple[Span, ...], tuple[str, ...]]:
+    """(spans, notes) of a file of (1-based sample index, state name) pairs; each state lasts until the next begins.
+
+    Where an index is behind the one before (three of the published files), nobody knows when that state began: up to
+    the next state that is in order the recording counts as not annotated.
 
     Raises:
+      SourceError: the file is unreadable.
       ValueError: what is wrong with the file.
     """
-    starts, names = state_ans.read(path.read_bytes())
+    starts, names = state_ans.read(read_bytes(path))
     if unknown := set(names) - STATES.keys():
         raise ValueError(f"unknown state {min(unknown)!r}; known are {', '.join(STATES)}")
-    if starts != sorted(set(starts)):
+    if min(starts) < 1 or max(starts) > frames:
+        raise ValueError(f"sample indices {min(starts)} to {max(starts)}, the recording has samples 1 to {frames}")
+    states = [*map(STATES.__getitem__, names)]
+    notes: tuple[str, ...] = ()
+    if not all(map(operator.lt, starts, starts[1:])):
         before, after = next((a, b) for a, b in itertools.pairwise(starts) if a >= b)
-        raise ValueError(f"sample index {after} follows {before}; the indices must increase")
-    if starts[0] < 1 or starts[-1] > frames:
-        raise ValueError(f"sample indices {starts[0]} to {starts[-1]}, the recording has samples 1 to {frames}")
+        kept = _in_order(starts)
+        if len(kept) < 0.75 * len(starts):
+            raise ValueError(f"sample index {after} follows {before}; the indices must increase")
+        next_kept = [*kept[1:], len(starts)]
+        states = [states[i] if next_kept[place] == i + 1 else UNANNOTATED for place, i in enumerate(kept)]
+        starts = [starts[i] for i in kept]
+        notes = (f"annotation: sample index {after} follows {before}; what lies around them counts as not annotated",)
     edges_s = [(start - 1) / rate_hz for start in starts] + [frames / rate_hz]
-    return tuple(zip(edges_s, edges_s[1:], map(STATES.__getitem__, names), strict=False))
+    return tuple(zip(edges_s, edges_s[1:], states, strict=False)), notes
+
+
+def _in_order(starts: list[int]) -> list[int]:
+    """Places of the numbers that every longest rising subsequence of `starts` has: those that are surely in order."""
+
+    def ranks(values: list[int]) -> list[int]:
+        lowest: list[int] = []  # the smallest end of a rising subsequence of each length
+        places = []
+        for value in values:
+            place = bisect.bisect_left(lowest, value)
+            lowest[place : place + 1] = [value]
+            places.append(place)
+        return places
+
+    before, after = ranks(starts), ranks([-start for start in reversed(starts)])[::-1]
+    longest = max(map(operator.add, before, after))
+    on_one = [i for i in range(len(starts)) if before[i] + after[i] == longest]
+    of_rank = collections.Counter(before[i] for i in on_one)
+    return [i for i in on_one if of_rank[before[i]] == 1]

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from typing import NamedTuple
 
 from pcgjax.datasets import DatasetError, Problem, Recording, Span, audio
-from pcgjax.datasets.annotations import read_annotations, read_bytes
+from pcgjax.datasets.annotations import noted_annotations
+from pcgjax.datasets.sources import Folder, SourceError, read_bytes, text_of
 from pcgjax.datasets.tables import column_name, read_table, relative
 
 LAYOUT = "training_data/ (or its files themselves) with <patient>.txt, .hea, .wav, .tsv, and training_data.csv beside"
@@ -45,24 +47,21 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     """
     source = pathlib.Path(os.path.abspath(source))
     folder = source / "training_data" if (source / "training_data").is_dir() else source
-    # The folder is listed once; asking for each file takes longer.
-    with os.scandir(folder) as entries:
-        there = sorted(entry.name for entry in entries if entry.is_file())
+    there = Folder(folder)
     problems: list[Problem] = []
     table = _table(source, folder, problems)
     patients: dict[str, dict[str, str]] = {}
-    files: dict[str, list[list[str]]] = {}
+    files: dict[str, list[Names]] = {}
     listed: dict[str, str] = {}  # .wav -> the patient's .txt
     unread: set[str] = set()
-    for name in there:
-        if not name.endswith(".txt") or not name[:-4].isdigit():
+    for path in there.ending(".txt"):
+        if not _is_number(path.stem):
             continue  # LICENSE.txt, SHA256SUMS.txt
-        path = folder / name
         try:
             names_of_recordings, fields = _patient(path)
             patients[path.stem] = _merged(fields, table.get(path.stem, {}))
-            files[path.stem] = [names for names in names_of_recordings if names[2] not in listed]
-            for _, _, wav, _ in names_of_recordings:
+            files[path.stem] = [names for names in names_of_recordings if there[names.wav].name not in listed]
+            for wav in (there[names.wav].name for names in names_of_recordings):
                 if wav in listed:
                     reason = f"duplicate: {wav} is listed in {listed[wav]} already, which counts"
                     problems.append(Problem(relative(path, source), reason))
@@ -72,19 +71,17 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
             unread.add(path.stem)
     for patient in sorted(table.keys() - patients.keys() - unread):
         problems.append(Problem(relative(folder / f"{patient}.txt", source), "missing: no such file"))
-    for name in there:
-        if name.endswith(".wav") and name not in listed and name[:-4].split("_")[0] not in unread:
-            path = folder / name
+    for path in there.ending(".wav"):
+        if path.name not in listed and path.stem.split("_")[0] not in unread:
             problems.append(Problem(relative(path, source), "unlisted: no <patient>.txt names this file"))
     if patients and not any("additional id" in fields for fields in patients.values()):
         reason = "no links: no file has 'Additional ID', so a person recorded under two patient ids counts as two"
         problems.append(Problem(relative(folder, source), reason))
     person_of = _persons({patient: fields.get("additional id", "") for patient, fields in patients.items()})
     recordings = []
-    names_there = frozenset(there)
     for patient, fields in patients.items():
         for names in files[patient]:
-            recording = _recording(folder, source, names_there, patient, names, fields, person_of[patient], problems)
+            recording = _recording(there, source, patient, names, fields, person_of[patient], problems)
             if recording is not None:
                 recordings.append(recording)
     return recordings, problems
@@ -106,7 +103,7 @@ def _table(source: pathlib.Path, folder: pathlib.Path, problems: list[Problem]) 
                 problems.append(Problem(relative(path, source), reason))
             else:
                 patients[patient] = row
-        if not any(patient.isdigit() for patient in patients):
+        if not any(map(_is_number, patients)):
             raise DatasetError(
                 f"{path}: column 'patient id' holds no number (first: {next(iter(patients))!r}); "
                 "put the published table back"
@@ -115,23 +112,36 @@ def _table(source: pathlib.Path, folder: pathlib.Path, problems: list[Problem]) 
     return {}
 
 
-def _patient(path: pathlib.Path) -> tuple[list[list[str]], dict[str, str]]:
-    """([site, .hea, .wav, .tsv] of each recording, {key: value}) from <patient>.txt.
+class Names(NamedTuple):
+    """A line of <patient>.txt: the files of a recording, "" where it names none."""
+
+    site: str
+    hea: str
+    wav: str
+    tsv: str
+
+
+def _patient(path: pathlib.Path) -> tuple[list[Names], dict[str, str]]:
+    """(the recordings, {key: value}) from <patient>.txt.
 
     Raises:
       ValueError: the file is not as published.
     """
-    lines = [line.strip() for line in read_bytes(path).decode("latin-1").splitlines()]
+    lines = [line.strip() for line in text_of(read_bytes(path)).splitlines()]
     lines = [line for line in lines if line]
     first = lines[0].split() if lines else []
-    if len(first) != 3 or not first[1].isdigit():
+    if len(first) != 3 or not _is_number(first[1]):
         raise ValueError("header: the first line must be patient, number of recordings, rate, as in `9979 4 4000`")
     if first[0] != path.stem:
         raise ValueError(f"header: the first line is about patient {first[0]}")
-    files = [line.split() for line in lines[1:] if not line.startswith("#")]
-    for names in files:
-        if len(names) != 4 or names[0] not in SITES:
-            raise ValueError(f"header: {' '.join(names)!r} must be a site ({', '.join(SITES)}), .hea, .wav and .tsv")
+    files = []
+    for words in (line.split() for line in lines[1:] if not line.startswith("#")):
+        named = {os.path.splitext(word)[1].lower(): word for word in words[1:]}
+        names = Names(words[0], *(named.pop(suffix, "") for suffix in (".hea", ".wav", ".tsv")))
+        # 50782_MV_1 as published has no .tsv here.
+        if len(words) != sum(map(bool, names)) or names.site not in SITES or not names.wav or "/" in "".join(words):
+            raise ValueError(f"header: {' '.join(words)!r} must be a site ({', '.join(SITES)}), .hea, .wav and .tsv")
+        files.append(names)
     if len(files) != int(first[1]):
         raise ValueError(f"header: the first line announces {first[1]} recordings, the file lists {len(files)}")
     fields = {}
@@ -162,6 +172,10 @@ def _merged(text: dict[str, str], row: dict[str, str]) -> dict[str, str]:
     return fields
 
 
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
 def _known(value: str) -> bool:
     return value not in ("", "nan") and value.lower() != "nan"
 
@@ -177,58 +191,91 @@ def _persons(links: dict[str, str]) -> dict[str, str]:
 
     for patient, link in links.items():
         link = link.removesuffix(".0")  # as a table editor writes a column of numbers with gaps
-        if link.isdigit():
+        if _is_number(link):
             small, large = sorted((find(int(patient)), find(int(link))))
             leader[large] = small
     return {patient: f"circor-{find(int(patient))}" for patient in links}
 
 
 def _recording(
-    folder: pathlib.Path,
+    there: Folder,
     source: pathlib.Path,
-    there: frozenset[str],
     patient: str,
-    names: list[str],
+    names: Names,
     fields: dict[str, str],
     person: str,
     problems: list[Problem],
 ) -> Recording | None:
-    """One recording from [site, .hea, .wav, .tsv]; None, and an entry in `problems`, where it cannot be used."""
-    site, (header, path, tsv) = names[0], map(folder.joinpath, names[1:])
+    """One recording; None, and an entry in `problems`, where it cannot be used."""
+    path = there[names.wav]
     try:
+        if names.wav not in there:
+            raise audio.AudioError("missing: no such file")
         rate_hz, frames, _ = audio.header(path)
     except audio.AudioError as error:
         problems.append(Problem(relative(path, source), str(error)))
         return None
-    if header.name not in there:
-        problems.append(Problem(relative(header, source), "missing: no such file; the rate is the .wav file's"))
-    else:
+    header = there[names.hea or f"{path.stem}.hea"]
+    try:
+        if header.name not in there:
+            raise SourceError("missing: no such file")
         # Record, signals, rate; a counter may follow after a slash.
-        declared = read_bytes(header).decode("latin-1").split()
+        declared = text_of(read_bytes(header)).split()
+    except SourceError as error:
+        problems.append(Problem(relative(header, source), f"{error}; the rate is the .wav file's"))
+    else:
         if len(declared) < 3 or re.split("[/(]", declared[2])[0] not in (f"{rate_hz}", f"{rate_hz}.0"):
             reason = f"header: the first line is {' '.join(declared[:4])!r}, {path.name} has a rate of {rate_hz} Hz"
             problems.append(Problem(relative(header, source), reason))
             return None
-    if tsv.name not in there:
-        # 50782_MV_1.wav: one of two recordings was dropped, the annotation kept the name without a number.
-        tsv = folder / f"{patient}_{site}.tsv"
-    annotations: tuple[Span, ...] = ()
-    try:
-        annotations = read_annotations(tsv, frames / rate_hz)
-    except FileNotFoundError:
-        problems.append(Problem(relative(folder / names[3], source), "missing: no such file, so no annotations"))
-    except ValueError as error:
-        problems.append(Problem(relative(tsv, source), f"annotation: {error}"))
+    annotations, notes = _annotations(there, source, patient, names, path, frames / rate_hz, problems)
     return Recording(
         id=path.stem,
         person=person,
         person_known=True,
         database="circor",
         rate_hz=rate_hz,
-        labels=_labels(fields, site),
+        labels=_labels(fields, names.site),
         annotations=annotations,
         path=path,
+        notes=notes,
     )
+
+
+def _annotations(
+    there: Folder,
+    source: pathlib.Path,
+    patient: str,
+    names: Names,
+    path: pathlib.Path,
+    duration_s: float,
+    problems: list[Problem],
+) -> tuple[tuple[Span, ...], tuple[str, ...]]:
+    """(spans, notes) of one recording; the notes, and why there are no spans, are also added to `problems`."""
+    spans: tuple[Span, ...] = ()
+    notes: tuple[str, ...] = ()
+    found_as: tuple[str, ...] = ()  # as published, and so not listed as a problem
+    tsv, other = there[names.tsv or f"{path.stem}.tsv"], there[f"{patient}_{names.site}.tsv"]
+    where = relative(tsv, source)
+    if not names.tsv:
+        lies = f"; {other.name}, which no line names, may be its own" if other.name in there else ""
+        notes = (f"annotation: {patient}.txt names no .tsv for {path.name}, so it has no annotations{lies}",)
+    else:
+        try:
+            if tsv.name not in there and other.name in there:
+                # 50782_MV_1.wav: one of two recordings was dropped, the annotation kept the name without a number.
+                found_as = (f"annotation: {tsv.name} is missing, {other.name} is read in its place",)
+                tsv = other
+            if tsv.name not in there:
+                notes = (f"missing: no such file as {tsv.name}, so no annotations",)
+            else:
+                spans, notes = noted_annotations(tsv, duration_s)
+        except SourceError as error:
+            problems.append(Problem(where, f"{error}, so no annotations"))
+        except ValueError as error:
+            problems.append(Problem(relative(tsv, source), f"annotation: {error}"))
+    problems += [Problem(where, note, True) for note in notes]
+    return spans, found_as + notes
 
 
 def _labels(fields: dict[str, str], site: str) -> dict[str, str]:

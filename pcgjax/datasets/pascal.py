@@ -8,11 +8,16 @@ import os
 import pathlib
 
 from pcgjax.datasets import S1, S2, Problem, Recording, Span, audio
+from pcgjax.datasets.sources import Folder
 from pcgjax.datasets.tables import read_table, relative
 
-LAYOUT = "set_a.csv with the folder set_a/, or set_b.csv with set_b/, or both, and set_a_timing.csv"
+LAYOUT = (
+    "set_a.csv with the folder set_a/, or set_b.csv with set_b/, or both, and set_a_timing.csv; or a folder a class: "
+    "Atraining_normal, Btraining_murmur and so on"
+)
 ABNORMAL = {"normal": "0", "murmur": "1", "extrastole": "1", "extrahls": "1", "artifact": None}
 TIMING_RATE_HZ = 44100  # what the locations in set_a_timing.csv count, whatever the rate of the files on disk
+SPELLINGS = {"extrahs": "extrahls", "extrasystole": "extrastole"}  # of the organisers' folders -> of the tables
 PREFIXES = ("Atraining", "Btraining", "Aunlabelledtest", "Bunlabelledtest")
 
 
@@ -31,10 +36,13 @@ def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
     unlabelled = 0
     for letter in "ab":
         table = source / f"set_{letter}.csv"
-        if table.is_file():
+        folders = _class_folders(source, letter)
+        if table.is_file() and ((source / f"set_{letter}").is_dir() or not folders):
             labelled, skipped = _set(table, letter, source, problems)
-            recordings += labelled
-            unlabelled += skipped
+        else:
+            labelled, skipped = _classes(folders, letter, source, problems)
+        recordings += labelled
+        unlabelled += skipped
     if unlabelled:
         reason = f"unlabelled: {unlabelled} recordings have no label (the challenge kept them for its test)"
         problems.append(Problem("set_a.csv, set_b.csv", reason))
@@ -48,7 +56,8 @@ def _set(
     rows, bad = read_table(table, ("fname", "label", "sublabel"), source)
     problems += bad
     timing = _timing(source, problems) if letter == "a" else {}
-    files = sorted((source / f"set_{letter}").glob("*.wav"))
+    folder = source / f"set_{letter}"
+    files = list(Folder(folder).ending(".wav")) if folder.is_dir() else []
     by_name = {path.name: path for path in files}
     by_parts = {_parts(path.name): path for path in files}
     recordings: list[Recording] = []
@@ -64,7 +73,7 @@ def _set(
             problems.append(Problem(where, reason))
             continue
         seen[path] = line
-        label = row["label"]
+        label = SPELLINGS.get(row["label"], row["label"])
         if not label:
             unlabelled += 1
             continue
@@ -77,38 +86,8 @@ def _set(
             reason = f"mislabelled: {table.name} line {line} says {label}, the file name {named}"
             problems.append(Problem(where, reason))
             continue
-        try:
-            rate_hz, frames, _ = audio.header(path)
-        except audio.AudioError as error:
-            problems.append(Problem(where, str(error)))
-            continue
-        annotations = tuple(timing.pop(_parts(path.name), ()))
-        if annotations and annotations[-1][1] > frames / rate_hz:
-            last_s, end_s = annotations[-1][1], frames / rate_hz
-            reason = f"annotation: {path.name} has a sound at {last_s:.3f} s and ends at {end_s:.3f} s"
-            problems.append(Problem("set_a_timing.csv", reason))
-            annotations = ()
-        labels = {"class": label, "noisy": "1" if noisy or row["sublabel"].startswith("noisy") else "0"}
-        if row["sublabel"]:
-            labels["sublabel"] = row["sublabel"]
-        if (abnormal := ABNORMAL[label]) is not None:
-            labels["abnormal"] = abnormal
-        if label in ("normal", "murmur"):
-            labels["murmur"] = "1" if label == "murmur" else "0"
-        record = f"{letter}_{path.stem}"
-        subject = tail.split("_")[0] if letter == "b" and "_" in tail else None  # 112_1306243000964_A
-        recordings.append(
-            Recording(
-                id=record,
-                person=f"pascal-b-{subject}" if subject else record,
-                person_known=subject is not None,
-                database=f"pascal-{letter}",
-                rate_hz=rate_hz,
-                labels=labels,
-                annotations=annotations,
-                path=path,
-            )
-        )
+        one = _recording(path, f"{letter}_{path.stem}", label, row["sublabel"], noisy, tail, timing, source, problems)
+        recordings += [one] if one else []
     for path in files:
         if path not in seen:
             if "unlabelledtest" in path.name:
@@ -116,6 +95,94 @@ def _set(
             else:
                 problems.append(Problem(relative(path, source), f"unlisted: {table.name} does not name this file"))
     return recordings, unlabelled
+
+
+def _class_folders(source: pathlib.Path, letter: str) -> list[pathlib.Path]:
+    """The organisers' folders of one set below `source`, as Btraining_noisynormal inside Btraining_normal."""
+    found = []
+    for parent, folders, _ in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        prefixes = tuple(f"{letter}{kind}" for kind in ("training_", "unlabelledtest"))
+        found += [pathlib.Path(parent, name) for name in folders if name.lower().startswith(prefixes)]
+    return found
+
+
+def _classes(
+    folders: list[pathlib.Path], letter: str, source: pathlib.Path, problems: list[Problem]
+) -> tuple[list[Recording], int]:
+    """(the recordings of one set as its organisers lay it out, how many have no label); ids are as `_set` has them."""
+    timing = _timing(source, problems) if letter == "a" and folders else {}
+    recordings: dict[str, Recording] = {}
+    unlabelled = 0
+    for folder in folders:
+        files = list(Folder(folder).ending(".wav"))
+        _, _, kind = folder.name.lower().partition("training_")
+        label, noisy = SPELLINGS.get(kind.removeprefix("noisy"), kind.removeprefix("noisy")), kind.startswith("noisy")
+        if not kind:
+            unlabelled += len(files)
+            continue
+        if label not in ABNORMAL:
+            reason = f"mislabelled: the folder's class is {label!r}, allowed are {', '.join(ABNORMAL)}"
+            problems.append(Problem(relative(folder, source), reason))
+            continue
+        for path in files:
+            named, named_noisy, tail = _parts(path.name)
+            sublabel = f"noisy{label}" if noisy or named_noisy else ""
+            record = f"{letter}_{label}_{sublabel}_{tail}"
+            if named in ABNORMAL and named != label:
+                reason = f"mislabelled: it lies in {folder.name}, the file name says {named}"
+                problems.append(Problem(relative(path, source), reason))
+            elif record in recordings:
+                reason = f"duplicate: {relative(recordings[record].path, source)} has the same name, which counts"
+                problems.append(Problem(relative(path, source), reason))
+            elif one := _recording(path, record, label, sublabel, bool(sublabel), tail, timing, source, problems):
+                recordings[record] = one
+    return list(recordings.values()), unlabelled
+
+
+def _recording(
+    path: pathlib.Path,
+    record: str,
+    label: str,
+    sublabel: str,
+    noisy: bool,
+    tail: str,
+    timing: dict[tuple[str, bool, str], list[Span]],
+    source: pathlib.Path,
+    problems: list[Problem],
+) -> Recording | None:
+    """One labelled recording; None, and an entry in `problems`, where it cannot be used. tail: as of `_parts`."""
+    try:
+        rate_hz, frames, _ = audio.header(path)
+    except audio.AudioError as error:
+        problems.append(Problem(relative(path, source), str(error)))
+        return None
+    named, named_noisy, _ = _parts(path.name)
+    annotations = tuple(timing.pop((named or label, named_noisy, tail), ()))
+    if annotations and annotations[-1][1] > frames / rate_hz:
+        last_s, end_s = annotations[-1][1], frames / rate_hz
+        reason = f"annotation: {path.name} has a sound at {last_s:.3f} s and ends at {end_s:.3f} s"
+        problems.append(Problem("set_a_timing.csv", reason))
+        annotations = ()
+    labels = {"class": label, "noisy": "1" if noisy or sublabel.startswith("noisy") else "0"}
+    if sublabel:
+        labels["sublabel"] = sublabel
+    if (abnormal := ABNORMAL[label]) is not None:
+        labels["abnormal"] = abnormal
+    if label in ("normal", "murmur"):
+        labels["murmur"] = "1" if label == "murmur" else "0"
+    letter = record[0]
+    subject = tail.split("_")[0] if letter == "b" and "_" in tail else None  # 112_1306243000964_A
+    return Recording(
+        id=record,
+        person=f"pascal-b-{subject}" if subject else record,
+        person_known=subject is not None,
+        database=f"pascal-{letter}",
+        rate_hz=rate_hz,
+        labels=labels,
+        annotations=annotations,
+        path=path,
+    )
 
 
 def _parts(name: str) -> tuple[str, bool, str]:
@@ -127,7 +194,8 @@ def _parts(name: str) -> tuple[str, bool, str]:
     words = [word for word in os.path.splitext(name)[0].split("_") if word and word not in PREFIXES]
     kinds = list(itertools.takewhile(str.isalpha, words))
     noisy = any(kind.startswith("noisy") for kind in kinds)
-    return (kinds[-1].removeprefix("noisy") if kinds else "", noisy, "_".join(words[len(kinds) :]))
+    label = kinds[-1].removeprefix("noisy") if kinds else ""
+    return SPELLINGS.get(label, label), noisy, "_".join(words[len(kinds) :])
 
 
 def _timing(source: pathlib.Path, problems: list[Problem]) -> dict[tuple[str, bool, str], list[Span]]:
@@ -145,7 +213,7 @@ def _timing(source: pathlib.Path, problems: list[Problem]) -> dict[tuple[str, bo
         if row["sound"] not in ("S1", "S2"):
             broken.add(key)
             reason = f"sound is {row['sound']!r}, allowed are S1 and S2"
-        elif not row["location"].isdecimal():
+        elif not (row["location"].isdecimal() and len(row["location"]) < 12):
             broken.add(key)
             reason = f"location is {row['location']!r}, it must be a sample at {TIMING_RATE_HZ} Hz, as in 10021"
         else:

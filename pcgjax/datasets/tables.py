@@ -10,19 +10,19 @@ import pathlib
 from collections.abc import Iterable
 
 from pcgjax.datasets import DatasetError, Problem
+from pcgjax.datasets.sources import SourceError, read_bytes, text_of
 
 
 def read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
     """The rows of a CSV file as (line number, fields without blanks at either end); blank lines are left out.
 
     Raises:
-      DatasetError: not a CSV file, or no row.
+      DatasetError: not a CSV file, one that cannot be read, or no row.
     """
-    raw = path.read_bytes()
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
+        text = text_of(read_bytes(path))
+    except SourceError as error:
+        raise DatasetError(f"{path}: {error}; put the published file back") from None
     if "\0" in text:
         raise DatasetError(f"{path}: not a CSV table (it holds zero bytes); put the published file back")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)

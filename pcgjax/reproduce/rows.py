@@ -192,7 +192,8 @@ def left_out_clips(job: Job, states: Mapping[str, Mapping[str, Any]]) -> dict[st
             continue
         if name.startswith("prepare_"):
             manifest = read_json(job.out / "prepared" / name.removeprefix("prepare_") / "manifest.json")
-            out = [{"id": file["path"], "reason": file["reason"]} for file in manifest["problems"]]
+            left_out = [file for file in manifest["problems"] if not file.get("note")]
+            out = [{"id": file["path"], "reason": file["reason"]} for file in left_out]
         elif name.startswith("classical"):
             out = read_json(job.run(name) / "metrics.json")["features"]["left_out"]
         else:

@@ -27,6 +27,7 @@ from pcgjax.tasks.frames import frame_features, frame_hop
 
 MARGIN_S = 0.5  # at either end of a window, where a neighbour knows better
 _WINDOWS = 8  # through the model at a time
+NOT_FINITE = "the model's answer is not finite"
 Pieces = Iterable[np.ndarray]  # a recording's samples, in order
 
 
@@ -131,7 +132,13 @@ class SegmenterModel:
             buffer.forget(first)
 
     def decide(self, scores_TxK: np.ndarray) -> np.ndarray:
-        """States (T,) from `frame_scores`: for a binary target 1 where it holds, else 0."""
+        """States (T,) from `frame_scores`: for a binary target 1 where it holds, else 0.
+
+        Raises:
+          FloatingPointError: a score is NaN.
+        """
+        if np.isnan(scores_TxK).any():
+            raise FloatingPointError(NOT_FINITE)
         if self.config.task.frames == "states":
             return viterbi(scores_TxK, self.log_duration_KxSxD)
         e, out = self.config.evaluation, np.zeros(len(scores_TxK), np.int8)
@@ -192,7 +199,10 @@ def judge_segmentation(
     progress = tqdm.tqdm(zip(indices, scores, strict=True), desc=f"decode {split}", total=len(indices), mininterval=1.0)
     for i, scores_TxK in progress:
         row = corpus.rows[i]
-        truth, states = frame_states(row["annotations"], len(scores_TxK), step_s), model.decide(scores_TxK)
+        try:
+            truth, states = frame_states(row["annotations"], len(scores_TxK), step_s), model.decide(scores_TxK)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"recording {row['id']}: {error}") from None
         if of_states:
             ours.append(score_states(truth, states, step_s))
             metronome = decoding.metronome(truth, step_s, model.log_duration_KxSxD)

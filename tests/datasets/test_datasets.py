@@ -786,7 +786,9 @@ def test_circor_lists_what_is_damaged(circor: pathlib.Path, kind: str) -> None:
     assert {problem.path for problem in problems} == {f"training_data/{name}" for name in (path, *follows)}
     assert everything.keys() - recordings.keys() == left_out
     if path.endswith(".tsv"):
-        assert recordings["2530_AV"].annotations == ()
+        used = {"tsv unsorted": ((0.2, 1.0, S1), (1.0, 1.5, DIASTOLE)),
+                "tsv overlaps": ((0.0, 1.48, DIASTOLE), (1.48, 1.5, UNANNOTATED), (1.5, 1.8, S1))}  # fmt: skip
+        assert recordings["2530_AV"].annotations == used.get(kind, ())
 
 
 @pytest.mark.parametrize("value", ["Maybe", "nan"])
@@ -983,7 +985,7 @@ PASCAL_LISTED: dict[str, tuple[Change, str, str, set[str]]] = {
         {"b_normal__127_1306764300147_A"},
     ),
     "wav cut": (
-        lambda s: (s / B_NORMAL).write_bytes((s / B_NORMAL).read_bytes()[:-2]),
+        lambda s: (s / B_NORMAL).write_bytes((s / B_NORMAL).read_bytes()[:-200]),
         B_NORMAL,
         "truncated: ",
         {"b_normal__127_1306764300147_A"},

@@ -484,7 +484,7 @@ def test_predict_several_files(trained_segmenter, waves, tmp_path):
     returned = predict.predict(str(trained_segmenter), list(map(str, paths)), str(out))
     rows = rows_of(out)
     assert rows == returned
-    assert list(rows[0]) == ["path", "tsv", "heart_rate_bpm", "error"]
+    assert list(rows[0]) == ["path", "tsv", "heart_rate_bpm", "error", "notes"]
     assert [row["path"] for row in rows] == list(map(str, paths))
     assert [row["error"].split(":")[0] for row in rows] == ["truncated", "", "silent", "not audio", "missing", ""]
     assert [pathlib.Path(row["tsv"]).name for row in rows if row["tsv"]] == ["a0001.tsv", "stereo.tsv"]
