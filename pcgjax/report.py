@@ -2,6 +2,7 @@
 
     python -m pcgjax.report RUN                        draws RUN/report.html again
     python -m pcgjax.report RUN RUN ... [--out=FILE]   compares runs in one page (comparison.html beside the first)
+    python -m pcgjax.report --verify DIR ...           draws nothing: compares every file with its hash, bit by bit
 
 RUN is a workdir of pcgjax.train, or for a comparison of pcgjax.audio_llm.train. What the pages show is in
 pcgjax/pages/: that of a run in run.py, of several runs in comparison.py, of a population in population.py.
@@ -55,10 +56,48 @@ def report(runs: Sequence[str], out: str | None = None) -> pathlib.Path:
     return comparison.write(rows, out or beside / "comparison.html", "Comparison of runs")
 
 
-def main(argv: list[str]) -> None:
-    print(report(argv[1:], flags.FLAGS.out))
+def verify(folder: pathlib.Path) -> list[str]:
+    """What is wrong with a run's folder, those below it included, or with a prepared one: a line a file; [] where every
+    file is as it was written.
+
+    Raises:
+      ValueError: a folder that has no hashes: no run, one that has not ended, or one of an earlier version.
+    """
+    from pcgjax.data import shards
+    from pcgjax.runtime import hashes
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; --verify takes the --workdir of a run or a prepared folder")
+    if (folder / "manifest.json").exists():
+        try:
+            shards.verify(folder)
+        except shards.PrepareError as error:
+            return [str(error)]
+        return []
+    folders = sorted(path.parent for path in folder.rglob(hashes.NAME))
+    if folder not in folders:
+        raise ValueError(f"{folder}: no {hashes.NAME}: not a run, one that has not ended, or one of an earlier version")
+    lines = []
+    for one in folders:
+        try:
+            lines += hashes.damage(one)
+        except files.DamagedError as error:
+            lines.append(str(error))
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    if not flags.FLAGS.verify:
+        print(report(argv[1:], flags.FLAGS.out))
+        return 0
+    if not argv[1:]:
+        raise ValueError("no DIR given: python -m pcgjax.report --verify DIR [DIR ...]")
+    lines = [line for folder in argv[1:] for line in verify(pathlib.Path(folder))]
+    print("\n".join(lines) or "every file is as it was written")
+    return int(bool(lines))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The page that compares runs; default: comparison.html beside the first.")
+    flags.DEFINE_bool("verify", False, "Draw nothing; compare the files of runs or prepared folders with their hashes.")
     files.run(main)

@@ -22,7 +22,7 @@ from pcgjax.models.hinf_lstm import UPDATES
 from pcgjax.pages.ablation import IDEAS, PAPER, draw
 from pcgjax.runs import lock, schema
 from pcgjax.runs.config import refuse_changes
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 
 
 def run_ablation(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict:
@@ -68,7 +68,9 @@ def _run_ablation(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> d
             continue
         result = run_setting(config, setting, *data_of(setting.group == "synthetic", setting.snr_db))
         result = json_ready(result | {"config": identity})
+        result["sha256"] = hashes.of_json(result)
         files.write_text(path, json.dumps(result, indent=1))
+        result.pop("sha256")
         results.append(result)
     table = summarise(results)
     verdicts = {idea: verdict(idea, table) for idea in IDEAS}
@@ -136,6 +138,9 @@ def _finished(path: pathlib.Path, identity: dict[str, dict]) -> dict:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         saved = result["config"]
+        digest = result.pop("sha256", None)  # of an earlier version: None
+        if digest not in (None, hashes.of_json(result)):
+            raise ValueError("it is not what was written")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it, and the setting is run again") from None
     refuse_changes(saved, identity, path)

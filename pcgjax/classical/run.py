@@ -35,7 +35,9 @@ from pcgjax.runs.data import split_corpus
 from pcgjax.runs.judge import judge_recordings, prediction_rows, write_table
 from pcgjax.runs.log import log_line
 from pcgjax.runs.record import record, versions
-from pcgjax.runtime import files
+from pcgjax.runs.results import read_json
+from pcgjax.runs.seal import seal, unseal
+from pcgjax.runtime import files, hashes
 
 
 def train_classical(
@@ -116,6 +118,7 @@ def _train_classical(config: ml_collections.ConfigDict, workdir: pathlib.Path, d
     })  # fmt: skip
     files.write_text(workdir / "metrics.json", json.dumps(result, indent=1))
     write_report(workdir)
+    seal(workdir)
     return result
 
 
@@ -130,6 +133,7 @@ def load_classical(
       CheckpointError: not what `train_classical` wrote.
     """
     path = pathlib.Path(workdir) / "checkpoints" / "best.npz"
+    hashes.check(pathlib.Path(workdir), ["checkpoints/best.npz"], "train again")
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y, meta = file["features"], file["labels"], json.loads(str(file["meta"]))
@@ -158,8 +162,8 @@ def _begin(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """
     plain = plain_config(config)
     if (workdir / "config.json").exists():
-        saved = json.loads((workdir / "config.json").read_text())
-        refuse_changes(saved, {**plain, "optimizer": {}}, workdir)
+        refuse_changes(read_json(workdir / "config.json"), {**plain, "optimizer": {}}, workdir)
+    unseal(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_text(workdir / "config.json", json.dumps(plain, indent=1))
     record(workdir, config)

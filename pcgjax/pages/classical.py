@@ -14,6 +14,7 @@ from pcgjax.pages import page
 from pcgjax.pages.waveforms import SHOWN_S, draw_states, draw_waveform, state_legend
 from pcgjax.pages.words import CLASSIFIER_WORDS, word_of
 from pcgjax.published import PAPER_NOTE
+from pcgjax.runs.results import read_json
 from pcgjax.runtime import files, hashes
 
 CLASSIFIERS = tuple(CLASSIFIER_WORDS)
@@ -25,7 +26,8 @@ _COMPARED = ("auc", "accuracy", "mean_accuracy", "f1", "sensitivity", "specifici
 def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     """Draws `workdir/report.html` from what `run` left there, and returns its path."""
     workdir = pathlib.Path(workdir)
-    results = json.loads((workdir / "metrics.json").read_text())
+    hashes.check(workdir, ("config.json", "experiment.json", "pictures.npz"))
+    results = read_json(workdir / "metrics.json")
     experiment = json.loads((workdir / "experiment.json").read_text())
     with np.load(workdir / "pictures.npz", allow_pickle=False) as file:
         shown = {name: file[name] for name in file.files}

@@ -22,7 +22,7 @@ from pcgjax.pages import run as run_page
 from pcgjax.runs.config import refuse_changes, refuse_other_order
 from pcgjax.runs.judge import cross_entropy, judge_recordings, prediction_rows, validation_scores, write_table
 from pcgjax.runs.record import versions
-from pcgjax.runs.results import save_examples, surest
+from pcgjax.runs.results import read_json, save_examples, surest
 from pcgjax.runs.seal import seal
 from pcgjax.runtime import checkpoint, files, goodput, sharding
 from pcgjax.tasks.base import Judgement, Task, Trained, TrainState
@@ -108,7 +108,7 @@ def conclude(finished: Finished, more: Callable[[], Judgement] | None = None) ->
             save_examples(workdir, judgement.examples)
     control = workdir / "control" / "metrics.json"
     if control.exists():
-        results["control"] = json.loads(control.read_text())["test"]
+        results["control"] = read_json(control)["test"]
     results["best"], results["epochs"] = meta["best"], config.train.epochs
     results["split"] = {
         name: finished.split[name] for name in ("kind", "target", "notes", "counts", "people_apart", "leaks")

@@ -124,9 +124,14 @@ def start(
     state, step = program.first_states(), 0
     # What is kept is apart from the state, which is donated.
     stored = Held(program.spread.put(state), program.no_totals(), program.spread.put((state.params, state.rest)))
-    if newest := checkpoint.restore(folder):
-        refuse_other_order(newest[2]["order_sha256"], experiment.digest, workdir)
-        step, values, saved = checkpoint.require(folder, stored._asdict())
+
+    def if_ours(saved: dict) -> dict:
+        refuse_other_order(saved["order_sha256"], experiment.digest, workdir)
+        return stored._asdict()
+
+    if newest := checkpoint.restore(folder, if_ours):
+        step, values, saved = newest
+        checkpoint.drop_after(folder, step, aside=True)
         stored = Held(**values)
         meta |= {"best": saved["best"], "diverged": saved["diverged"]}
         logging.info("members %s: resuming at step %d", numbers, step)

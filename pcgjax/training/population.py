@@ -35,6 +35,8 @@ from pcgjax.runs.config import Fields, flat_fields, one_of, plain_config, refuse
 from pcgjax.runs.data import refuse_other_split
 from pcgjax.runs.judge import validation_scores
 from pcgjax.runs.record import record
+from pcgjax.runs.results import read_json
+from pcgjax.runs.seal import seal, unseal
 from pcgjax.runtime import files, goodput
 from pcgjax.runtime.tables import write_csv
 from pcgjax.training.conclude import Finished, conclude, model_of, system_facts
@@ -122,7 +124,8 @@ def train_stage(
     """Trains all members, program by program; returns of each member its program and its place there."""
     plain, path = plain_config(base) | {"sweep": swept}, folder / "config.json"
     if path.exists():
-        refuse_changes(json.loads(path.read_text()), plain, folder)
+        refuse_changes(read_json(path), plain, folder)
+    unseal(folder)
     record(folder, base)
     if jax.process_index() == 0:
         files.write_text(path, json.dumps(plain, indent=1))
@@ -181,6 +184,7 @@ def conclude_population(
         population_page.write_population(workdir)
     except ImportError as error:
         logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
+    seal(workdir)
     print(goodput.sentence(results["system"]["seconds"]))
     print(summary(population))
     print(f"wrote {workdir}: population.json, table.csv, report.html, and best/, a run's folder")
@@ -215,6 +219,7 @@ def conclude_best(
     """Makes `workdir`/best the workdir of the best member; returns its metrics.json."""
     program, folder = trained.program, workdir / "best"
     config, experiment = program.configs[place], program.experiment
+    unseal(folder)
     files.write_text(folder / "config.json", json.dumps(meta["config"], indent=1))
     shutil.copy(workdir / "split.json", folder / "split.json")
     log.write_lines(folder / "metrics.jsonl", lines)

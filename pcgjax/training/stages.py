@@ -15,6 +15,7 @@ from pcgjax.published import CNN_PAPER
 from pcgjax.runs import lock, schema
 from pcgjax.runs.config import flat_fields, one_of, plain_config, refuse_changes
 from pcgjax.runs.data import refuse_other_split
+from pcgjax.runs.results import read_json
 from pcgjax.runtime import files
 from pcgjax.training.loop import train
 
@@ -41,8 +42,8 @@ def _stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: b
         one, folder = one_of(config, overrides, split_file), workdir / name
         one.train.start_from = start_from if one.optimizer.frozen else ""
         done = folder / "metrics.json"
-        if done.exists() and json.loads(done.read_text())["epochs"] >= one.train.epochs:
-            refuse_changes(json.loads((folder / "config.json").read_text()), plain_config(one), folder)
+        if done.exists() and read_json(done)["epochs"] >= one.train.epochs:
+            refuse_changes(read_json(folder / "config.json"), plain_config(one), folder)
         else:
             logging.info("stage %s", name)
             train(one, folder, checked=True)

@@ -22,8 +22,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
+from pcgjax import report
 from pcgjax.classical.run import load_classical, train_classical
 from pcgjax.data.corpus import from_prepared
 from pcgjax.data.prepare import prepare
@@ -32,7 +33,7 @@ from pcgjax.pages import population as population_page
 from pcgjax.pages import run as run_page
 from pcgjax.runs.config import load_config, with_fields
 from pcgjax.runs.results import read_examples, read_json, read_population, read_predictions
-from pcgjax.runtime import checkpoint, hashes
+from pcgjax.runtime import checkpoint
 from pcgjax.runtime.digest import digests
 from pcgjax.training.answers import load_model
 from pcgjax.training.experiment import set_up
@@ -76,7 +77,7 @@ def read_run(folder: pathlib.Path) -> object:
     rows = read_predictions(folder / "predictions.csv")
     examples = read_examples(folder / "examples.npz", rows)
     waves = [example["waveform"].tobytes() for example in examples]
-    page = run_page.write(folder).read_text() if (folder / "metrics.json").exists() else ""
+    page = run_page.write(folder).read_text()
     return digests((model.params, model.rest)), float(model.config.evaluation.threshold), rows, waves, page
 
 
@@ -89,11 +90,10 @@ def resume(like: Any) -> Callable[[pathlib.Path], object]:
 
 
 def verify(folder: pathlib.Path) -> object:
-    """As `--verify`: whatever was damaged is named."""
-    if hashes.read(folder) is None:
-        raise ValueError(f"{folder}: no hashes.json")
-    hashes.check(folder)
-    return "damage was not found"
+    """As `--verify`: what was damaged is named."""
+    if lines := report.verify(folder):
+        raise ValueError("; ".join(lines))
+    return "every file is as it was written"
 
 
 def read_of_population(folder: pathlib.Path) -> object:
@@ -178,7 +178,6 @@ def files_of(target: Target) -> list[pathlib.Path]:
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)
     rng, tally = np.random.default_rng(FLAGS.seed), Tally()
     with tempfile.TemporaryDirectory(prefix="pcgjax-damages-") as folder:
         work = pathlib.Path(folder)
