@@ -75,12 +75,13 @@ def main(argv: list[str]) -> None:
                 each = {name: float(run(root, code, work / f"{source}_{name}", work)) for name, root in roots.items()}
                 pairs.append(each["now"] / each["before"])
                 print(what, {name: f"{seconds:.4f} s" for name, seconds in each.items()}, flush=True)
-            print(f"{what}: {statistics.median(pairs):.3f} of before ({min(pairs):.3f} to {max(pairs):.3f})", flush=True)
+            median = statistics.median(pairs)
+            print(f"{what}: {median:.3f} of before ({min(pairs):.3f} to {max(pairs):.3f})", flush=True)
 
 
 FLAGS = flags.FLAGS
 if __name__ == "__main__":
     flags.DEFINE_string("before", None, "A checkout of the version to compare with.", required=True)
     flags.DEFINE_integer("pairs", 5, "How often each is timed.")
-    flags.DEFINE_integer("people", 120, "Of the quickstart's corpus.")
+    flags.DEFINE_integer("people", 1200, "Of the quickstart's corpus.")
     app.run(main)
