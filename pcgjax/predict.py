@@ -11,6 +11,7 @@ heart rates.
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 from typing import TYPE_CHECKING
@@ -98,7 +99,7 @@ def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[di
         twice = next(tsv for tsv in tsvs if tsvs.count(tsv) > 1)
         raise ValueError(f"{twice}: several files would be written there; give --out=FILE.csv and files of other names")
     for path, tsv in zip(paths, tsvs, strict=True):
-        if tsv.exists() and tsv.resolve() == pathlib.Path(path).resolve().with_suffix(".tsv"):
+        if os.path.exists(tsv) and tsv.resolve() == pathlib.Path(path).resolve().with_suffix(".tsv"):
             raise ValueError(f"{tsv}: is there already, beside its recording; give --out in another folder")
     rows: list[dict] = []
     for path, tsv in zip(paths, tsvs, strict=True):
@@ -118,7 +119,13 @@ def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[di
         except (audio.AudioError, FloatingPointError) as error:
             row["error"] = _named(path, error)
             continue
-        write_tsv(spans, tsv)
+        try:
+            write_tsv(spans, tsv)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            row["error"] = f"unwritable: {printable(tsv.name)}: {error.strerror}; give the recording a shorter name"
+            continue
         row["tsv"] = printable(tsv)
         onsets = np.array([start for start, _, state in spans if state == S1])
         if model.config.task.frames == "states" and len(onsets) > 1:

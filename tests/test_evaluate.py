@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -250,18 +249,18 @@ def test_W7_R3_one_file_that_no_model_can_answer_among_good_ones(trained, traine
         assert rows[7]["error"] == "missing: no such file fits this pattern"
         assert rows[8]["error"].startswith("missing: this is a folder; name the files in it")
     assert os.fsdecode(b"n\xe9.tsv") in os.listdir(out.parent)
-    with pytest.raises(ValueError, match="--out=.*: is a folder; give the name of a file to write"):
+    with pytest.raises(ValueError, match=r"--out=.*: is a folder; give the name of a file to write"):
         predict.predict(str(trained), paths[:1], str(tmp_path))
 
 
-def test_W7_an_answer_that_is_not_finite_is_said(trained, trained_segmenter, waves, corpus_folder, tmp_path, monkeypatch):
+def test_W7_an_answer_that_is_not_finite(trained, trained_segmenter, waves, corpus_folder, tmp_path, monkeypatch):
     def broken(workdir):
         model = load(workdir)
         if model.segmenter is not None:
             whole = model.segmenter.whole
             model.segmenter.whole = lambda *arguments: whole(*arguments) * np.nan
             return model
-        return dataclasses.replace(model, answer=lambda corpus: np.full((len(corpus.rows), 2), np.nan))
+        return model._replace(answer=lambda corpus: np.full((len(corpus.rows), 2), np.nan))
 
     load = systems.load
     monkeypatch.setattr(systems, "load", broken)

@@ -177,9 +177,14 @@ def _header(file: BinaryIO) -> Header:
             "into the header"
         )
     low_hz, high_hz = USUAL_RATES_HZ
-    if not low_hz <= rate_hz <= high_hz or found.channels > 1 or frames < ONE_CYCLE_S * rate_hz:
+    if not low_hz <= rate_hz <= high_hz or _odd(rate_hz) or found.channels > 1 or frames < ONE_CYCLE_S * rate_hz:
         return found._replace(notes=found.notes + _unusual(found))
     return found
+
+
+def _odd(rate_hz: int) -> bool:
+    """Whether no recorder has this rate; one wrong bit makes any usual rate such a one."""
+    return rate_hz % 25 != 0 and rate_hz & (rate_hz - 1) != 0
 
 
 def _unusual(found: Header) -> tuple[str, ...]:
@@ -187,7 +192,7 @@ def _unusual(found: Header) -> tuple[str, ...]:
     low_hz, high_hz = USUAL_RATES_HZ
     if found.rate_hz < low_hz:
         notes.append(f"rate: {found.rate_hz} Hz holds nothing above {found.rate_hz / 2:g} Hz, where murmurs reach")
-    elif found.rate_hz > high_hz:
+    elif found.rate_hz > high_hz or _odd(found.rate_hz):
         notes.append(f"rate: {found.rate_hz} Hz is unusual for a stethoscope")
     if found.channels > 1:
         notes.append(f"channels: the first of {found.channels} is read")
