@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
             if small:
                 kind = kinds[int(rng.integers(len(kinds)))]
             field, name, value = damaged(config, kind, rng)
-            about = f"{config.task.name if 'task' in str(config.keys()) else '?'}: {field}={str(value)[:60]!r}"
+            about = f"{field}={schema.shown(value)}"
             outcome, said = outcome_of(lambda config=config: schema.check(config), None, 20)
             # The check lets it through (said is empty), or refuses it in one line that names the field.
             named = name in said or difflib.get_close_matches(name, said.split())

@@ -302,7 +302,7 @@ def test_killed_and_resumed_equals_uninterrupted(make_config, trained_segmenter,
         ({"train.epochs": 9}, "train.epochs=8, now 9"),  # the cosine ends with the epochs
         ({"features.step_s": 0.04}, "features.step_s=0.02, now 0.04"),
         ({"optimizer.clip_norm": 2.0}, "optimizer.clip_norm=1.0, now 2.0"),
-        ({"optimizer.schedule": "constant"}, "optimizer.schedule=cosine, now constant"),
+        ({"optimizer.schedule": "constant", "optimizer.warmup_steps": 0}, "optimizer.schedule=cosine, now constant"),
     ],
 )
 def test_another_experiment_in_the_same_workdir(changes, named, make_config, trained_segmenter, tmp_path):
