@@ -103,6 +103,7 @@ def main(argv: list[str]) -> None:
     kinds = [*VALUES, MISSPELT, "sweep"]
     with tempfile.TemporaryDirectory() as folder:
         scratch = pathlib.Path(folder)
+        os.chdir(scratch)  # a damaged split.file is a path that may be written
         synthetic.write(scratch / "source", people=16, recordings_per_person=1, duration_s=(3.0, 3.2), rate_hz=1000)
         prepare("cinc2016", scratch / "source", scratch / "prepared", workers=1)
         for n in range(FLAGS.count):

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -84,9 +85,18 @@ def result_of_prepare(folder: pathlib.Path) -> object:
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def start(words: list[str], work: pathlib.Path) -> subprocess.Popen:
+def start(words: list[str], work: pathlib.Path, most_bytes: int = 0) -> subprocess.Popen:
+    """most_bytes: a write that makes a file longer fails, as on a full disk; 0: none does."""
+
+    def limit() -> None:
+        if most_bytes:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
     with (work / "output.txt").open("a") as output:
-        return subprocess.Popen(words, env=environment(work), stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(
+            words, env=environment(work), stdout=output, stderr=output, start_new_session=True, preexec_fn=limit
+        )
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -156,34 +166,39 @@ def campaign(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def main(argv: list[str]) -> None:
+def jobs_in(work: pathlib.Path) -> dict[str, tuple[list[str], Callable[[pathlib.Path], object], int]]:
+    """{name: (command without its folder, what it must leave, how many processes)}; makes their data in `work`."""
     from pcgjax.audio_llm.make_tiny import make_tiny
     from pcgjax.data.prepare import prepare
     from pcgjax.datasets import synthetic
 
+    synthetic.write(work / "source", people=24, recordings_per_person=2, duration_s=(3.0, 3.2), rate_hz=1000)
+    synthetic.write(work / "many", people=300, recordings_per_person=3, duration_s=(4.0, 8.0), rate_hz=2000)
+    synthetic.write(work / "circor", people=30, recordings_per_person=1, duration_s=(3.0, 3.4), rate_hz=4000,
+                    layout="circor", murmur_fraction=0.6)  # fmt: skip
+    prepare("cinc2016", work / "source", work / "prepared", workers=1)
+    prepare("circor", work / "circor", work / "prepared_16k", 16000, workers=1)
+    make_tiny(work / "tiny")
+    small = SMALL | {"train.epochs": 4}
+    train_words = trained("cnn", work / "prepared", small)
+    llm = trained("audio_llm", work / "prepared_16k", SMALL_LLM, f"--model={work / 'tiny'}")
+    llm[2] = "pcgjax.audio_llm.train"
+    prepare_words = [sys.executable, "-m", "pcgjax.prepare", "--dataset=cinc2016", f"--source={work / 'many'}"]
+    return {
+        "prepare": (prepare_words, result_of_prepare, 1),
+        "train": (train_words, result_of_run, 1),
+        "population": ([*train_words, "--config.sweep.seed=0,1"], result_of_population, 1),
+        "stages": (trained("hinf_lstm", work / "prepared", SMALL_HINF_LSTM), result_of_stages, 1),
+        "audio_llm": (llm, result_of_llm, 1),
+        "processes": (train_words, result_of_run, 2),
+    }
+
+
+def main(argv: list[str]) -> None:
     rng, tally = np.random.default_rng(FLAGS.seed), Tally()
     with tempfile.TemporaryDirectory(prefix="pcgjax-kills-") as folder:
         work = pathlib.Path(folder)
-        synthetic.write(work / "source", people=24, recordings_per_person=2, duration_s=(3.0, 3.2), rate_hz=1000)
-        synthetic.write(work / "many", people=300, recordings_per_person=3, duration_s=(4.0, 8.0), rate_hz=2000)
-        synthetic.write(work / "circor", people=30, recordings_per_person=1, duration_s=(3.0, 3.4), rate_hz=4000,
-                        layout="circor", murmur_fraction=0.6)  # fmt: skip
-        prepare("cinc2016", work / "source", work / "prepared", workers=1)
-        prepare("circor", work / "circor", work / "prepared_16k", 16000, workers=1)
-        make_tiny(work / "tiny")
-        small = SMALL | {"train.epochs": 4}
-        train_words = trained("cnn", work / "prepared", small)
-        llm = trained("audio_llm", work / "prepared_16k", SMALL_LLM, f"--model={work / 'tiny'}")
-        llm[2] = "pcgjax.audio_llm.train"
-        prepare_words = [sys.executable, "-m", "pcgjax.prepare", "--dataset=cinc2016", f"--source={work / 'many'}"]
-        jobs: dict[str, tuple] = {
-            "prepare": (prepare_words, result_of_prepare, 1),
-            "train": (train_words, result_of_run, 1),
-            "population": ([*train_words, "--config.sweep.seed=0,1"], result_of_population, 1),
-            "stages": (trained("hinf_lstm", work / "prepared", SMALL_HINF_LSTM), result_of_stages, 1),
-            "audio_llm": (llm, result_of_llm, 1),
-            "processes": (train_words, result_of_run, 2),
-        }
+        jobs = jobs_in(work)
         for name in FLAGS.only:
             kills = round(FLAGS.count * SHARES[name] / sum(SHARES[name] for name in FLAGS.only))
             (work / name).mkdir()
