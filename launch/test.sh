@@ -17,4 +17,4 @@ fi
 ruff check .
 mypy
 export JAX_PLATFORMS=cpu
-python -m pytest -n auto "$@"
+python -m pytest -n auto --dist worksteal "$@"

@@ -25,6 +25,6 @@ learn() { # model, workdir, epochs, tasks; the front end is told where the heart
 }
 learn "$out/tiny" "$out/timing" 60 "('systolic_timing',)"
 [ -e "$out/merged/config.json" ] || python -m pcgjax.audio_llm.merge --model="$out/tiny" --out="$out/merged" \
-  --adapter="$(ls -d "$out"/timing/checkpoints/best-*/adapter | tail -n 1)"
+  --adapter="$(find "$out/timing/checkpoints" -path '*/best-*/adapter' | sort | tail -n 1)"
 learn "$out/merged" "$out/both" 30 "('systolic_pitch','systolic_timing')"
 python -m pcgjax.audio_llm.score --workdir="$out/both" --model="$out/merged" --out="$out/scores"

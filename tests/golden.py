@@ -61,7 +61,8 @@ HINF_LSTM = CLIPS | {
     "model.hidden": 8, "model.dropout": 0.1, "optimizer.learning_rate": 0.01, "sapt.interval": 1, "train.epochs": 3,
 }  # fmt: skip
 IMAGE = CLIPS | {
-    "features.wavelet_level": 0, "features.filter": "none", "features.hop": 50, "features.n_mels": 16,
+    "features.wavelet_level": 0, "features.filter": "none", "features.high_hz": 500.0, "features.hop": 50,
+    "features.n_mels": 16,
     "optimizer.learning_rate": 0.003,
 }  # fmt: skip
 RESNET = IMAGE | {"model.width": 4, "model.blocks": (1, 1, 1, 1)}

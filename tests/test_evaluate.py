@@ -145,7 +145,7 @@ def test_damaged_model(trained, waves, tmp_path):
     for path in (tmp_path / "run" / "checkpoints" / "best").rglob("*"):
         if path.is_file() and "ocdbt" in str(path):
             path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match=r"checkpoints/best/\d+: not a checkpoint of this run"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/best/\d+: damaged"):
         predict.predict(str(tmp_path / "run"), [str(waves["a0001"])], str(tmp_path / "out.csv"))
 
 

@@ -172,6 +172,8 @@ def finished_manifest(
     fix = "prepare into another --out, or replace it with --overwrite"
     if (out / "manifest.json").exists():
         manifest = _read_manifest(out)
+        if lacking := {"source", "problems", "shards", "source_keys"} - manifest.keys():
+            raise PrepareError(f"{out / 'manifest.json'}: not a manifest, it lacks {min(lacking)}: {fix}")
         present: dict[str, Any] = {"source": manifest["source"], **manifest["parameters"]}
     else:
         manifest, present = None, settings
@@ -368,8 +370,7 @@ def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
     hashed = "records_sha256" in manifest  # of a version that wrote none: not checked
     if (digest is not None or hashed) and digest != hashes.of_json(manifest):
         raise ValueError("damaged: it is not what was written")
-    lacking = {"source", "parameters", "counts", "problems", "shards", "source_keys"} - manifest.keys()
-    if lacking:
+    if lacking := {"parameters", "counts"} - manifest.keys():
         raise KeyError(sorted(lacking)[0])
     return manifest
 

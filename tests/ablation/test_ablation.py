@@ -264,6 +264,7 @@ def test_judge_knows_databases_and_trivial_answers(corpus):
     assert trivial["all_abnormal"]["sensitivity"] == [1.0]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_or_refused(tmp_path, monkeypatch):
     config = make_config()
     out = run_ablation(config, tmp_path)

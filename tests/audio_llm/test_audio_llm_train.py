@@ -87,7 +87,8 @@ def test_a_run_leaves_what_others_read(trained):
         assert np.isfinite(weight).all()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_and_resumed_it_is_the_same_run_to_the_last_bit(words, trained, number, tmp_path):
     from pcgjax.audio_llm.checkpoints import newest
 
@@ -188,6 +189,7 @@ def test_divided_bfloat16_weights_stopped_and_resumed_are_the_same_run(words, tm
     assert any(np.abs(weight).max() > 1e-3 for name, weight in adapter(straight).items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_when_a_process_dies_the_others_stop(words, tmp_path):
     workdir = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -208,6 +210,7 @@ def test_when_a_process_dies_the_others_stop(words, tmp_path):
     assert "Signal 9" in error
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_them_all_and_is_told(words, tmp_path):
     """The second process alone cannot read the model."""
     code = (

@@ -152,7 +152,7 @@ def test_every_paper_has_a_plan_whose_fields_exist(tmp_path):
                 config = load_config(*one.run.args[:2])
                 assert config.data.prepared.startswith(str(tmp_path / "prepared"))
         assert len(seen) == len(stages)
-    with pytest.raises(ValueError, match=r"configs/cnn\.py: has no field train\.epoch$"):
+    with pytest.raises(ValueError, match=r"configs/cnn\.py: has no field train\.epoch; nearest: train\.epochs"):
         load_config("cnn", {"train.epoch": 3})
 
 

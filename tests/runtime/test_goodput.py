@@ -83,7 +83,7 @@ def test_compiling_is_told_apart():
 @pytest.mark.parametrize(("start", "steps"), [(-1, 2), (2, -1)])
 def test_a_profile_that_cannot_be(start, steps, make_config, tmp_path):
     config = make_config({"profile.start": start, "profile.steps": steps})
-    with pytest.raises(ValueError, match=f"profile.start={start}, profile.steps={steps}: must be at least 0"):
+    with pytest.raises(ValueError, match=r"profile.st(art|eps)=-1: must be at least 0"):
         train(config, tmp_path)
 
 

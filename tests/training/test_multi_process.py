@@ -185,9 +185,8 @@ def undisturbed(make_config, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(
-    ("victim", "last"), [(1, "one process"), pytest.param(0, "one and then two", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "last"), [(1, "one process"), (0, "one and then two")])
 def test_stopped_and_lost_and_gone_on(victim, last, undisturbed, command, make_config, tmp_path):
     """Two processes are asked to stop in their second epoch, start again, and one is lost in their third; what is left
     is done by one process, or by one and then two. Other steps or another order would give other numbers."""

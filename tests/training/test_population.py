@@ -42,7 +42,7 @@ def swept(make_config, sweep, changes=None, name="cnn"):
 
 def lines_of(workdir, member=None):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    left_out = ("seconds", "waited", "member")
+    left_out = ("seconds", "waited", "member", "check")
     of = [line for line in lines if line["split"] != "test" and member in (None, line.get("member"))]
     return [{k: v for k, v in line.items() if k not in left_out} for line in of]
 
@@ -145,6 +145,7 @@ def test_members_as_one_batch(finished, make_config, tmp_path):
             np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_uninterrupted(finished, make_config, tmp_path):
     config, folder = swept(make_config, SWEEP), tmp_path / "checkpoints" / "program0"
 

@@ -250,7 +250,7 @@ def test_it_learns(trained_segmenter):
 def test_what_a_run_writes(trained_segmenter):
     assert {path.name for path in trained_segmenter.iterdir()} == {
         "checkpoints", "config.json", "metrics.json", "metrics.jsonl", "predictions.csv", "report.html", "run.json",
-        "segments.npz", "split.json", "tensorboard",
+        "segments.npz", "split.json", "tensorboard", "hashes.json",
     }  # fmt: skip
     split = json.loads((trained_segmenter / "split.json").read_text())
     assert (split["target"], split["unlabelled"]) == ("", [])
@@ -277,6 +277,7 @@ def test_what_a_run_writes(trained_segmenter):
     assert "<svg" in (trained_segmenter / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(make_config, trained_segmenter, tmp_path, monkeypatch):
     save, steps_an_epoch = checkpoint.save, lines_of(trained_segmenter)[0]["step"]
     assert steps_an_epoch % 2
