@@ -9,7 +9,7 @@ import numpy as np
 import tqdm
 
 from pcgjax.data.corpus import Corpus, from_prepared, in_memory
-from pcgjax.data.shards import FORMAT, RECORDINGS_A_SHARD
+from pcgjax.data.shards import FORMAT, RECORDINGS_A_SHARD, probe
 from pcgjax.datasets import Span
 from pcgjax.datasets.simulate import Person, draw_person, simulate_person
 from pcgjax.runtime import files
@@ -73,13 +73,14 @@ def write_prepared(
         for i in range(first, min(first + RECORDINGS_A_SHARD, recordings)):
             wave, annotations = different[i % len(different)]
             samples = wave[: round(rng.uniform(*duration_s) * rate_hz)]
-            writer.write(samples.astype("<i2").tobytes())
+            samples = samples.astype("<i2")
+            writer.write(samples.tobytes())
             length_s = len(samples) / rate_hz if annotated else 0
             rows.append({
                 "id": f"r{i:06d}", "person": str(i), "person_known": True, "database": "synthetic",
                 "labels": {"abnormal": str(i % 2)}, "annotations": [a for a in annotations if a[1] <= length_s],
                 "sha256": str(i), "fingerprint": "", "num_samples": len(samples), "shard": shard, "index": i - first,
-                "path": f"r{i:06d}.wav",
+                "path": f"r{i:06d}.wav", "probe": probe(samples),
             })  # fmt: skip
         writer.close()
     files.write_text(folder / "records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -294,7 +294,7 @@ def _blocks(file: BinaryIO, found: Header, size: int) -> Iterator[np.ndarray]:
                     )
                 if flac:
                     used = every.view(np.uint8).reshape(*every.shape, 4)[..., 4 - flac.bits // 8 :]
-                    digest.update(np.ascontiguousarray(used))
+                    digest.update(np.ascontiguousarray(used).data)
                     every = every.astype(np.float32) * np.float32(2**-31)
                 yield every
     except soundfile.LibsndfileError as error:

@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import runpy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -435,7 +435,7 @@ _UNREAD = (
 )  # fmt: skip
 
 
-def _unread(all_values: list[Values], free: Iterable[str]) -> Iterator[str]:
+def _unread(all_values: Sequence[Values], free: Iterable[str]) -> Iterator[str]:
     """The fields whose value none of the runs reads; all_values: of each run; free: fields that differ between runs."""
     free, first = set(free), all_values[0]
     for one in _UNREAD:

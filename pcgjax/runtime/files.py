@@ -163,7 +163,7 @@ def own_or_warning(record: std_logging.LogRecord) -> bool:
 
 
 def _parsed(argv: list[str]) -> list[str]:
-    wrong = config_flag.refused(argv[1:], flags.FLAGS)
+    wrong = config_flag.refused(argv[1:], list(flags.FLAGS))
     if not wrong:
         try:
             return app.parse_flags_with_usage(argv)

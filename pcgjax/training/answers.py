@@ -149,13 +149,14 @@ def load_model(workdir: str | pathlib.Path) -> LoadedModel:
         # Shapes alone: to draw parameters first would take longer than all the rest.
         graphdef, params, rest = split_model(nnx.eval_shape(lambda: task.init(nnx.Rngs(config.seed))))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        made[:] = config, task, graphdef
+        made.append((config, task, graphdef))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), {"params": params, "rest": rest}
         )
 
     _, model, meta = checkpoint.require(workdir / "checkpoints" / "best", like)
-    return LoadedModel(*made, model["params"], model["rest"], meta["sample_rate_hz"], meta)
+    config, task, graphdef = made[-1]
+    return LoadedModel(config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"], meta)
 
 
 def load_segmenter(workdir: str | pathlib.Path) -> SegmenterModel:
