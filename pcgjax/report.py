@@ -21,7 +21,19 @@ from pcgjax.runtime import files
 def _check_run(workdir: pathlib.Path) -> None:
     if not workdir.is_dir():
         raise ValueError(f"{workdir}: no such folder; RUN is the --workdir of a run")
-    if any((workdir / name).exists() for name in ("metrics.json", "population.json")):
+    if (workdir / "population.json").exists():
+        return
+    if (workdir / "metrics.json").exists():
+        from pcgjax.runs.results import read_json
+
+        results = read_json(workdir / "metrics.json")
+        config = read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
+        wanted = config.get("train", {}).get("epochs", 0)
+        if isinstance(results.get("epochs"), int) and results["epochs"] < wanted:
+            raise ValueError(
+                f"{workdir}: metrics.json is of {results['epochs']} epochs and the run goes on to {wanted}; its "
+                "command ends it"
+            )
         return
     if inner := sorted(str(path.parent) for path in workdir.glob("*/metrics.json")):
         raise ValueError(f"{workdir}: not a run but a folder of runs: give {' '.join(inner)}")

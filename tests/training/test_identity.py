@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_train import assert_same_run, lines_of
 
+from pcgjax import report
 from pcgjax.data import splits
 from pcgjax.pages import run as run_page
 from pcgjax.runs import log
@@ -176,6 +177,29 @@ def test_files_of_a_finished_run_are_compared(workdir):
     (workdir / "hashes.json").write_text((workdir / "hashes.json").read_text().replace('"bytes": ', '"bytes": 1'))
     with pytest.raises(DamagedError, match=r"hashes.json: damaged"):
         read_json(workdir / "metrics.json")
+
+
+def test_verify_names_what_is_damaged(workdir, prepared, tmp_path):
+    assert report.verify(workdir) == []
+    flip(workdir / "report.html", 100)
+    last = next(path for path in newest(workdir / "checkpoints" / "last").rglob("*") if path.is_file())
+    last.unlink()
+    assert [line.partition(":")[0] for line in sorted(report.verify(workdir))] == [str(last), f"{workdir}/report.html"]
+    (workdir / "hashes.json").unlink()
+    with pytest.raises(ValueError, match=r"no hashes.json: not a run, one that has not ended"):
+        report.verify(workdir)
+    shutil.copytree(prepared, tmp_path / "prepared")
+    assert report.verify(tmp_path / "prepared") == []
+    flip(tmp_path / "prepared" / "records.jsonl", 30)
+    assert len(report.verify(tmp_path / "prepared")) == 1
+
+
+def test_a_run_that_goes_on_is_not_drawn(workdir, make_config):
+    (workdir / "hashes.json").unlink()
+    text = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(text.replace('"epochs": 6', '"epochs": 9'))
+    with pytest.raises(ValueError, match=r"metrics.json is of 6 epochs and the run goes on to 9"):
+        report.report([str(workdir)])
 
 
 def test_a_changed_digit_in_the_history(tmp_path):
