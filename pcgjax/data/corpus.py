@@ -76,7 +76,20 @@ def from_prepared(folders: str | pathlib.Path) -> Corpus:
 
 
 def in_memory(rows: list[Row], samples: Sequence[np.ndarray], sample_rate_hz: int) -> Corpus:
-    """A corpus of arrays already decoded."""
+    """A corpus of arrays already decoded, int16 (n,) each, with full scale at 32767.
+
+    Raises:
+      ValueError: samples of another type or shape, naming the recording, or a rate that is none.
+    """
+    if not sample_rate_hz > 0:
+        raise ValueError(f"sample_rate_hz={sample_rate_hz}: must be above 0")
+    for row, wave in zip(rows, samples, strict=True):
+        if wave.dtype != np.int16:
+            raise ValueError(
+                f"recording {row['id']}: samples of type {wave.dtype}, need int16: round 32767 times samples in [-1, 1]"
+            )
+        if wave.ndim != 1:
+            raise ValueError(f"recording {row['id']}: samples of shape {wave.shape}, need (n,)")
     lengths = np.array([len(s) for s in samples], np.int32)
     return Corpus(rows, sample_rate_hz, lengths, samples.__getitem__)
 

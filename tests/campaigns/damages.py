@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from pcgjax import report
 from pcgjax.classical.run import load_classical, train_classical
@@ -178,6 +178,7 @@ def files_of(target: Target) -> list[pathlib.Path]:
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     rng, tally = np.random.default_rng(FLAGS.seed), Tally()
     with tempfile.TemporaryDirectory(prefix="pcgjax-damages-") as folder:
         work = pathlib.Path(folder)
