@@ -36,6 +36,7 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
     from pcgjax.data.shards import as_json
     from pcgjax.runs.judge import write_table
 
+    files.check_out(out)
     began = time.monotonic()
     model = systems.load(workdir)
     recordings, problems = datasets.load(dataset, source)

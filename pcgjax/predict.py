@@ -33,7 +33,7 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     A file that cannot be used has an error and no probability; what was read with a doubt has notes.
 
     Raises:
-      ValueError: the model does not answer, or `out` is a folder.
+      ValueError: the model does not answer, or `out` cannot be written.
     """
     import numpy as np
 
@@ -43,8 +43,7 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     from pcgjax.runs.judge import NO_CYCLE, write_table
     from pcgjax.tasks.segmenter_model import NOT_FINITE
 
-    if pathlib.Path(out).is_dir():
-        raise ValueError(f"--out={out}: is a folder; give the name of a file to write")
+    files.check_out(out)
     model = systems.load(workdir)
     if model.segmenter is not None:
         return predict_states(model.segmenter, paths, out)

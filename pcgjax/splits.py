@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     else:
         if not (f.kind and f.target is not None and f.out):
             raise SplitError("give --kind, --target and --out to make a split, or --check=FILE to check one")
+        files.check_out(f.out)
         split = make(rows, f.kind, f.target, f.seed, fractions, f.fold, f.folds, f.database, f.names)
         save(split, f.out)
     messages = leaks(split, rows)
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("target", None, TARGETS, "The label to stratify by; recordings without it are set aside.")
     flags.DEFINE_string("out", None, "The JSON file to write.")
     flags.DEFINE_string("check", None, "A split's JSON file: check it for leaks instead of making one.")
-    flags.DEFINE_integer("seed", 0, "Seed of the random draw.")
+    flags.DEFINE_integer("seed", 0, "Seed of the random draw.", 0, 2**31 - 1)
     flags.DEFINE_list("fractions", ["0.7", "0.15", "0.15"], "Of train,validation,test; sum 1.")
     flags.DEFINE_integer("fold", 0, "person_kfold: the fold that tests; the next one validates.")
     flags.DEFINE_integer("folds", 5, "person_kfold: how many.")

@@ -249,7 +249,7 @@ def test_W7_R3_one_file_that_no_model_can_answer_among_good_ones(trained, traine
         assert rows[7]["error"] == "missing: no such file fits this pattern"
         assert rows[8]["error"].startswith("missing: this is a folder; name the files in it")
     assert os.fsdecode(b"n\xe9.tsv") in os.listdir(out.parent)
-    with pytest.raises(ValueError, match=r"--out=.*: is a folder; give the name of a file to write"):
+    with pytest.raises(ValueError, match=r"--out=.*: a folder; give a file"):
         predict.predict(str(trained), paths[:1], str(tmp_path))
 
 

@@ -174,6 +174,6 @@ def main(argv: list[str]) -> None:
 FLAGS = flags.FLAGS
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The folder to write.", required=True)
-    flags.DEFINE_integer("seed", 0, "Of the random weights.")
+    flags.DEFINE_integer("seed", 0, "Of the random weights.", 0, 2**31 - 1)
     flags.DEFINE_bool("legacy", False, "In the older layout, that of the published checkpoint.")
     files.run(main)

@@ -399,11 +399,11 @@ def read(path: str | pathlib.Path) -> Split:
     Raises:
       SplitError: no such file, not a split, or damaged.
     """
+    fix = "make it with python -m pcgjax.splits"
     try:
         split = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SplitError(f"{path}: cannot be read as a split: {error}") from None
-    fix = "make it with python -m pcgjax.splits"
+        raise SplitError(f"{path}: cannot be read as a split ({error}): {fix}") from None
     if not isinstance(split, dict):
         raise SplitError(f"{path}: not a split: {fix}")
     kinds: dict[str, type] = {"kind": str, "target": str, "content_sha256": str, "parameters": dict, "notes": list,

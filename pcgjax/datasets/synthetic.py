@@ -436,7 +436,7 @@ def _define_flags() -> None:
     )
     flags.DEFINE_list("duration_s", ["6", "12"], "Shortest and longest recording in seconds, as in 6,12.")
     flags.DEFINE_integer("rate_hz", None, "Sampling rate; default: the layout's own. PASCAL's set_a stays at 44100.")
-    flags.DEFINE_integer("seed", 0, "The same seed and settings give the same bytes.")
+    flags.DEFINE_integer("seed", 0, "The same seed and settings give the same bytes.", 0, 2**31 - 1)
     flags.DEFINE_float("snr_db", 25.0, "Heart over white noise; each recording draws within 5 dB of it.")
     flags.DEFINE_float("murmur_fraction", 0.5, "Share of people with a murmur, in every database alike.")
 
