@@ -15,19 +15,19 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 
 
 def _check_run(workdir: pathlib.Path) -> None:
     if not workdir.is_dir():
         raise ValueError(f"{workdir}: no such folder; RUN is the --workdir of a run")
-    if (workdir / "population.json").exists():
+    if hashes.intact(workdir / "population.json"):
         return
-    if (workdir / "metrics.json").exists():
+    if hashes.intact(workdir / "metrics.json"):
         from pcgjax.runs.results import read_json
 
         results = read_json(workdir / "metrics.json")
-        config = read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
+        config = read_json(workdir / "config.json") if hashes.intact(workdir / "config.json") else {}
         wanted = config.get("train", {}).get("epochs", 0)
         if isinstance(results.get("epochs"), int) and results["epochs"] < wanted:
             raise ValueError(
@@ -76,7 +76,6 @@ def verify(folder: pathlib.Path) -> list[str]:
       ValueError: a folder that has no hashes: no run, one that has not ended, or one of an earlier version.
     """
     from pcgjax.data import shards
-    from pcgjax.runtime import hashes
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; --verify takes the --workdir of a run or a prepared folder")
@@ -89,7 +88,8 @@ def verify(folder: pathlib.Path) -> list[str]:
     folders = sorted(path.parent for path in folder.rglob(hashes.NAME))
     if folder not in folders:
         raise ValueError(f"{folder}: no {hashes.NAME}: not a run, one that has not ended, or one of an earlier version")
-    lines = []
+    runs = {path.parent for path in folder.rglob("metrics.json")}
+    lines = [f"{one / hashes.NAME}: missing; the files beside it were not compared" for one in sorted(runs - {*folders})]
     for one in folders:
         try:
             lines += hashes.damage(one)

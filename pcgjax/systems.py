@@ -18,6 +18,7 @@ from flax import nnx
 from pcgjax.data.corpus import Corpus
 from pcgjax.pages.terminal import run_summary
 from pcgjax.runs.results import read_json
+from pcgjax.runtime import hashes
 from pcgjax.tasks.base import split_model
 from pcgjax.tasks.segmenter_model import SegmenterModel
 from pcgjax.training.answers import load_model, load_segmenter, make_predict
@@ -70,7 +71,7 @@ def load(workdir: str | pathlib.Path) -> Loaded:
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
-    name = read_json(path).get("task", {}).get("name", "cnn") if path.exists() else "cnn"
+    name = read_json(path).get("task", {}).get("name", "cnn") if hashes.intact(path) else "cnn"
     return of(name).load(workdir)
 
 

@@ -173,7 +173,7 @@ def best(
         raise CheckpointError(f"{workdir}: no trained {what} there (checkpoints/best-*); train one first")
     folder, meta = found
     path = workdir / "config.json"
-    if config is None and path.is_file():
+    if config is None and hashes.intact(path):
         config = read_json(path)
     if config is not None:
         refuse_foreign(folder, meta, config, free, **more)

@@ -14,6 +14,7 @@ from pcgjax.pages import page
 from pcgjax.pages.curves import training_curves
 from pcgjax.published import AUDIO_LLM_PAPER
 from pcgjax.runs.log import history
+from pcgjax.runtime import hashes
 
 FEATURES = ("timing", "shape", "grading", "pitch", "quality")
 LETTERS = "ABCDEF"
@@ -240,7 +241,7 @@ def document(results: Sequence[Mapping[str, Any]], log: pathlib.Path) -> str:
         tables=[(table.title, table.head, [[*map(_cell, row)] for row in table.body], table.note)
                 for table in tables(results)],
         letter_head=["", *LETTERS], letter_rows=_letters(results),
-        curves=training_curves(history(log)) if log.exists() else None,
+        curves=training_curves(history(log)) if hashes.intact(log) else None,
         setups=[(one["name"], {"model": one["base"], "part": one["part"], "split": one.get("split"),
                                "windows": one["windows"], "intervals": one["test"]["intervals"]}) for one in results],
     )  # fmt: skip

@@ -24,7 +24,7 @@ from pcgjax.published import PAPER_METRICS
 from pcgjax.runs import log
 from pcgjax.runs.config import flat_fields
 from pcgjax.runs.results import overall_scores, read_json, read_population, read_results
-from pcgjax.runtime import files
+from pcgjax.runtime import files, hashes
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
 _DASHES = ("-", "--", ":", "-.")  # six colours, then the next kind of line
@@ -42,7 +42,7 @@ def run_row(workdir: str | pathlib.Path, name: str | None = None) -> dict[str, A
     name = name or workdir.resolve().name
     best: dict[str, Any] = {}
     system: dict[str, Any] = {}
-    if (workdir / "population.json").exists():
+    if hashes.intact(workdir / "population.json"):
         population = read_population(workdir / "population.json")
         scores = {m: {**s, "value": s.get("mean")} for m, s in population["summary"].items()}
         trivial, name = population["trivial"], f"{name} (mean of {len(population['members'])})"
@@ -72,7 +72,7 @@ def run_row(workdir: str | pathlib.Path, name: str | None = None) -> dict[str, A
 
 
 def _json_of(path: pathlib.Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if hashes.intact(path) else {}
 
 
 def write(
@@ -100,7 +100,7 @@ def write(
     histories = {}
     for name, one in zip(names, rows, strict=True):
         path = one.get("history")
-        if path is not None and pathlib.Path(path).exists():
+        if path is not None and hashes.intact(pathlib.Path(path)):
             histories[name] = log.history(pathlib.Path(path))
     html = page.render(
         "comparison.html", heading=title, subtitle=page.count(len(rows), "run"), names=names, paper=paper,
@@ -133,14 +133,14 @@ def _llm_scores(path: pathlib.Path, judged: Mapping[str, Any]) -> tuple[dict[str
 def _judged_on(workdir: pathlib.Path) -> tuple[str, frozenset] | None:
     """("people" or "recordings", who they are) of the test set; None where no file says it."""
     path = workdir / "predictions.csv"
-    if path.exists():
+    if hashes.intact(path):
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             reader = csv.DictReader(file)
             part = "split" if "split" in (reader.fieldnames or ()) else "part"  # an audio LLM's rows are of a part
             who = frozenset((r.get("database"), r["person"]) for r in reader if r.get(part) == "test" and "person" in r)
         if who:
             return "people", who
-    if (workdir / "split.json").exists():
+    if hashes.intact(workdir / "split.json"):
         ids = read_json(workdir / "split.json").get("test")
         if isinstance(ids, list):
             return "recordings", frozenset(map(str, ids))

@@ -41,7 +41,7 @@ def write_population(workdir: str | pathlib.Path) -> pathlib.Path:
         "population.html", heading=f"Population {workdir.resolve().name}",
         subtitle=page.count(len(members), "member") + (f" · {', '.join(varied)}" if varied else ""),
         n=len(members), selected=population["selected"], select=population["select"], settings=settings,
-        config=json.dumps(read_json(config), indent=2, ensure_ascii=False) if config.exists() else None,
+        config=json.dumps(read_json(config), indent=2, ensure_ascii=False) if hashes.intact(config) else None,
         cards=_cards(population), curves=_member_curves(population, settings), **_swept(population, settings),
         **_members(population, varied),
     )  # fmt: skip

@@ -41,7 +41,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
       ValueError: metrics.json is missing or any of the files is damaged, naming file, line or field, and fix.
     """
     workdir = pathlib.Path(workdir)
-    if (workdir / "experiment.json").exists():
+    if hashes.intact(workdir / "experiment.json"):
         from pcgjax.pages.classical import write_report
 
         return write_report(workdir)
@@ -52,15 +52,15 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         "subtitle": _subtitle(test),
         "curves": training_curves(log.history(workdir / "metrics.jsonl")),
     }
-    config = read_json(workdir / "config.json") if (workdir / "config.json").exists() else None
+    config = read_json(workdir / "config.json") if hashes.intact(workdir / "config.json") else None
     rows: list[dict[str, Any]] = []
     if "segmentation" in results:
-        segmented = read_segmented(workdir / "segments.npz") if (workdir / "segments.npz").exists() else None
+        segmented = read_segmented(workdir / "segments.npz") if hashes.intact(workdir / "segments.npz") else None
         values |= _segmenter_values(results) | {"examples": segmented_figures(segmented)}
     else:
-        rows = read_predictions(workdir / "predictions.csv") if (workdir / "predictions.csv").exists() else []
+        rows = read_predictions(workdir / "predictions.csv") if hashes.intact(workdir / "predictions.csv") else []
         test_rows = _test_rows(workdir, test, rows)
-        has_examples = rows and (workdir / "examples.npz").exists()
+        has_examples = rows and hashes.intact(workdir / "examples.npz")
         examples = read_examples(workdir / "examples.npz", rows) if has_examples else []
         values |= _classifier_values(results, test_rows, examples)
     values |= _reading_values(results, rows) | page.setup_values(results, config)

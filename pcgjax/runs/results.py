@@ -17,11 +17,6 @@ from pcgjax.runtime.tables import unmarked
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE
 
 
-def _check_whole(path: pathlib.Path) -> None:
-    """Raises DamagedError where the file is not what the run wrote, as far as its folder has hashes.json."""
-    hashes.check(path.parent, [path.name], "let the run's command end again, which writes it anew")
-
-
 def read_population(path: pathlib.Path) -> dict[str, Any]:
     population = read_json(path)
     fix = "write it again with pcgjax.train"
@@ -99,7 +94,7 @@ def surest(rows: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[Mapp
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    _check_whole(path)
+    hashes.intact(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,7 +134,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a predictions.csv: label, decision int, probability float, the rest text."""
     fix = "write the file again with train or evaluate"
     rows: list[dict[str, Any]] = []
-    _check_whole(path)
+    hashes.intact(path)
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
         lacking = [field for field in PREDICTION_FIELDS if field not in (reader.fieldnames or ())]
@@ -166,7 +161,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
 def read_examples(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of predictions.csv whose waveform is kept, each with `waveform` and `sample_rate_hz`."""
     fix = "delete the file to leave the examples out, or write it again with train"
-    _check_whole(path)
+    hashes.intact(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -189,7 +184,7 @@ def read_examples(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> list
 def read_segmented(path: pathlib.Path) -> list[dict[str, Any]]:
     """What `save_examples` wrote, the best first."""
     fix = "delete the file to leave the examples out, or write it again with train"
-    _check_whole(path)
+    hashes.intact(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

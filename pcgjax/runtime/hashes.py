@@ -90,6 +90,16 @@ def damage(folder: pathlib.Path, names: Iterable[str] | None = None) -> list[str
     return lines
 
 
+def intact(path: pathlib.Path, fix: str = "let the run's command end again, which writes it anew") -> bool:
+    """Whether a file is there, as it was written.
+
+    Raises:
+      DamagedError: its folder's hashes.json lists it, and it is missing or has other bytes.
+    """
+    check(path.parent, [path.name], fix)
+    return path.exists()
+
+
 def check(folder: pathlib.Path, names: Iterable[str] | None = None, fix: str = "") -> None:
     """Raises DamagedError where `damage` finds any, naming the first file, how many more, and the fix."""
     if lines := damage(folder, names):

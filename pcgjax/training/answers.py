@@ -20,7 +20,7 @@ from pcgjax.data.corpus import Corpus
 from pcgjax.data.plan import evaluation_plan
 from pcgjax.runs.config import completed, difference
 from pcgjax.runs.results import read_json
-from pcgjax.runtime import checkpoint, sharding
+from pcgjax.runtime import checkpoint, hashes, sharding
 from pcgjax.tasks.base import Counts, Task, merge_model, split_model
 from pcgjax.tasks.segmenter_model import SegmenterModel
 
@@ -137,7 +137,7 @@ def load_model(workdir: str | pathlib.Path) -> LoadedModel:
 
     def like(meta: dict) -> dict[str, Any]:
         path = workdir / "config.json"
-        if path.exists() and (differs := difference(read_json(path), meta["config"])):
+        if hashes.intact(path) and (differs := difference(read_json(path), meta["config"])):
             field, before, after = differs
             raise checkpoint.CheckpointError(
                 f"{workdir}: config.json says {field}={before}, the checkpoint {after}: they are of two "

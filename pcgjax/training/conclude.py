@@ -24,7 +24,7 @@ from pcgjax.runs.judge import cross_entropy, judge_recordings, prediction_rows, 
 from pcgjax.runs.record import versions
 from pcgjax.runs.results import read_json, save_examples, surest
 from pcgjax.runs.seal import seal
-from pcgjax.runtime import checkpoint, files, goodput, sharding
+from pcgjax.runtime import checkpoint, files, goodput, hashes, sharding
 from pcgjax.tasks.base import Judgement, Task, Trained, TrainState
 from pcgjax.training.start import Run
 
@@ -107,7 +107,7 @@ def conclude(finished: Finished, more: Callable[[], Judgement] | None = None) ->
         if judgement.examples:
             save_examples(workdir, judgement.examples)
     control = workdir / "control" / "metrics.json"
-    if control.exists():
+    if hashes.intact(control):
         results["control"] = read_json(control)["test"]
     results["best"], results["epochs"] = meta["best"], config.train.epochs
     results["split"] = {

@@ -179,12 +179,25 @@ def test_files_of_a_finished_run_are_compared(workdir):
         read_json(workdir / "metrics.json")
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "predictions.csv", "examples.npz", "metrics.json"])
+def test_a_missing_file_of_a_finished_run_is_named(workdir, name):
+    (workdir / name).unlink()
+    with pytest.raises(DamagedError, match=f"{name}: missing, it was written with"):
+        report.report([str(workdir)])
+    if name == "config.json":
+        with pytest.raises(DamagedError, match=f"{name}: missing, it was written with"):
+            load_model(workdir)
+
+
 def test_verify_names_what_is_damaged(workdir, prepared, tmp_path):
     assert report.verify(workdir) == []
     flip(workdir / "report.html", 100)
     last = next(path for path in newest(workdir / "checkpoints" / "last").rglob("*") if path.is_file())
     last.unlink()
     assert [line.partition(":")[0] for line in sorted(report.verify(workdir))] == [str(last), f"{workdir}/report.html"]
+    shutil.copytree(workdir, workdir / "control")
+    (workdir / "control" / "hashes.json").unlink()
+    assert f"{workdir}/control/hashes.json: missing; the files beside it were not compared" in report.verify(workdir)
     (workdir / "hashes.json").unlink()
     with pytest.raises(ValueError, match=r"no hashes.json: not a run, one that has not ended"):
         report.verify(workdir)
