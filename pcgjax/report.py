@@ -88,8 +88,8 @@ def verify(folder: pathlib.Path) -> list[str]:
     folders = sorted(path.parent for path in folder.rglob(hashes.NAME))
     if folder not in folders:
         raise ValueError(f"{folder}: no {hashes.NAME}: not a run, one that has not ended, or one of an earlier version")
-    runs = {path.parent for path in folder.rglob("metrics.json")}
-    lines = [f"{one / hashes.NAME}: missing; the files beside it were not compared" for one in sorted(runs - {*folders})]
+    bare = sorted({path.parent for path in folder.rglob("metrics.json")} - {*folders})
+    lines = [f"{one / hashes.NAME}: missing; the files beside it were not compared" for one in bare]
     for one in folders:
         try:
             lines += hashes.damage(one)
