@@ -23,7 +23,7 @@ STEPS = {
     "pcgjax.classical": 7, "pcgjax.audio_llm": 7,
     "pcgjax.systems": 8,
     "pcgjax.prepare": 9, "pcgjax.train": 9, "pcgjax.evaluate": 9, "pcgjax.predict": 9, "pcgjax.report": 9,
-    "pcgjax.sites": 9, "pcgjax.splits": 9, "pcgjax.ablation": 9,
+    "pcgjax.__main__": 9, "pcgjax.sites": 9, "pcgjax.splits": 9, "pcgjax.ablation": 9,
     "pcgjax.reproduce": 10, "pcgjax.bench": 10,
 }  # fmt: skip
 DOORS = {name for name, step in STEPS.items() if step == 9 and name != "pcgjax.ablation"}

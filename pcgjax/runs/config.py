@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from pcgjax.runs.base_config import base
-from pcgjax.runtime.config_flag import config_of
+from pcgjax.runtime.config_flag import config_of, path_of
 from pcgjax.runtime.files import CheckpointError
 from pcgjax.runtime.names import nearest
 
@@ -37,24 +37,15 @@ def with_fields(config: ml_collections.ConfigDict, changes: Fields) -> ml_collec
     return one
 
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-
-
 def load_config(name: str, changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """configs/NAME.py, or a variant of it (NAME:VARIANT), with the fields `changes` ("train.epochs": 2).
+    """The config of a name that `pcgjax configs` lists, or of a file, or a variant of it (NAME:VARIANT), with the
+    fields `changes` ("train.epochs": 2).
 
     Raises:
-      ValueError: pcgjax was installed without configs/ beside it, or the config has no such field.
+      ValueError: there is no such config, or it has no such field.
     """
     name, _, variant = name.partition(":")
-    path = CONFIGS / f"{name}.py"
-    if not path.exists():
-        there = sorted(one.stem for one in CONFIGS.glob("*.py"))
-        fix = (
-            nearest(name, there, "there are") if there else "run this in a clone of the repository, which has configs/"
-        )
-        raise ValueError(f"{path}: not there; {fix}")
-    config = config_of(path, variant)
+    config = config_of(path_of(name), variant)
     fields = flat_fields(config)
     for field in changes:
         if field not in fields and not any(known.startswith(f"{field}.") for known in fields):

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from pcgjax.runs.base_config import SWEPT, base
-from pcgjax.runs.config import CONFIGS, flat_fields, with_fields
+from pcgjax.runs.config import flat_fields, with_fields
+from pcgjax.runtime.config_flag import CONFIGS
 from pcgjax.runtime.names import nearest
 
 OPTIMIZERS = ("sgd", "adam", "adamw")

@@ -166,7 +166,13 @@ def _parsed(argv: list[str]) -> list[str]:
     wrong = config_flag.refused(argv[1:], list(flags.FLAGS))
     if not wrong:
         try:
-            return app.parse_flags_with_usage(argv)
+            words = config_flag.with_path(argv[1:], list(flags.FLAGS))
+            asked = config_flag.help_of(argv[1:], list(flags.FLAGS))
+            try:
+                return app.parse_flags_with_usage([argv[0], *words])
+            finally:
+                if asked:
+                    print(asked)
         except BrokenPipeError:
             raise
         except Exception as error:  # of config_flags: half a dozen kinds, for what is wrong with a config file

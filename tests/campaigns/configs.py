@@ -26,7 +26,8 @@ from flax import nnx
 from pcgjax.data.prepare import prepare
 from pcgjax.datasets import synthetic
 from pcgjax.runs import schema
-from pcgjax.runs.config import CONFIGS, flat_fields, load_config
+from pcgjax.runs.config import flat_fields, load_config
+from pcgjax.runtime.config_flag import CONFIGS
 from pcgjax.training import optimizer
 from pcgjax.training.experiment import set_up
 from tests.campaigns import Tally, outcome_of

@@ -11,7 +11,6 @@ import sys
 import jax
 import pytest
 
-from pcgjax.runs import config as config_module
 from pcgjax.runs import record as record_module
 from pcgjax.runs.config import load_config, plain_config
 from pcgjax.runs.log import history, log_line, open_board
@@ -190,9 +189,3 @@ log_line(pathlib.Path(sys.argv[1]) / "metrics.jsonl", 1, "train", {"loss": 0.5},
     assert done.returncode == 0, done.stderr
     assert "no TensorBoard: " in done.stderr
     assert history(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 0.5}]
-
-
-def test_no_configs_beside_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(config_module, "CONFIGS", tmp_path)
-    with pytest.raises(ValueError, match=r"cnn\.py: not there; run this in a clone"):
-        load_config("cnn", {})

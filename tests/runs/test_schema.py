@@ -10,8 +10,8 @@ import pytest
 from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.encoders.model import ARCHITECTURES, SIZES
 from pcgjax.runs import schema
-from pcgjax.runs.config import CONFIGS, load_config
-from pcgjax.runtime.config_flag import config_of, refused
+from pcgjax.runs.config import load_config
+from pcgjax.runtime.config_flag import CONFIGS, comments_of, config_of, help_of, refused, with_path
 from pcgjax.runtime.names import nearest
 from pcgjax.systems import SYSTEMS
 from pcgjax.tasks import TASKS
@@ -155,7 +155,7 @@ def test_swept_values_are_checked_before_anything_is_written(make_config, tmp_pa
 
 def test_nearest_first():
     assert nearest("optimiser", ["data", "split", "optimizer"]) == "nearest: optimizer; it has optimizer, split, data"
-    with pytest.raises(ValueError, match=r"cn.py: not there; nearest: cnn; there are cnn, "):
+    with pytest.raises(ValueError, match=r"--config=cn: no config of this name; nearest: cnn; there are cnn, "):
         load_config("cn", {})
     with pytest.raises(ValueError, match=r"has no field train.epoch; nearest: train.epochs; it has train.epochs, "):
         load_config("cnn", {"train.epoch": 1})
@@ -190,9 +190,12 @@ def test_R11_a_config_file_that_is_none_is_one_line(content, variant, message, t
     (["--config=CNN", "--config.optimizer.lr=1"], "the config's part optimizer has no part or field 'lr'; nearest: "),
     (["--config=CNN", "--config.train.epochs.x=1"], "--config.train.epochs.x: train.epochs is a field, not a part"),
     (["--config=CNN", "--config.train=1"], "--config.train: a part, not a field; it has "),
+    (["--config=cnn", "--config.optimizer.lr=1"], "the config's part optimizer has no part or field 'lr'; nearest: "),
+    (["--config=cn"], "--config=cn: no config of this name; nearest: cnn; there are cnn, "),
+    (["--config=elsewhere/cnn.py"], "elsewhere/cnn.py: no such file; give --config=cnn"),
     (["--config=CNN:foo"], "configs/cnn.py:foo: the only variant is configs/cnn.py:sweep"),
     (["--config", "CNN", "--config.seeds", "1"], "no part or field 'seeds'; nearest: seed"),
-    (["--config", "--config.parallel.fsdp=8"], "--config: give a file, as --config=configs/cnn.py"),
+    (["--config", "--config.parallel.fsdp=8"], "--config: give a name or a file, as --config=cnn"),
     (["--config.seed=1"], "--config.seed without --config"),
     (["--config=CNN", "--config.seed=1", "--config.model.filters[0]=4", "--noconfig.model.bfloat16"], ""),
     (["--workdir=x"], ""),
@@ -201,3 +204,27 @@ def test_R11_a_config_flag_that_does_not_fit_is_one_line(words, message):
     told = refused([word.replace("CNN", str(CONFIGS / "cnn.py")) for word in words], {"config": None})
     assert message in told
     assert bool(message) == bool(told)
+
+
+def test_a_config_by_its_name():
+    file = f"--config={CONFIGS / 'cnn.py'}"
+    for words in (["--config=cnn:sweep", "--x"], ["--config", "cnn:sweep", "--x"]):
+        assert with_path(words, {"config": None}) == [f"{file}:sweep", "--x"]
+    for words in (["--config=a/b.py"], ["--config=b.py:c"], ["--x", "--config"], ["--x"]):
+        assert with_path(words, {"config": None}) == words
+    assert with_path(["--config=cnn"], {}) == ["--config=cnn"]  # of a command without a config
+
+
+def test_help_shows_the_fields_of_a_config():
+    told = help_of(["--config=cnn:sweep", "--help"], {"config": None}).splitlines()
+    assert told[1] == "The fields of --config=cnn:sweep:"
+    assert "  --config.train.epochs=30" in told
+    assert "  --config.optimizer.name=sgd  # or sgd, adamw" in told  # of base_config.py, which it imports
+    assert "  --config.features.filter=zero_phase  # none, zero_phase, causal" in told  # of cnn.py
+    assert help_of(["--config=cnn"], {"config": None}) == help_of(["--help"], {"config": None}) == ""
+
+
+def test_all_fields_of_the_base_that_need_one_have_a_comment():
+    comments = comments_of(CONFIGS / "cnn.py")
+    assert {"seed", "train.epochs"} & {*comments} == set()
+    assert comments["parallel.fsdp"] == "devices that share one copy of the parameters"
