@@ -1,8 +1,8 @@
 """The command pcgjax: `pcgjax NAME ...` is `python -m pcgjax.NAME ...`.
 
-    pcgjax                 lists the commands
-    pcgjax configs         lists the configs that come with the package: --config=NAME
-    pcgjax train --config=cnn --workdir=runs/cnn --config.data.prepared=DIR
+pcgjax                 lists the commands
+pcgjax configs         lists the configs that come with the package: --config=NAME
+pcgjax train --config=cnn --workdir=runs/cnn --config.data.prepared=DIR
 """
 
 from __future__ import annotations

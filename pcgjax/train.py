@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 FLAGS = flags.FLAGS
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A name that `pcgjax configs` lists, or a file; with --help, its fields.")
+    config_flags.DEFINE_config_file("config", None, "A name of `pcgjax configs`, or a file; with --help, its fields.")
     flags.DEFINE_string("workdir", None, "The run's folder; a run that was stopped there is resumed.", required=True)
     flags.DEFINE_bool("dry_run", False, "Compile, print sizes and costs, and stop.")
     flags.DEFINE_integer("devices", None, "With --dry_run: compile for so many devices, simulated on the CPU.", 1)

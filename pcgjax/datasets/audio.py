@@ -289,9 +289,7 @@ def _blocks(file: BinaryIO, found: Header, size: int) -> Iterator[np.ndarray]:
                 every = sound.read(frames, dtype="int32" if flac else "float32", always_2d=True)
                 done += len(every)
                 if len(every) < frames:
-                    raise AudioError(
-                        f"truncated: the header declares {found.frames} samples, {done} could be read"
-                    )
+                    raise AudioError(f"truncated: the header declares {found.frames} samples, {done} could be read")
                 if flac:
                     used = every.view(np.uint8).reshape(*every.shape, 4)[..., 4 - flac.bits // 8 :]
                     digest.update(np.ascontiguousarray(used).data)

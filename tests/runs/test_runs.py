@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from pcgjax.runs import record as record_module
-from pcgjax.runs.config import load_config, plain_config
+from pcgjax.runs.config import plain_config
 from pcgjax.runs.log import history, log_line, open_board
 from pcgjax.runs.record import git_state, record
 
