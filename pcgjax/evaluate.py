@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from pcgjax.tasks.segmenter_model import SegmenterModel
 
 
-def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = "") -> dict:
+def evaluate(
+    workdir: str, dataset: str, source: str, out: str, target: str = "", labels: str = "none", persons: str = ""
+) -> dict:
     """Judges the model of `workdir` on a folder in an official layout; writes `out` and its .csv; returns the scores.
+
+    labels, persons: as `datasets.load` has them.
 
     Raises:
       datasets.DatasetError: the folder cannot be read, or no recording has the label `target`.
@@ -39,7 +43,7 @@ def evaluate(workdir: str, dataset: str, source: str, out: str, target: str = ""
     files.check_out(out)
     began = time.monotonic()
     model = systems.load(workdir)
-    recordings, problems = datasets.load(dataset, source)
+    recordings, problems = datasets.load(dataset, source, labels, persons)
     if model.segmenter is not None:
         if target:
             raise ValueError(f"--target={target}: a segmenter is judged by annotations; leave --target out")
@@ -140,7 +144,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected {argv[1:]}")
     from pcgjax.pages.terminal import run_summary
 
-    scores = evaluate(FLAGS.workdir, FLAGS.dataset, FLAGS.source, FLAGS.out, FLAGS.target)
+    scores = evaluate(FLAGS.workdir, FLAGS.dataset, FLAGS.source, FLAGS.out, FLAGS.target, FLAGS.labels, FLAGS.persons)
     for problem in scores["problems"]:
         what = "read with a doubt" if problem.get("note") else "left out"
         logging.warning("%s: %s: %s", what, problem["path"], problem["reason"])
@@ -154,9 +158,10 @@ if __name__ == "__main__":
         "workdir", None, "A folder that pcgjax.train wrote; its best checkpoint is judged.", required=True
     )
     flags.DEFINE_enum("dataset", None, datasets.NAMES, "The layout of --source.", required=True)
-    flags.DEFINE_string("source", None, "A folder of recordings with labels, in the official layout.", required=True)
+    flags.DEFINE_string("source", None, "The recordings with labels; of table the CSV file.", required=True)
     flags.DEFINE_string(
         "out", None, "The JSON file to write; a .csv of the same name holds every answer.", required=True
     )
-    flags.DEFINE_string("target", "", "abnormal or murmur: the label to judge against; default: the one trained on.")
+    flags.DEFINE_string("target", "", "The label to judge against, as abnormal or murmur; default: the one trained on.")
+    datasets.define_flags()
     files.run(main)

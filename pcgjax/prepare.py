@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     manifest = prepare(
         f.dataset, f.source, f.out, f.sample_rate_hz, strict=f.strict, workers=f.workers, engine=f.engine,
         num_shards=f.num_shards, shard_index=f.shard_index, overwrite=f.overwrite,
+        labels=f.labels, persons=f.persons,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     if manifest is None:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_enum("dataset", None, datasets.NAMES, "The data set in --source.", required=True)
-    flags.DEFINE_string("source", None, "The folder that holds the data set.", required=True)
+    flags.DEFINE_string("source", None, "The folder that holds the data set; of table the CSV file.", required=True)
     flags.DEFINE_string("out", None, "The folder to write shards, records.jsonl and manifest.json to.", required=True)
     flags.DEFINE_integer("sample_rate_hz", 1000, "The rate to resample to, in Hz.", 100, 192_000)
     flags.DEFINE_bool("strict", False, "Fail when any file or table row cannot be used.")
@@ -52,4 +53,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_shards", 1, "How many machines share the work.", 1)
     flags.DEFINE_integer("shard_index", 0, "Which of them this is, from 0.", 0)
     flags.DEFINE_bool("overwrite", False, "Replace what an earlier call with other parameters wrote to --out.")
+    datasets.define_flags()
     files.run(main)

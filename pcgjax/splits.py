@@ -9,7 +9,7 @@ from __future__ import annotations
 from absl import app, flags
 
 from pcgjax.data.shards import read_rows
-from pcgjax.data.splits import KINDS, TARGETS, SplitError, leaks, load, make, save, summary
+from pcgjax.data.splits import KINDS, SplitError, leaks, load, make, save, summary
 from pcgjax.runtime import files
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("prepared", None, "The folder that python -m pcgjax.prepare wrote.", required=True)
     flags.DEFINE_enum("kind", None, KINDS, "How to divide: see pcgjax/data/splits.py, make.")
-    flags.DEFINE_enum("target", None, TARGETS, "The label to stratify by; recordings without it are set aside.")
+    flags.DEFINE_string("target", None, "The label to stratify by, as abnormal; recordings without it are set aside.")
     flags.DEFINE_string("out", None, "The JSON file to write.")
     flags.DEFINE_string("check", None, "A split's JSON file: check it for leaks instead of making one.")
     flags.DEFINE_integer("seed", 0, "Seed of the random draw.", 0, 2**31 - 1)

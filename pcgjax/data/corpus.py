@@ -29,7 +29,8 @@ class Corpus:
 
     def labels(self, target: str) -> np.ndarray:
         """(N,) float32 0 or 1 of the label `target`; NaN where the data set does not say."""
-        return np.array([float(row["labels"].get(target, "nan")) for row in self.rows], np.float32)
+        values = [row["labels"].get(target) for row in self.rows]
+        return np.array([float(value) if value in ("0", "1") else np.nan for value in values], np.float32)
 
     @property
     def bytes(self) -> int:

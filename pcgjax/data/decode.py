@@ -16,7 +16,7 @@ from pcgjax.datasets.sources import printable
 
 Decoded = tuple[Row | None, np.ndarray | None, str | None]  # row, samples, or the reason why there are none
 _FULL_SCALE = 32767
-DATASET_FIELDS = ("id", "person", "person_known", "database", "labels", "annotations")
+DATASET_FIELDS = ("id", "person", "person_known", "database", "labels", "annotations", "excerpt_s")
 
 
 def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
@@ -26,15 +26,18 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
     `int16 * scale / 32767` are the samples with the file's full scale at 1.
 
     Returns: (row, int16 samples (row["num_samples"],)). A row is what json can hold: id, person, person_known,
-      database, labels, annotations [[start_s, end_s, state], ...], path, source_rate_hz, sample_rate_hz,
-      channels, num_samples, scale, sha256 (of the int16 samples), fingerprint (as the function gives it), notes (what
-      was read with a doubt, each a text with a kind before a colon).
+      database, labels, annotations [[start_s, end_s, state], ...], excerpt_s where it is one, path, source_rate_hz,
+      sample_rate_hz, channels, num_samples, scale, sha256 (of the int16 samples), fingerprint (as the function gives
+      it), notes (what was read with a doubt, each a text with a kind before a colon).
     Raises:
       AudioError: as `audio.read`, the recording is silent below half the new rate, or too long at it.
     """
     import soxr
 
     samples, source_rate_hz, channels, notes = audio.read_noted(recording.path)
+    if recording.excerpt_s is not None:
+        start, end = (round(second * source_rate_hz) for second in recording.excerpt_s)
+        samples = samples[start:end]
     audio.check_resampled(len(samples), source_rate_hz, sample_rate_hz, len(samples))
     native = samples if samples.dtype == np.int16 else as_stored(samples)
     samples = samples.astype(np.float32, copy=False)
@@ -84,6 +87,7 @@ def dataset_fields(recording: Recording) -> Row:
         "database": recording.database,
         "labels": dict(sorted(recording.labels.items())),
         "annotations": recording.annotations,
+        **({"excerpt_s": recording.excerpt_s} if recording.excerpt_s else {}),
     }
 
 

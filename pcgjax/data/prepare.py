@@ -38,6 +38,8 @@ def prepare(
     num_shards: int = 1,
     shard_index: int = 0,
     overwrite: bool = False,
+    labels: str = "none",
+    persons: str = "",
 ) -> dict[str, Any] | None:
     """Prepares data set `dataset` of folder `source` into folder `out`, or finds that this is done already.
 
@@ -48,6 +50,7 @@ def prepare(
       num_shards, shard_index: this machine does the shards with number % num_shards == shard_index. Whoever
         finds all shards done writes the manifest.
       overwrite: removes what an earlier call with other parameters wrote.
+      labels, persons: of data set `folder`, as its loader has them.
     Returns: the manifest; None while other machines' shards are missing.
     Raises:
       DatasetError: as `datasets.load`.
@@ -65,10 +68,12 @@ def prepare(
     if not os.fspath(out).isascii() and printable(out) != os.fspath(out):
         raise PrepareError(f"--out={printable(out)}: the name is not UTF-8; choose another")
     source, out = os.path.abspath(source), pathlib.Path(os.path.abspath(out))
-    recordings, problems = datasets.load(dataset, source)
+    recordings, problems = datasets.load(dataset, source, labels, persons)
     source = printable(source)
     units = [recordings[i : i + RECORDINGS_A_SHARD] for i in range(0, len(recordings), RECORDINGS_A_SHARD)]
     parameters = {"dataset": dataset, "sample_rate_hz": sample_rate_hz, "resampler": "soxr HQ"}
+    if dataset == "folder" and (labels != "none" or persons):
+        parameters |= {"labels": labels, "persons": persons}
     try:
         if overwrite:
             remove_prepared(out)

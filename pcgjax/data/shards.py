@@ -34,7 +34,7 @@ from pcgjax.runtime import files, hashes
 Job = tuple[pathlib.Path, int, Sequence[Recording], dict[str, Any]]  # out, number of the shard, its part, parameters
 FORMAT = 2
 RECORDINGS_A_SHARD = 64  # also the unit of work; fixed, so that the shards do not depend on who wrote them
-_FOR_JOIN = (*DATASET_FIELDS[:-1], "path", "sample_rate_hz", "channels", "num_samples", "sha256", "notes")
+_FOR_JOIN = (*DATASET_FIELDS[:-2], "path", "sample_rate_hz", "channels", "num_samples", "sha256", "notes")
 # Noise-like int16 samples compress by a quarter only, and writing them compressed takes four times as long.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access, as ArrayRecord advises

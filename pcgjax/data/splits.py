@@ -20,17 +20,14 @@ import numpy as np
 
 from pcgjax.data import Row
 from pcgjax.runtime import files, hashes
+from pcgjax.runtime.names import nearest
 
 Split = dict[str, Any]
-KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301")
-# Target -> its classes, of which the last counts as positive; "": no label, every recording is of class 0.
-CLASSES = {
-    "abnormal": ("0", "1"),
-    "murmur": ("0", "1"),
-    "murmur_status": ("Absent", "Unknown", "Present"),
-    "": ("0",),
-}
-TARGETS = tuple(CLASSES)
+KINDS = ("person", "person_250", "person_kfold", "leave_database_out", "paper301", "column")
+# Target -> its classes, of which the last counts as positive; "": no label, every recording is of class 0. Any other
+# label that is 0 or 1 is a target, too.
+CLASSES = {"murmur_status": ("Absent", "Unknown", "Present"), "": ("0",)}
+TWO = ("0", "1")
 PARTS = ("train", "validation", "test")
 # Recordings with so many fingerprint hashes in common share audio. Hashes have 32 bits, so two of a corpus' 10^5 are
 # now and then equal by chance: of the 8 * 10^5 pairs of recordings within CinC 2016, CirCor and PASCAL, 6 share one
@@ -65,11 +62,12 @@ def make(
         person into `folds`, fold `fold` tests and the next validates; `leave_database_out` tests on `database`, the
         others' people train and validate; `paper301` as published for the 1D CNN, 301 recordings drawn without
         regard to people: those that the file `names` lists (first column, such as the challenge's
-        validation/REFERENCE.csv), else 150 normal and 151 abnormal ones.
-      target: `abnormal`, `murmur` or `murmur_status`; "" for recordings whose label does not matter: all
-        of them are dealt out.
+        validation/REFERENCE.csv), else 150 normal and 151 abnormal ones; `column` as the column `split` of one's own
+        table says, where recordings without it are left out.
+      target: a label that is 0 or 1, as `abnormal` and `murmur`, or `murmur_status`; "" for recordings whose label
+        does not matter: all of them are dealt out.
       fractions: of train, validation and test, in recordings. Where the kind sets the test part, the first two
-        are taken relative to each other.
+        are taken relative to each other; `column` sets all, but validation where the column names none.
     Returns: {kind, target, seed, parameters, content_sha256, train, validation, test, unlabelled, notes, counts};
       the parts are sorted lists of ids, counts[part][database or "all"] has recordings, people and positives.
       Each part gets its share of either class's recordings in each database, as far as people, who are never
@@ -81,9 +79,14 @@ def make(
     rows = sorted(rows, key=lambda row: row["id"])
     if len({row["id"] for row in rows}) < len(rows):
         raise SplitError("the rows have an id twice: prepare the data set again")
-    labelled = [row for row in rows if _label(row, target) in CLASSES[target]]
+    classes = classes_of(target)
+    labelled = [row for row in rows if _label(row, target) in classes]
     if not labelled:
-        raise SplitError(f"no recording has the label {target!r}: choose another --target or data set")
+        there = {name for row in rows for name, value in row["labels"].items() if value in TWO}
+        raise SplitError(
+            f"no recording has the label {target!r}: choose another --target or data set; "
+            f"{nearest(target, sorted(there), 'labels that are 0 or 1:')}"
+        )
     databases = sorted({row["database"] for row in labelled})
     if kind == "leave_database_out" and database not in databases:
         raise SplitError(f"no database {database!r} with label {target!r}: choose one of {', '.join(databases)}")
@@ -101,14 +104,14 @@ def make(
             for name in sorted(unknown)
         ]
     for part, members in parts.items():
-        if lacking := set(CLASSES[target]) - {_label(row, target) for row in members}:
+        if lacking := set(classes) - {_label(row, target) for row in members}:
             condition = f" with {target} {', '.join(sorted(lacking))}" if target else ""
             raise SplitError(f"{part} has no recording{condition}: choose other fractions, seed or kind")
     return {
         **arguments_of(kind, target, seed, fractions, fold, folds, database, names),
         "content_sha256": _content(rows),
         **{part: sorted(row["id"] for row in parts[part]) for part in PARTS},
-        "unlabelled": [row["id"] for row in rows if _label(row, target) not in CLASSES[target]],
+        "unlabelled": [row["id"] for row in rows if _label(row, target) not in classes],
         "notes": notes,
         "counts": {part: _counts(parts[part], target) for part in PARTS},
     }
@@ -132,6 +135,11 @@ def arguments_of(
     }
 
 
+def classes_of(target: str) -> tuple[str, ...]:
+    """The classes of a target, of which the last counts as positive."""
+    return CLASSES.get(target, TWO)
+
+
 def _label(row: Row, target: str) -> str | None:
     return row["labels"].get(target) if target else "0"
 
@@ -139,9 +147,7 @@ def _label(row: Row, target: str) -> str | None:
 def _check_arguments(kind: str, target: str, fractions: Sequence[float], fold: int, folds: int) -> None:
     if kind not in KINDS:
         raise SplitError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
-    if target not in TARGETS:
-        raise SplitError(f"unknown target {target!r}: choose one of {', '.join(filter(None, TARGETS))}")
-    if len(CLASSES[target]) != 2 and kind in ("person_250", "paper301"):
+    if len(classes_of(target)) != 2 and kind in ("person_250", "paper301"):
         raise SplitError(f"kind {kind} draws recordings of two classes: it needs a target with two")
     if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise SplitError(f"fractions {fractions}: three positive numbers with sum 1 are needed")
@@ -162,6 +168,8 @@ def _by_person(
     rng: np.random.Generator,
 ) -> tuple[dict[str, list[Row]], list[str]]:
     groups, notes = _groups(rows)
+    if kind == "column":
+        return _by_column(rows, groups, target, fractions, rng), notes
     if kind == "person_kfold":
         dealt = _deal(groups, target, [1 / folds] * folds, rng)
         first, second, *others = dealt[fold:] + dealt[:fold]
@@ -192,6 +200,22 @@ def _by_person(
     return dict(zip(PARTS, _deal(groups, target, fractions, rng), strict=True)), notes
 
 
+def _by_column(
+    rows: list[Row], groups: list[list[Row]], target: str, fractions: Sequence[float], rng: np.random.Generator
+) -> dict[str, list[Row]]:
+    """As the rows' label `split` says; people of training validate where no row says validation."""
+    parts = {part: [row for row in rows if row["labels"].get("split") == part] for part in PARTS}
+    if not (parts["train"] and parts["test"]):
+        raise SplitError("kind column needs rows whose column `split` says train, and such that say test")
+    if not parts["validation"]:
+        both = fractions[0] + fractions[1]
+        train = {row["id"] for row in parts["train"]}
+        inner = [[row for row in group if row["id"] in train] for group in groups]
+        dealt = _deal([group for group in inner if group], target, [fractions[0] / both, fractions[1] / both], rng)
+        parts["train"], parts["validation"] = dealt
+    return parts
+
+
 def _groups(rows: list[Row]) -> tuple[list[list[Row]], list[str]]:
     """(recordings by person, notes); people whose recordings share audio count as one."""
     leader: dict[str, str] = {}
@@ -220,7 +244,7 @@ def _deal(groups: list[list[Row]], target: str, fractions: Sequence[Any], rng: n
     All classes are counted in recordings, for a person may have recordings of several. A part's fraction is one
     number, or one for each class.
     """
-    classes = CLASSES[target]
+    classes = classes_of(target)
     wanted = np.array([np.broadcast_to(fraction, len(classes)) for fraction in fractions])
     strata = collections.defaultdict(list)
     for group in groups:
@@ -297,7 +321,7 @@ def _content(rows: Iterable[Row]) -> str:
 
 def _counts(rows: list[Row], target: str) -> dict[str, dict[str, int]]:
     def count(rows: list[Row]) -> dict[str, int]:
-        positives = sum(_label(row, target) == CLASSES[target][-1] for row in rows if target)
+        positives = sum(_label(row, target) == classes_of(target)[-1] for row in rows if target)
         return {"recordings": len(rows), "people": len({row["person"] for row in rows}), "positives": positives}
 
     databases = sorted({row["database"] for row in rows})

@@ -17,7 +17,8 @@ from pcgjax.datasets.sources import printable
 # The states of a cardiac cycle, numbered as in CirCor's .tsv files.
 UNANNOTATED, S1, SYSTOLE, S2, DIASTOLE = range(5)
 Span = tuple[float, float, int]  # start_s, end_s, state
-NAMES = ("cinc2016", "circor", "pascal", "synthetic", "folder")
+NAMES = ("cinc2016", "circor", "pascal", "synthetic", "folder", "table")
+LABELS = ("none", "folders")
 
 
 class DatasetError(ValueError):
@@ -44,6 +45,7 @@ class Recording:
     annotations: tuple[Span, ...]
     path: pathlib.Path
     notes: tuple[str, ...] = ()
+    excerpt_s: tuple[float, float] | None = None  # (start_s, end_s) of the file, where not all of it counts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +57,14 @@ class Problem:
     note: bool = False
 
 
+def define_flags() -> None:
+    """The flags of commands that read a data set's folder."""
+    from absl import flags
+
+    flags.DEFINE_enum("labels", "none", LABELS, "Of --dataset=folder: folders: each folder in --source is a class.")
+    flags.DEFINE_string("persons", "", "Of --dataset=folder: a regular expression for a path; its group is the person.")
+
+
 def with_notes(problems: Iterable[Problem], rows: Iterable[Mapping[str, Any]]) -> list[Problem]:
     """The problems, and after them the notes of recordings' rows ("path", "notes") that are not among them."""
     problems = list(problems)
@@ -63,19 +73,28 @@ def with_notes(problems: Iterable[Problem], rows: Iterable[Mapping[str, Any]]) -
     return problems + notes
 
 
-def load(name: str, source: str | pathlib.Path) -> tuple[list[Recording], list[Problem]]:
+def load(
+    name: str, source: str | pathlib.Path, labels: str = "none", persons: str = ""
+) -> tuple[list[Recording], list[Problem]]:
     """The recordings of data set `name` below `source`, sorted by id, and what was left out.
 
+    labels, persons: of data set `folder`, as its loader has them.
+
     Raises:
-      DatasetError: unknown name, missing folder, or no recording found.
+      DatasetError: unknown name, missing folder or table, or no recording found.
     """
     if name not in NAMES:
         raise DatasetError(f"unknown dataset {name!r}: choose one of {', '.join(NAMES)}")
     source = pathlib.Path(source)
     loader = importlib.import_module(f"pcgjax.datasets.{name}")
-    if not source.is_dir() and name != "synthetic":
+    if name == "table" and not source.is_file():
+        raise DatasetError(f"{source}: no such file; --source takes the table that names the recordings")
+    if not source.is_dir() and name not in ("synthetic", "table"):
         raise DatasetError(f"{source}: no such folder; --source takes the folder that holds the {name} files")
-    recordings, problems = loader.load(source)
+    if name != "folder" and (labels != "none" or persons):
+        raise DatasetError(f"--labels, --persons: of --dataset=folder alone; {name} says both itself")
+    more = {"labels": labels, "persons": persons} if name == "folder" else {}
+    recordings, problems = loader.load(source, **more)
     if not recordings:
         listed = "".join(f"\n  {printable(p.path)}: {printable(p.reason)}" for p in problems[:5])
         raise DatasetError(f"{source}: no usable {name} recording; expected {loader.LAYOUT}{listed}")

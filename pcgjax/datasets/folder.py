@@ -1,64 +1,72 @@
-"""Any folder of audio files without labels, for pre-training or to be segmented."""
+"""Any folder of audio files: without labels, for pre-training or to be segmented, or with a folder a class."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import re
 
-from pcgjax.datasets import Problem, Recording, Span, audio
-from pcgjax.datasets.annotations import noted_annotations
-from pcgjax.datasets.sources import SourceError
+from pcgjax.datasets import DatasetError, Problem, Recording
+from pcgjax.datasets.own import UNKNOWN_PERSONS, binary, recording
 from pcgjax.datasets.tables import relative
 
-LAYOUT = "a tree of .wav and .flac files, a folder for each person or all beside each other"
+LAYOUT = "a tree of .wav and .flac files, a folder a person (with --labels=folders: a class) or all in one"
 SUFFIXES = (".wav", ".flac")
 
 
-def load(source: pathlib.Path) -> tuple[list[Recording], list[Problem]]:
-    """The recordings of `source` and the folders below it: no labels, `id` the path from `source` without suffix.
+def load(source: pathlib.Path, labels: str = "none", persons: str = "") -> tuple[list[Recording], list[Problem]]:
+    """The recordings of `source` and the folders below it, `id` the path from `source` without suffix.
 
-    Each folder directly in `source` is one person, with all files below it; who was recorded in the files of `source`
-    itself is not known. Annotations: of a .tsv file beside the audio file, in CirCor's layout.
+    labels: "none": each folder directly in `source` is one person, with all files below it, and who was recorded in the
+    files of `source` itself is not known. "folders": each folder directly in `source` is a class; `abnormal` is what
+    `own.binary` makes of its name, which is kept as `class`; who was recorded is not known but for `persons`.
+    persons: a regular expression; what its first group (else all of it) finds in a file's path from `source` is the
+    person. Annotations: of a .tsv file beside the audio file, in CirCor's layout.
+
+    Raises:
+      DatasetError: a bad regular expression, one that fits no file, or classes of which none is the normal one.
     """
     source = pathlib.Path(os.path.abspath(source))
+    pattern = _pattern(persons)
     recordings: dict[str, Recording] = {}
     problems: list[Problem] = []
-    for path in _audio_files(source, problems):
+    paths = _audio_files(source, problems)
+    if persons and paths and not any(pattern.search(relative(path, source)) for path in paths):
+        raise DatasetError(f"--persons={persons}: fits no path below {source}, as {relative(paths[0], source)}")
+    words = {}
+    if labels == "folders":
+        tops = [pathlib.PurePosixPath(relative(path, source)).parts for path in paths]
+        words = binary({parts[0] for parts in tops if len(parts) > 1}, f"{source}, its folders")
+    for path in paths:
         where = pathlib.PurePosixPath(relative(path, source))
         record = str(where.with_suffix(""))
         if record in recordings:
             reason = f"duplicate: {recordings[record].path.name} has the same name and counts; rename one of the two"
             problems.append(Problem(str(where), reason))
             continue
-        try:
-            rate_hz, frames, _ = audio.header(path)
-        except audio.AudioError as error:
-            problems.append(Problem(str(where), str(error)))
-            continue
-        annotations: tuple[Span, ...] = ()
-        notes: tuple[str, ...] = ()
-        tsv = path.with_suffix(".tsv")
-        if os.path.lexists(tsv) and not tsv.is_dir():
-            try:
-                annotations, notes = noted_annotations(tsv, frames / rate_hz)
-                problems += [Problem(relative(tsv, source), note, True) for note in notes]
-            except SourceError as error:
-                problems.append(Problem(relative(tsv, source), f"{error}, so no annotations"))
-            except ValueError as error:
-                problems.append(Problem(relative(tsv, source), f"annotation: {error}"))
-        known = len(where.parts) > 1
-        recordings[record] = Recording(
-            id=record,
-            person=f"folder-{where.parts[0]}" if known else record,
-            person_known=known,
-            database="folder",
-            rate_hz=rate_hz,
-            labels={},
-            annotations=annotations,
-            path=path,
-            notes=notes,
-        )
+        top = where.parts[0] if len(where.parts) > 1 else ""
+        if persons:
+            found = pattern.search(str(where))
+            person = (found[1] if found.re.groups else found[0]) if found else ""
+        else:
+            person = "" if words else top
+        one = recording(
+            path, source, problems, id=record, database="folder", person=f"folder-{person}" if person else "",
+            labels={"abnormal": words[top], "class": top} if top in words else None,
+        )  # fmt: skip
+        if one is not None:
+            recordings[record] = one
+    if words and not all(one.person_known for one in recordings.values()):
+        fix = "--persons, a regular expression whose group is the person"
+        problems.append(Problem(".", UNKNOWN_PERSONS.format(fix=fix), True))
     return list(recordings.values()), problems
+
+
+def _pattern(persons: str) -> re.Pattern[str]:
+    try:
+        return re.compile(persons)
+    except re.error as error:
+        raise DatasetError(f"--persons={persons}: no regular expression: {error}") from None
 
 
 def _audio_files(source: pathlib.Path, problems: list[Problem]) -> list[pathlib.Path]:

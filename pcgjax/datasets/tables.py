@@ -13,8 +13,12 @@ from pcgjax.datasets import DatasetError, Problem
 from pcgjax.datasets.sources import SourceError, read_bytes, text_of
 
 
-def read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
+def read_rows(
+    path: pathlib.Path, delimiters: str = ",", fix: str = "put the published file back"
+) -> list[tuple[int, list[str]]]:
     """The rows of a CSV file as (line number, fields without blanks at either end); blank lines are left out.
+
+    delimiters: of which the one that the first line has most often counts; fix: what to do about a bad file.
 
     Raises:
       DatasetError: not a CSV file, one that cannot be read, or no row.
@@ -22,17 +26,19 @@ def read_rows(path: pathlib.Path) -> list[tuple[int, list[str]]]:
     try:
         text = text_of(read_bytes(path))
     except SourceError as error:
-        raise DatasetError(f"{path}: {error}; put the published file back") from None
+        raise DatasetError(f"{path}: {error}; {fix}") from None
     if "\0" in text:
-        raise DatasetError(f"{path}: not a CSV table (it holds zero bytes); put the published file back")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        raise DatasetError(f"{path}: not a CSV table (it holds zero bytes); {fix}")
+    first = text.lstrip().partition("\n")[0]
+    delimiter = max(delimiters, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
     except csv.Error as error:
         raise DatasetError(f"{path}: not a CSV table (line {reader.line_num}: {error})") from None
     rows = [(line, fields) for line, fields in rows if any(fields)]
     if not rows:
-        raise DatasetError(f"{path}: the table is empty; put the published file back")
+        raise DatasetError(f"{path}: the table is empty; {fix}")
     return rows
 
 

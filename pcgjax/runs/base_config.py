@@ -19,7 +19,7 @@ def common(task: str) -> ConfigDict:
     config.data.prepared = ""  # the folder that pcgjax.prepare wrote; several, with commas between, where that fits
     config.data.shuffle_labels = False  # a control of classifiers: labels permuted over people, nothing can be learned
     config.split = ConfigDict()
-    config.split.kind = "person"  # person, person_250, person_kfold, leave_database_out, paper301
+    config.split.kind = "person"  # person, person_250, person_kfold, leave_database_out, column, paper301
     config.split.fractions = (0.65, 0.15, 0.20)  # of people: train, validation, test; person_250 takes the last only
     config.split.fold = 0  # person_kfold: the test fold
     config.split.folds = 5
@@ -29,7 +29,7 @@ def common(task: str) -> ConfigDict:
     config.split.allow_leaks = False
     config.task = ConfigDict()
     config.task.name = task
-    config.task.target = "abnormal"  # or murmur; without classes, a label to divide evenly between the parts, or ""
+    config.task.target = "abnormal"  # or murmur, or a column of a table; without classes, what to divide evenly between the parts, or ""
     config.train = ConfigDict()
     config.train.epochs = 30
     config.train.batch_recordings = 8  # a step, over all devices
