@@ -1,26 +1,34 @@
 """A probability and a decision for each audio file; of a segmenter, its states.
 
     python -m pcgjax.predict --workdir=runs/cnn --out=answers.csv a.wav b.flac
+    python -m pcgjax.predict --workdir=runs/cnn --out=answers.json clips/ 'more/*.wav' --files_from=list.txt
     python -m pcgjax.predict --workdir=runs/segmenter_small --out=a.tsv a.wav
     python -m pcgjax.predict --workdir=runs/segmenter_small --out=answers.csv a.wav b.flac
 
 A segmenter writes CirCor's .tsv (start and end in seconds, state: 1 S1, 2 systole, 3 S2, 4 diastole; for a binary
 target 1 where it holds, else 0): one file to --out, or one a recording beside --out, which lists them with their
-heart rates.
+heart rates. A folder stands for all sound files below it, a pattern for those it fits, and --files_from=- for a list of
+names on standard input. --out=FILE.json has the same rows as --out=FILE.csv.
+
+The exit status is 0 where every file has an answer, else 1.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
+import json
 import os
 import pathlib
+import sys
 from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
 from pcgjax import datasets
 from pcgjax.datasets import S1
-from pcgjax.datasets.sources import printable
+from pcgjax.datasets.folder import SUFFIXES, audio_files
+from pcgjax.datasets.sources import SourceError, printable, read_bytes
 from pcgjax.runtime import files
 
 if TYPE_CHECKING:
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 
 def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     """Writes `out` with path, probability, decision, error and notes for each file, in order, and returns those rows.
+
+    paths: files, folders and patterns, as `named` has them.
 
     A file that cannot be used has an error and no probability; what was read with a doubt has notes.
 
@@ -40,10 +50,11 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     from pcgjax import systems
     from pcgjax.data.corpus import decode_recordings
     from pcgjax.datasets import audio
-    from pcgjax.runs.judge import NO_CYCLE, write_table
+    from pcgjax.runs.judge import NO_CYCLE
     from pcgjax.tasks.segmenter_model import NOT_FINITE
 
     files.check_out(out)
+    paths = named(paths)
     model = systems.load(workdir)
     if model.segmenter is not None:
         return predict_states(model.segmenter, paths, out)
@@ -73,8 +84,46 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
             probability = float(np.exp(log_p[0]))
             decision = int(probability >= model.config.evaluation.threshold)
             rows[int(row["id"])] |= {"probability": f"{probability:.9g}", "decision": decision}
-    write_table(rows, pathlib.Path(out))
+    _write(rows, pathlib.Path(out))
     return rows
+
+
+def _write(rows: list[dict], out: pathlib.Path) -> None:
+    from pcgjax.runs.judge import write_table
+
+    if out.suffix == ".json":
+        files.write_text(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    else:
+        write_table(rows, out)
+
+
+def listed(files_from: str) -> list[str]:
+    """The names in a file, one a line; "-": on standard input.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    try:
+        text = sys.stdin.buffer.read() if files_from == "-" else read_bytes(files_from)
+    except SourceError as error:
+        raise ValueError(f"--files_from={files_from}: {error}; give a file with a name a line") from None
+    return [os.fsdecode(line) for line in text.splitlines() if line.strip()]
+
+
+def named(words: list[str]) -> list[str]:
+    """The files that words stand for, in order: files, folders (all sound files below them) and patterns as `*.wav`.
+
+    What stands for no file stays as it is, and has no answer.
+    """
+    paths: list[str] = []
+    for word in words:
+        found = [word]
+        if os.path.isdir(word):
+            found = list(map(str, audio_files(pathlib.Path(word), []))) or [word]
+        elif any(sign in word for sign in "*?[") and not os.path.lexists(word):
+            found = sorted(glob.glob(word, recursive=True)) or [word]
+        paths += found
+    return paths
 
 
 def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[dict]:
@@ -89,7 +138,6 @@ def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[di
     import tqdm
 
     from pcgjax.datasets import audio
-    from pcgjax.runs.judge import write_table
     from pcgjax.segmentation.states import state_spans, write_tsv
 
     target = pathlib.Path(out)
@@ -130,33 +178,37 @@ def predict_states(model: SegmenterModel, paths: list[str], out: str) -> list[di
         if model.config.task.frames == "states" and len(onsets) > 1:
             row["heart_rate_bpm"] = f"{60 / np.median(np.diff(onsets)):.1f}"
     if target.suffix != ".tsv":
-        write_table(rows, target)
+        _write(rows, target)
     return rows
 
 
 def _named(path: str, error: Exception) -> str:
-    """An error's message, with what to name instead where a folder or a pattern was named."""
+    """An error's message, with more where a folder or a pattern was named."""
     if os.path.isdir(path):
-        return f"missing: this is a folder; name the files in it, as in {os.path.join(printable(path), '*.wav')}"
+        return f"missing: no {' or '.join(SUFFIXES)} file below this folder"
     if str(error).startswith("missing") and any(sign in path for sign in "*?["):
         return f"{error} fits this pattern"
     return str(error)
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) < 2:
-        raise app.UsageError("name at least one audio file")
-    rows = predict(FLAGS.workdir, argv[1:], FLAGS.out)
+    words = argv[1:] + (listed(FLAGS.files_from) if FLAGS.files_from else [])
+    if not words:
+        raise app.UsageError("name at least one audio file, folder or pattern, or --files_from")
+    rows = predict(FLAGS.workdir, words, FLAGS.out)
     for row in rows:
         if row["error"] or row["notes"]:
             logging.warning("%s: %s", row["path"], row["error"] or row["notes"])
     answered = sum(not row["error"] for row in rows)
     print(f"{answered} of {len(rows)} files answered; wrote {printable(FLAGS.out)}")
-    return int(answered == 0)
+    return int(answered < len(rows))
 
 
 FLAGS = flags.FLAGS
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "A folder that pcgjax.train wrote.", required=True)
-    flags.DEFINE_string("out", None, "The CSV file to write; of a segmenter also a .tsv, for one file.", required=True)
+    flags.DEFINE_string(
+        "out", None, "The .csv or .json file to write; of a segmenter also a .tsv, for one file.", required=True
+    )
+    flags.DEFINE_string("files_from", "", "A file with a name a line; -: standard input.")
     files.run(main)

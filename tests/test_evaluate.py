@@ -168,7 +168,7 @@ def test_predict_from_the_command_line(run_command, trained, waves, said, tmp_pa
              tmp_path / "silent.wav", tmp_path / "empty.wav", waves[good[2]]]  # fmt: skip
     out = tmp_path / "answers.csv"
     done = run_command("predict", f"--workdir={trained}", f"--out={out}", *map(str, paths))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert f"3 of 8 files answered; wrote {out}" in done.stdout
     rows = rows_of(out)
     assert [row["path"] for row in rows] == [str(path) for path in paths]
@@ -182,6 +182,26 @@ def test_predict_from_the_command_line(run_command, trained, waves, said, tmp_pa
     for row, id in zip((rows[1], rows[4], rows[7]), good, strict=True):
         assert float(row["probability"]) == pytest.approx(float(said[id]["probability"]), abs=1e-5)
         assert row["decision"] == said[id]["decision"]
+
+
+def test_folders_patterns_and_lists(run_command, trained, waves, tmp_path):
+    for name in ("in/a.wav", "in/deep/b.WAV", "in/.hidden.wav", "more/c.wav", "more/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(waves["b0001"], tmp_path / name)
+    (tmp_path / "list").write_text(f"{waves['b0002']}\n\n{tmp_path}/more/c.wav\n")
+    words = [str(tmp_path / name) for name in ("in", "more/*.wav", "no/*.wav", "more/d.txt")]
+    paths = predict.named(words + predict.listed(str(tmp_path / "list")))
+    names = [os.path.relpath(path, tmp_path) for path in paths]
+    assert names[:5] == ["in/a.wav", "in/deep/b.WAV", "more/c.wav", "no/*.wav", "more/d.txt"]
+    assert paths[5:] == [str(waves["b0002"]), str(tmp_path / "more" / "c.wav")]
+    with pytest.raises(ValueError, match=r"--files_from=no: missing: no such file; give a file with a name a line"):
+        predict.listed("no")
+    out = tmp_path / "o.json"
+    done = run_command("predict", f"--workdir={trained}", f"--out={out}", str(tmp_path / "in"), str(tmp_path / "more"))
+    assert (done.returncode, done.stdout) == (0, f"3 of 3 files answered; wrote {out}\n"), done.stderr
+    rows = json.loads(out.read_text())
+    assert len({row["probability"] for row in rows}) == 1
+    assert rows[0].keys() == {"path", "probability", "decision", "error", "notes"}
 
 
 def test_the_same_sound_in_other_files(trained, waves, tmp_path):
@@ -234,8 +254,9 @@ def test_W7_R3_one_file_that_no_model_can_answer_among_good_ones(trained, traine
     soundfile.write(tmp_path / "loud.wav", samples * 1e30, rate_hz, subtype="FLOAT")
     soundfile.write(tmp_path / "stereo.wav", np.stack([samples, samples], 1), rate_hz)
     os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "itself.wav").symlink_to("itself.wav")
-    names = ("loud.wav", "stereo.wav", "pipe.wav", "itself.wav", odd.name, "x" * 300 + ".wav", "*.flac", ".")
+    names = ("loud.wav", "stereo.wav", "pipe.wav", "itself.wav", odd.name, "x" * 300 + ".wav", "*.flac", "empty/")
     paths = [str(waves["b0001"]), *(str(tmp_path / name) for name in names)]
     for workdir in (trained, trained_segmenter):
         out = tmp_path / "out" / "answers.csv"
@@ -247,7 +268,7 @@ def test_W7_R3_one_file_that_no_model_can_answer_among_good_ones(trained, traine
         assert [row["notes"] for row in rows if row is not rows[2]] == [""] * 8
         assert rows[5]["path"] == str(tmp_path / "n\\xe9.wav")
         assert rows[7]["error"] == "missing: no such file fits this pattern"
-        assert rows[8]["error"].startswith("missing: this is a folder; name the files in it")
+        assert rows[8]["error"] == "missing: no .wav or .flac file below this folder"
     assert os.fsdecode(b"n\xe9.tsv") in os.listdir(out.parent)
     with pytest.raises(ValueError, match=r"--out=.*: a folder; give a file"):
         predict.predict(str(trained), paths[:1], str(tmp_path))

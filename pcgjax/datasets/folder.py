@@ -30,7 +30,7 @@ def load(source: pathlib.Path, labels: str = "none", persons: str = "") -> tuple
     pattern = _pattern(persons)
     recordings: dict[str, Recording] = {}
     problems: list[Problem] = []
-    paths = _audio_files(source, problems)
+    paths = audio_files(source, problems)
     if persons and paths and not any(pattern.search(relative(path, source)) for path in paths):
         raise DatasetError(f"--persons={persons}: fits no path below {source}, as {relative(paths[0], source)}")
     words = {}
@@ -69,7 +69,7 @@ def _pattern(persons: str) -> re.Pattern[str]:
         raise DatasetError(f"--persons={persons}: no regular expression: {error}") from None
 
 
-def _audio_files(source: pathlib.Path, problems: list[Problem]) -> list[pathlib.Path]:
+def audio_files(source: pathlib.Path, problems: list[Problem]) -> list[pathlib.Path]:
     """All visible sound files below `source`; folders that cannot be listed, and links to folders, are problems."""
 
     def unlisted(error: OSError) -> None:

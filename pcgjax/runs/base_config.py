@@ -29,7 +29,9 @@ def common(task: str) -> ConfigDict:
     config.split.allow_leaks = False
     config.task = ConfigDict()
     config.task.name = task
-    config.task.target = "abnormal"  # or murmur, or a column of a table; without classes, what to divide evenly between the parts, or ""
+    config.task.target = (
+        "abnormal"  # or murmur, or a column of a table; without classes, what to divide evenly between the parts, or ""
+    )
     config.train = ConfigDict()
     config.train.epochs = 30
     config.train.batch_recordings = 8  # a step, over all devices
