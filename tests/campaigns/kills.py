@@ -74,7 +74,8 @@ def result_of_stages(folder: pathlib.Path) -> object:
 
 def result_of_llm(folder: pathlib.Path) -> object:
     weights = sorted(folder.glob("checkpoints/best-*/adapter/adapter_model.safetensors"))[-1].read_bytes()
-    return lines_of(folder), (folder / "predictions.csv").read_text(), weights
+    answers = [line.partition(",")[2] for line in (folder / "predictions.csv").read_text().splitlines()]
+    return lines_of(folder), answers, weights  # a row begins with the run's name
 
 
 def result_of_prepare(folder: pathlib.Path) -> object:
