@@ -21,7 +21,7 @@ from pcgjax.runs.results import read_json
 from pcgjax.runtime import hashes
 from pcgjax.tasks.base import split_model
 from pcgjax.tasks.segmenter_model import SegmenterModel
-from pcgjax.training.answers import load_model, load_segmenter, make_predict
+from pcgjax.training.answers import LoadedModel, load_model, load_segmenter, make_predict
 from pcgjax.training.loop import train
 from pcgjax.training.population import train_population
 from pcgjax.training.stages import stages, variants
@@ -36,6 +36,7 @@ class Loaded(NamedTuple):
     # Of a classifier: a corpus -> its (N, 2) log p, log (1 - p), NaN where it found nothing to judge by.
     answer: Callable[[Corpus], np.ndarray] | None = None
     segmenter: SegmenterModel | None = None
+    classifier: LoadedModel | None = None  # of the JAX trainer
 
 
 class System(NamedTuple):
@@ -119,13 +120,14 @@ def _print_results(results: dict, workdir: pathlib.Path, dry_run: bool) -> None:
 
 
 def _load_classifier(workdir: pathlib.Path) -> Loaded:
-    config, task, graphdef, params, rest, sample_rate_hz, _ = load_model(workdir)
+    model = load_model(workdir)
+    config, task, graphdef, params, rest, sample_rate_hz, _ = model
     batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
 
     def answer(corpus: Corpus) -> np.ndarray:
         return make_predict(task, graphdef, corpus, np.arange(len(corpus.rows)), batch, key)(params, rest)
 
-    return Loaded(config, sample_rate_hz, answer)
+    return Loaded(config, sample_rate_hz, answer, classifier=model)
 
 
 def _load_segmenter(workdir: pathlib.Path) -> Loaded:

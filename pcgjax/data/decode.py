@@ -32,22 +32,13 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
     Raises:
       AudioError: as `audio.read`, the recording is silent below half the new rate, or too long at it.
     """
-    import soxr
-
     samples, source_rate_hz, channels, notes = audio.read_noted(recording.path)
     if recording.excerpt_s is not None:
         start, end = (round(second * source_rate_hz) for second in recording.excerpt_s)
         samples = samples[start:end]
     audio.check_resampled(len(samples), source_rate_hz, sample_rate_hz, len(samples))
     native = samples if samples.dtype == np.int16 else as_stored(samples)
-    samples = samples.astype(np.float32, copy=False)
-    if source_rate_hz != sample_rate_hz:
-        samples = soxr.resample(samples, source_rate_hz, sample_rate_hz, quality="HQ")
-    peak = float(max(samples.max(), -samples.min()))
-    if peak == 0:
-        raise AudioError(f"silent: nothing is left at {sample_rate_hz} Hz")
-    scaled = samples * np.float32(_FULL_SCALE / peak)
-    scaled = np.rint(scaled, out=scaled).astype("<i2")
+    scaled, peak = to_int16(samples, source_rate_hz, sample_rate_hz)
     row = dataset_fields(recording) | {
         "path": printable(recording.path),
         "source_rate_hz": source_rate_hz,
@@ -60,6 +51,24 @@ def decode(recording: Recording, sample_rate_hz: int) -> tuple[Row, np.ndarray]:
         "notes": [*recording.notes, *notes],
     }
     return row, scaled
+
+
+def to_int16(samples: np.ndarray, source_rate_hz: int, sample_rate_hz: int) -> tuple[np.ndarray, float]:
+    """(samples at another rate, int16 with their peak at full scale; that peak before) of (n,) samples, int or float.
+
+    Raises:
+      AudioError: nothing is left at that rate.
+    """
+    import soxr
+
+    samples = samples.astype(np.float32, copy=False)
+    if source_rate_hz != sample_rate_hz:
+        samples = soxr.resample(samples, source_rate_hz, sample_rate_hz, quality="HQ")
+    peak = float(max(samples.max(), -samples.min()))
+    if peak == 0:
+        raise AudioError(f"silent: nothing is left at {sample_rate_hz} Hz")
+    scaled = samples * np.float32(_FULL_SCALE / peak)
+    return np.rint(scaled, out=scaled).astype("<i2"), peak
 
 
 def as_stored(samples: np.ndarray) -> np.ndarray:
