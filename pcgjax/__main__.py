@@ -13,6 +13,7 @@ import pathlib
 import runpy
 import sys
 
+from pcgjax import __version__
 from pcgjax.runtime.config_flag import CONFIGS
 from pcgjax.runtime.names import nearest
 
@@ -45,6 +46,9 @@ def main() -> int:
     if name in ("--help", "-h", "help"):
         print("pcgjax COMMAND [--help] [flags]\n\ncommands:", listed({one: file_of(one) for one in COMMANDS}), sep="\n")
         print("  configs: the configs that come with the package, for --config=NAME")
+        return 0
+    if name == "--version":
+        print(f"pcgjax {__version__}")
         return 0
     if name == "configs":
         print(listed({path.stem: path for path in sorted(CONFIGS.glob("*.py"))}))

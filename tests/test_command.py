@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 
+from pcgjax import __version__
 from pcgjax.__main__ import COMMANDS, first_line
 from tests.conftest import ROOT
 
@@ -39,6 +40,7 @@ def test_commands_and_configs_are_listed():
 
 
 def test_a_command_is_its_module(tmp_path):
+    assert pcgjax("--version").stdout == f"pcgjax {__version__}\n"
     wrong = pcgjax("trainn")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("error: pcgjax trainn: no such command; nearest: train; there are train, ")

@@ -103,7 +103,7 @@ def test_excerpts_annotations_and_databases_of_a_table(tmp_path):
 def test_a_table_that_is_none(text, message, tmp_path):
     with pytest.raises(datasets.DatasetError, match=message):
         datasets.load("table", table(tmp_path, text))
-    with pytest.raises(datasets.DatasetError, match=r"no such file; --source takes the table"):
+    with pytest.raises(datasets.DatasetError, match=r"a folder; --source takes the table"):
         datasets.load("table", tmp_path)
 
 
