@@ -88,9 +88,8 @@ def load(
     source = pathlib.Path(source)
     loader = importlib.import_module(f"pcgjax.datasets.{name}")
     if name == "table" and not source.is_file():
-        raise DatasetError(
-            f"{source}: {'a folder' if source.is_dir() else 'no such file'}; --source takes the table that names the recordings"
-        )
+        what = "a folder" if source.is_dir() else "no such file"
+        raise DatasetError(f"{source}: {what}; --source takes the table that names the recordings")
     if not source.is_dir() and name not in ("synthetic", "table"):
         raise DatasetError(f"{source}: no such folder; --source takes the folder that holds the {name} files")
     if name != "folder" and (labels != "none" or persons):
