@@ -191,7 +191,7 @@ def jobs_in(work: pathlib.Path) -> dict[str, tuple[list[str], Callable[[pathlib.
         "population": ([*train_words, "--config.sweep.seed=0,1"], result_of_population, 1),
         "stages": (trained("hinf_lstm", work / "prepared", SMALL_HINF_LSTM), result_of_stages, 1),
         "audio_llm": (llm, result_of_llm, 1),
-        "processes": (train_words, result_of_run, 2),
+        "processes": ([*train_words, "--config.train.batch_recordings=4"], result_of_run, 2),
     }
 
 
