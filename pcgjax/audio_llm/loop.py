@@ -24,6 +24,7 @@ from pcgjax.audio_llm.start import Progress, Run, log, start
 from pcgjax.runs import lock
 from pcgjax.runs.best import more_accurate
 from pcgjax.runs.config import plain_config
+from pcgjax.runs.log import digest
 from pcgjax.runs.seal import seal
 from pcgjax.runs.signals import collected, leave
 from pcgjax.runs.streams import STEP
@@ -193,7 +194,7 @@ def save_checkpoint(run: Run, progress: Progress, kind: str) -> None:
     model = run.model
     meta = {
         "state": progress.state(), "config": plain_config(run.config), "base": model.peft.base_fingerprint,
-        "order": run.data.digest,
+        "order": run.data.digest, "log": None if run.rank else digest(run.workdir / "metrics.jsonl"),
     }  # fmt: skip
     optimizer = model.optimizer if kind == "last" else None
     save(run.workdir, kind, progress.step, model.peft, model.weights, optimizer, meta)

@@ -79,6 +79,7 @@ class Progress:
     best: dict[str, Any] | None  # {"accuracy", "loss", "step"} of the best validation so far
     sums: np.ndarray  # (3,) float64: loss, right answers and questions since the last line of the log
     validated: int  # the step of the last validation
+    log: str | None = None  # `runs.log.digest` of metrics.jsonl at the checkpoint that the run goes on from
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "sums": self.sums.tolist(), "validated": self.validated}
@@ -225,7 +226,7 @@ def resume(
         put(model.weights, folder, model.optimizer)
         state = meta["state"]
         logging.info("resuming at step %d", meta["step"])
-        return Progress(meta["step"], state["best"], np.array(state["sums"]), state["validated"])
+        return Progress(meta["step"], state["best"], np.array(state["sums"]), state["validated"], meta.get("log"))
 
 
 def clean(workdir: pathlib.Path, progress: Progress) -> None:
@@ -235,7 +236,7 @@ def clean(workdir: pathlib.Path, progress: Progress) -> None:
         begin_anew(workdir)
     forget_later(workdir, progress.step, progress.best["step"] if progress.best else None)
     until = {"train": progress.step, "validation": progress.validated, "test": -1}
-    rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= until[line["split"]])
+    rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= until[line["split"]], progress.log)
 
 
 def log(run: Run, step: int, split: str, values: dict[str, Any]) -> None:

@@ -49,9 +49,37 @@ def history(path: pathlib.Path) -> list[dict]:
     return entries
 
 
-def rewind(path: pathlib.Path, keep: Callable[[dict], bool]) -> None:
-    """Leaves in metrics.jsonl only the lines that `keep` is true of: those of the checkpoint a run goes on from."""
-    write_lines(path, filter(keep, history(path)))
+def every_line(line: dict) -> bool:
+    return True
+
+
+def rewind(
+    path: pathlib.Path, keep: Callable[[dict], bool], written: str | None = None,
+    of: Callable[[dict], bool] = every_line,
+) -> None:  # fmt: skip
+    """Leaves in metrics.jsonl only the lines that `keep` is true of: those of the checkpoint a run goes on from.
+
+    written: `digest` of those of them that `of` is true of, as the checkpoint has it; where they are others, a warning
+    says so.
+    """
+    kept = list(filter(keep, history(path)))
+    found = _digest(filter(of, kept))
+    if written is not None and written != found:
+        logging.warning(
+            "%s: the %s lines up to the checkpoint are not the %s that this run wrote; its curves show what is there",
+            path, found.split()[0], written.split()[0],
+        )  # fmt: skip
+    write_lines(path, kept)
+
+
+def digest(path: pathlib.Path, of: Callable[[dict], bool] = every_line) -> str:
+    """How many lines metrics.jsonl has of those that `of` is true of, and the CRC-32 of them all."""
+    return _digest(filter(of, history(path)))
+
+
+def _digest(lines: Iterable[dict]) -> str:
+    checks = [_check(line) for line in lines]
+    return f"{len(checks)} {zlib.crc32(' '.join(checks).encode()):08x}"
 
 
 def write_lines(path: pathlib.Path, lines: Iterable[dict]) -> None:

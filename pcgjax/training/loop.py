@@ -97,7 +97,7 @@ def train_epochs(run: Run, state: TrainState, totals: Totals) -> tuple[TrainStat
             if step % t.checkpoint_steps == 0 or until == spe or stop:
                 with run.clock("save"):
                     values = {"state": layout.gather(state), "totals": layout.gather(totals)}
-                    checkpoint.save(run.last, step, values, run.meta)
+                    checkpoint.save(run.last, step, values, run.meta | {"log": run.lines()})
         run.trace.stop()
     return layout.gather(state), step, stop
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from pcgjax.runs import signals
 from pcgjax.runs.best import better_epoch
 from pcgjax.runs.config import plain_config, refuse_other_order
 from pcgjax.runs.judge import validation_scores
-from pcgjax.runs.log import log_line, open_board, plot, rewind
+from pcgjax.runs.log import digest, log_line, open_board, plot, rewind
 from pcgjax.runtime import checkpoint, distributed, goodput
 from pcgjax.tasks.base import TrainState
 from pcgjax.training.members import Program
@@ -60,6 +61,12 @@ class Members(NamedTuple):
             log_line(self.workdir / "metrics.jsonl", step, split, {"member": self.numbers[place], **values})
             plot(self.boards[place], step, split, values)
 
+    def lines(self) -> str | None:
+        """What a checkpoint says of these members' lines of metrics.jsonl, which the first process writes."""
+        if jax.process_index():
+            return None
+        return digest(self.workdir / "metrics.jsonl", functools.partial(_is_of, self.numbers))
+
 
 def train_program(
     program: Program, numbers: list[int], folder: pathlib.Path, workdir: pathlib.Path, clock: goodput.Clock
@@ -93,7 +100,8 @@ def train_program(
                 if step % t.checkpoint_steps == 0 or step % spe == 0 or stop:
                     with clock("save"):
                         # A copy, for it is written while training goes on.
-                        checkpoint.save(members.last, step, stored._asdict(), json.loads(json.dumps(members.meta)))
+                        meta = json.loads(json.dumps(members.meta)) | {"log": members.lines()}
+                        checkpoint.save(members.last, step, stored._asdict(), meta)
     finally:
         with clock("save"):
             members.last.wait_until_finished()
@@ -121,7 +129,7 @@ def start(
     meta: dict[str, Any] = {
         "order_sha256": experiment.digest, "best": [None] * len(numbers), "diverged": [None] * len(numbers)
     }  # fmt: skip
-    state, step = program.first_states(), 0
+    state, step, written = program.first_states(), 0, None
     # What is kept is apart from the state, which is donated.
     stored = Held(program.spread.put(state), program.no_totals(), program.spread.put((state.params, state.rest)))
 
@@ -134,12 +142,19 @@ def start(
         checkpoint.drop_after(folder, step, aside=True)
         stored = Held(**values)
         meta |= {"best": saved["best"], "diverged": saved["diverged"]}
+        written = saved.get("log")
         logging.info("members %s: resuming at step %d", numbers, step)
     if first_process:
-        rewind(log, lambda line: line.get("member") not in numbers or line["step"] <= step)
+        ours = functools.partial(_is_of, numbers)
+        rewind(log, lambda line: not ours(line) or line["step"] <= step, written, ours)
     boards = [open_board(workdir, step, f"member{number}") if first_process else None for number in numbers]
     last = checkpoint.manager(folder)
     return Members(program, numbers, workdir, resident, meta, boards, last, clock), stored, step
+
+
+def _is_of(numbers: list[int], line: dict) -> bool:
+    """Whether a line of metrics.jsonl is of one of these members."""
+    return line.get("member") in numbers
 
 
 def note_divergence(members: Members, counts: Totals) -> None:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from pcgjax import thresholds
 from pcgjax.runs.config import plain_config, refuse_changes, refuse_other_order
-from pcgjax.runs.log import log_line, open_board, rewind
+from pcgjax.runs.log import digest, log_line, open_board, rewind
 from pcgjax.runs.record import record
 from pcgjax.runs.seal import begin_anew, unseal
 from pcgjax.runs.streams import EVALUATION, STEP
@@ -70,6 +70,10 @@ class Run(NamedTuple):
         """The bar of the steps, in the first process."""
         hidden = jax.process_index() > 0
         return tqdm.tqdm(total=self.last_step, initial=step, desc="train", unit="step", mininterval=1.0, disable=hidden)
+
+    def lines(self) -> str | None:
+        """What a checkpoint says of metrics.jsonl, which the first process writes."""
+        return None if jax.process_index() else digest(self.workdir / "metrics.jsonl")
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -185,7 +189,11 @@ def resume(workdir: pathlib.Path, state: TrainState, totals: Totals, meta: dict[
         if meta["best"] != saved["best"]:
             logging.warning("%s: the best epoch's model is lost, %s is the best now", best, meta["best"])
     if jax.process_index() == 0:
-        rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= step and line["split"] != "test")
+
+        def kept(line: dict) -> bool:
+            return line["step"] <= step and line["split"] != "test"
+
+        rewind(workdir / "metrics.jsonl", kept, saved.get("log"))
     return restored["state"], restored["totals"]
 
 

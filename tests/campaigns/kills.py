@@ -114,7 +114,8 @@ def free_port() -> int:
 
 def run_once(words: list[str], count: int, work: pathlib.Path, kill_after_s: float | None, victim: int) -> str:
     """Runs `count` processes of a command; returns "ended", "killed" or what went wrong."""
-    together = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}"] if count > 1 else []
+    together = [f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}",
+                "--start_timeout_s=20"] if count > 1 else []  # fmt: skip
     processes = [start([*words, *together, *([f"--process_id={i}"] if together else [])], work) for i in range(count)]
     begun, killed = time.monotonic(), False
     while any(process.poll() is None for process in processes):

@@ -152,6 +152,21 @@ def test_W3_the_checkpoint_before_a_damaged_one_is_used(workdir, trained, make_c
     assert (workdir / "predictions.csv").read_text() == (trained / "predictions.csv").read_text()
 
 
+@pytest.mark.parametrize("lost", ["all", "a line", "nothing"])
+def test_lines_of_the_log_that_an_unfinished_run_lost(workdir, make_config, caplog, lost):
+    (workdir / "hashes.json").unlink()  # as of a run that was killed
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if lost == "all":
+        path.unlink()
+    elif lost == "a line":
+        path.write_text("".join(lines[1:]))
+    train(make_config(), workdir)
+    said = f"{path}: the {0 if lost == 'all' else 11} lines up to the checkpoint are not the 12 that this run wrote"
+    assert (said in caplog.text) == (lost != "nothing")
+    assert "lines up to the checkpoint" not in caplog.text or lost != "nothing"
+
+
 def test_R8_an_empty_folder_among_checkpoints(workdir, trained, make_config, caplog):
     (workdir / "checkpoints" / "last" / "99999").mkdir()
     (workdir / "checkpoints" / "best" / "99999").mkdir()

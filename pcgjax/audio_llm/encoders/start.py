@@ -69,6 +69,7 @@ class Progress:
     step: int
     best: dict[str, Any] | None  # of `runs.best.better_epoch`
     totals: np.ndarray  # (3,) float64: loss, right answers, clips, since the epoch began
+    log: str | None = None  # `runs.log.digest` of metrics.jsonl at the checkpoint that the run goes on from
 
 
 def start(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: Data, model: Classifier, extractor: Any,
@@ -85,7 +86,7 @@ def start(config: ml_collections.ConfigDict, workdir: pathlib.Path, data: Data, 
     if not at:
         begin_anew(workdir)
     forget_later(workdir, at, progress.best["step"] if progress.best else None)
-    rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= at and line["split"] != "test")
+    rewind(workdir / "metrics.jsonl", lambda line: line["step"] <= at and line["split"] != "test", progress.log)
     board = open_board(workdir, at)
     record(workdir, config, at, machine_of(device))
     files.write_text(workdir / "config.json", json.dumps(plain_config(config), indent=1))
@@ -172,7 +173,7 @@ def resume(
     with understood(folder):
         refuse_changes(meta["config"], plain, workdir, FREE)
         refuse_other_order(meta["order_sha256"], data.digest, workdir)
-        progress = Progress(meta["step"], meta["best"], np.array(meta["totals"]))
+        progress = Progress(meta["step"], meta["best"], np.array(meta["totals"]), meta.get("log"))
     load_weights(model, folder, optimizer)
     logging.info("resuming at step %d", meta["step"])
     return progress

@@ -44,6 +44,7 @@ from pcgjax.runs import lock, schema
 from pcgjax.runs.best import better_epoch
 from pcgjax.runs.config import plain_config
 from pcgjax.runs.judge import validation_scores
+from pcgjax.runs.log import digest
 from pcgjax.runs.seal import refuse_other_run
 from pcgjax.runs.signals import collected, leave
 from pcgjax.runs.streams import STEP
@@ -202,6 +203,7 @@ def meta_of(run: Run, progress: Progress) -> dict[str, Any]:
         "sample_rate_hz": run.data.corpus.sample_rate_hz,
         "best": progress.best,
         "totals": progress.totals.tolist(),
+        "log": digest(run.workdir / "metrics.jsonl"),
         "encoder": json.loads(run.model.encoder.config.to_json_string(use_diff=False)),
         "extractor": json.loads(run.extractor.to_json_string()),
     }
