@@ -10,6 +10,7 @@ import os
 import pathlib
 import select
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
             return _told(error)
 
     logging.get_absl_handler().addFilter(own_or_warning)
+    _quiet_threads()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
@@ -115,6 +117,9 @@ def problem(error: BaseException) -> str:
         return f"out of memory ({words[:300] or kind}); take smaller batches, windows or nets, or a larger machine"
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "pcgjax":
         return f"needs the package {error.name.partition('.')[0]}, which is not installed here{_extra(error.name)}"
+    if "Error writing" in words and "OCDBT" in words:  # the database that Orbax writes a checkpoint to
+        fix = "make room on that disk; the same command goes on from the last whole checkpoint"
+        return f"a checkpoint could not be written ({words[:300]}); {fix}"
     origin = traceback.extract_tb(error.__traceback__)[-1:]
     if origin and origin[0].filename.endswith("xla_bridge.py"):  # where JAX looks for devices
         platforms, why = os.environ.get("JAX_PLATFORMS", ""), f" ({words[:300]})" if words else ""
@@ -158,8 +163,31 @@ PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def own_or_warning(record: std_logging.LogRecord) -> bool:
-    """A log filter: this package's own lines, and warnings; Orbax and JAX report every checkpoint and backend."""
-    return record.levelno > std_logging.INFO or record.pathname.startswith(PACKAGE)
+    """A log filter: this package's own lines, and warnings; Orbax and JAX report every checkpoint and backend.
+
+    Of others' lines the traceback is left out, as of a thread's error that ends the command with a line of its own.
+    """
+    ours = record.pathname.startswith(PACKAGE)
+    if not ours and record.exc_info and logging.get_verbosity() < logging.DEBUG:
+        record.exc_info = record.exc_text = None
+        record.msg, record.args = " ".join(record.getMessage().split())[:300], ()
+    return ours or record.levelno > std_logging.INFO
+
+
+def _quiet_threads() -> None:
+    """What ends a thread is a line, as what ends a command; what Python itself ignores, and a log that cannot be
+    written, are none."""
+
+    def told(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            logging.warning("a background thread ended: %s", problem(args.exc_value)[:300])
+
+    def ignored(args: Any) -> None:
+        logging.debug("ignored: %r in %r", args.exc_value, args.object)
+
+    threading.excepthook = told
+    sys.unraisablehook = ignored
+    std_logging.raiseExceptions = False
 
 
 def _parsed(argv: list[str]) -> list[str]:

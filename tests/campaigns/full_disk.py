@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
                     process.kill()
                     tally.add(name, "hang", f"{most} bytes")
                     continue
+                time.sleep(0.5)  # until what it said is written, too
                 output = (place / "output.txt").read_text(errors="replace")
                 whole = "silent" if status == 0 and result(out) != wanted else "survived"
                 if "Traceback" in output or status not in (0, 1):

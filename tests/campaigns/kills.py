@@ -9,6 +9,7 @@ predictions, arrays. Of `processes` two train together and one of them is killed
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -95,9 +97,19 @@ def start(words: list[str], work: pathlib.Path, most_bytes: int = 0) -> subproce
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
     with (work / "output.txt").open("a") as output:
-        return subprocess.Popen(
-            words, env=environment(work), stdout=output, stderr=output, start_new_session=True, preexec_fn=limit
+        to = subprocess.PIPE if most_bytes else output  # the limit is of the command's own files alone
+        process = subprocess.Popen(
+            words, env=environment(work), stdout=to, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit
         )
+    if process.stdout:
+        copy = functools.partial(_copy, process.stdout, work / "output.txt")
+        threading.Thread(target=copy, daemon=True).start()
+    return process
+
+
+def _copy(source: Any, target: pathlib.Path) -> None:
+    with target.open("ab") as file:
+        shutil.copyfileobj(source, file)
 
 
 def kill(process: subprocess.Popen) -> None:

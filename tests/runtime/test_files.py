@@ -217,3 +217,41 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         interrupted()
     assert path.read_text() == "whole"
     assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
+
+
+BACKGROUND = """
+import sys, threading
+from absl import logging
+from pcgjax.runtime import files
+
+def main(argv):
+    def body():
+        raise OSError(28, "No space left on device", "f")
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    try:
+        raise RuntimeError("what another library\\nsays at length")
+    except RuntimeError:
+        logging.exception("it failed")
+    class Odd:
+        def __del__(self):
+            raise ValueError("ignored")
+    Odd()
+    raise ValueError('OUT_OF_RANGE: Error writing "x" in OCDBT database at local file "d"')
+
+files.run(main)
+"""
+
+
+def test_what_others_log_and_what_ends_a_thread_is_a_line():
+    process = run_python(BACKGROUND)
+    lines = process.stderr.splitlines()
+    assert process.returncode == 1
+    assert len(lines) == 3, process.stderr
+    assert lines[0].endswith("a background thread ended: f: No space left on device")
+    assert lines[1].endswith("it failed")
+    assert lines[2].startswith("error: a checkpoint could not be written (OUT_OF_RANGE: ")
+    assert lines[2].endswith("; make room on that disk; the same command goes on from the last whole checkpoint")
+    verbose = BACKGROUND.replace("import sys, ", "import sys; sys.argv.append('-v=1'); import ")
+    assert "Traceback" in run_python(verbose).stderr
