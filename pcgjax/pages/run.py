@@ -140,6 +140,7 @@ def _classifier_values(
         "score_head": ["Score", *(name for name, _ in columns)],
         "score_rows": [[word_of(m), *(page.score(scores.get(m)) for _, scores in columns)] for m in order],
         "control": control,
+        **_patient_values(test.get("patients")),
         "decision_rows": [
             [name.capitalize(), *(page.score(row.get(k)) for k in ("precision", "recall", "f1")),
              page.text(row.get("support"))]
@@ -155,6 +156,20 @@ def _classifier_values(
             ("Wrong and confident", [example_figure(e) for e in wrong]),
         ] if examples else [],
     }  # fmt: skip
+
+
+def _patient_values(patients: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A table of CirCor's patients: the Challenge's score and the AUC, by each rule, and of the baselines."""
+    if not patients:
+        return {"patients": None}
+    name = patients["score"]
+    rules = {"max": "A patient's highest probability", "mean": "A patient's mean probability"}
+    rows = [
+        [rules[rule], *(page.score(of.get(key)) for key in (name, "auc"))] for rule, of in patients["rules"].items()
+    ]
+    rows += [[f"Baseline: {word_of(baseline)}", page.score(of[name]), page.score(0.5)]
+             for baseline, of in patients["trivial"].items()]  # fmt: skip
+    return {"patients": patients, "patient_head": ["", word_of(name), "AUC"], "patient_rows": rows}
 
 
 def _columns(results: Mapping[str, Any]) -> tuple[list[tuple[str, Mapping[str, Any]]], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pcgjax.pages.words import word_of
 from pcgjax.segmentation.scores import segmentation_summary
 
 
@@ -18,6 +19,11 @@ def run_summary(results: dict) -> str:
     mean = scores["mean_database_auc"]
     if mean["value"] is not None:
         lines.append(f"mean of the databases' AUC: {mean['value']:.3f} over {mean['databases']}")
+    if patients := scores.get("patients"):
+        name, baselines = patients["score"], patients["trivial"]
+        values = [f"{rule} {_cell(of[name]).strip()}" for rule, of in patients["rules"].items()]
+        values += [f"{word_of(baseline)} {of[name]:.3f}" for baseline, of in baselines.items()]
+        lines.append(f"CirCor's {patients['patients']} patients, {word_of(name)}: {', '.join(values)}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from pcgjax import metrics
 from pcgjax.data.corpus import Corpus
+from pcgjax.runs.patients import judge_patients
 from pcgjax.runtime.tables import write_csv
 
 NO_CYCLE = "no heart cycle found"
@@ -30,12 +31,13 @@ def validation_scores(classifies: bool, answers: np.ndarray, labels: np.ndarray,
 
 
 def judge_recordings(corpus: Corpus, indices: np.ndarray, labels: np.ndarray, log_p: np.ndarray, config) -> dict:
-    """`metrics.judge` of the recordings `indices`, whose labels and answers are given in their order."""
+    """`metrics.judge` of the recordings `indices`, whose labels and answers are given in their order; with CirCor among
+    them also `patients`, as of `judge_patients`."""
     rows = [corpus.rows[i] for i in indices]
-    e = config.evaluation
-    return metrics.judge(
+    e, probabilities = config.evaluation, np.exp(log_p[:, 0]).clip(0, 1)
+    scores = metrics.judge(
         labels,
-        np.exp(log_p[:, 0]).clip(0, 1),
+        probabilities,
         [row["person"] for row in rows],
         [row["database"] for row in rows],
         [row["labels"].get("class", "") for row in rows],
@@ -43,6 +45,8 @@ def judge_recordings(corpus: Corpus, indices: np.ndarray, labels: np.ndarray, lo
         resamples=e.resamples,
         seed=config.seed,
     )
+    patients = judge_patients(rows, labels, probabilities, config.task.target, e.threshold, e.resamples, config.seed)
+    return scores | ({"patients": patients} if patients else {})
 
 
 def prediction_rows(

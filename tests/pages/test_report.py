@@ -17,8 +17,10 @@ from pcgjax import metrics, report
 from pcgjax.pages import population as population_page
 from pcgjax.pages import run as run_page
 from pcgjax.pages.comparison import run_row, write
+from pcgjax.pages.terminal import run_summary
 from pcgjax.pages.words import COMPARED, WORDS
 from pcgjax.published import CNN_PAPER, PAPER_METRICS
+from pcgjax.runs.patients import judge_patients
 from pcgjax.runs.results import PREDICTION_FIELDS, save_examples, surest
 from pcgjax.segmentation.decoding import metronome
 from pcgjax.segmentation.scores import SEGMENTATION_HEADLINE, best_median_worst, score_rates, score_states, summarise
@@ -229,6 +231,24 @@ def test_only_metrics_are_needed(run, tmp_path):
     for sentence in ("predictions.csv has no test rows", "no metrics.jsonl", "no examples.npz", "no config.json"):
         assert sentence in page
     assert "does not say whether people of the test set" in page
+
+
+def test_patients_of_circor_are_told(run, tmp_path):
+    shutil.copytree(run, tmp_path / "circor")
+    results = json.loads((tmp_path / "circor" / "metrics.json").read_text())
+    rows = [{"person": str(i // 3), "database": "circor"} for i in range(60)]
+    labels, probabilities = np.repeat(np.arange(20) % 2, 3), np.random.default_rng(0).random(60)
+    patients = judge_patients(rows, labels, probabilities, "murmur", 0.5, 50, 0)
+    results["test"]["patients"] = patients
+    (tmp_path / "circor" / "metrics.json").write_text(json.dumps(results))
+    text = run_page.write(tmp_path / "circor").read_text()
+    assert "Patient by patient" in text
+    assert "CirCor&#39;s 20 patients of 60 recordings" in text or "CirCor's 20 patients of 60 recordings" in text
+    assert f"{patients['rules']['max']['weighted_accuracy']['value']:.3f}" in text
+    assert "Patient by patient" not in run_page.write(run).read_text()
+    lines = run_summary(results).splitlines()
+    assert lines[-1].startswith("CirCor's 20 patients, Weighted murmur accuracy: max 0.")
+    assert "always present 0.833, always absent 0.167" in lines[-1]
 
 
 def test_one_class_only(tmp_path):
