@@ -13,7 +13,7 @@ import pathlib
 import time
 from typing import TYPE_CHECKING
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from pcgjax import datasets
 from pcgjax.datasets.sources import printable
@@ -39,8 +39,13 @@ def evaluate(
     from pcgjax import systems
     from pcgjax.data.shards import as_json
     from pcgjax.runs.judge import write_table
+    from pcgjax.runs.seal import refuse_run_file
 
     files.check_out(out)
+    for path in (pathlib.Path(out), pathlib.Path(out).with_suffix(".csv")):
+        refuse_run_file(path)
+    if pathlib.Path(out).suffix == ".csv":
+        raise ValueError(f"--out={out}: the scores are JSON, and the .csv beside them has the answers; give a .json")
     began = time.monotonic()
     model = systems.load(workdir)
     recordings, problems = datasets.load(dataset, source, labels, persons)
@@ -140,8 +145,6 @@ def decode(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected {argv[1:]}")
     from pcgjax.pages.terminal import run_summary
 
     scores = evaluate(FLAGS.workdir, FLAGS.dataset, FLAGS.source, FLAGS.out, FLAGS.target, FLAGS.labels, FLAGS.persons)

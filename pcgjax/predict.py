@@ -51,10 +51,14 @@ def predict(workdir: str, paths: list[str], out: str) -> list[dict]:
     from pcgjax.data.corpus import decode_recordings
     from pcgjax.datasets import audio
     from pcgjax.runs.judge import NO_CYCLE
+    from pcgjax.runs.seal import refuse_run_file
     from pcgjax.tasks.segmenter_model import NOT_FINITE
 
     files.check_out(out)
+    refuse_run_file(pathlib.Path(out))
     paths = named(paths)
+    if pathlib.Path(out).suffix.lower() in audio.FAMILIES or os.path.realpath(out) in map(os.path.realpath, paths):
+        raise ValueError(f"--out={out}: a recording; give a .csv or .json to write the answers to")
     model = systems.load(workdir)
     if model.segmenter is not None:
         return predict_states(model.segmenter, paths, out)
@@ -211,4 +215,4 @@ if __name__ == "__main__":
         "out", None, "The .csv or .json file to write; of a segmenter also a .tsv, for one file.", required=True
     )
     flags.DEFINE_string("files_from", "", "A file with a name a line; -: standard input.")
-    files.run(main)
+    files.run(main, words=True)

@@ -112,4 +112,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The page that compares runs; default: comparison.html beside the first.")
     flags.DEFINE_bool("verify", False, "Draw nothing; compare the files of runs or prepared folders with their hashes.")
-    files.run(main)
+    files.run(main, words=True)

@@ -17,7 +17,7 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from pcgjax.runtime import files
 
@@ -36,8 +36,6 @@ def write(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: give --workdir=RUN")
     from pcgjax.pages.sites import summary
 
     workdir = flags.FLAGS.workdir

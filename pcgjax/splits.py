@@ -6,7 +6,7 @@ python -m pcgjax.splits --prepared=DIR --check=split.json
 
 from __future__ import annotations
 
-from absl import app, flags
+from absl import flags
 
 from pcgjax.data.shards import read_rows
 from pcgjax.data.splits import KINDS, SplitError, leaks, load, make, save, summary
@@ -15,8 +15,6 @@ from pcgjax.runtime import files
 
 def main(argv: list[str]) -> int:
     f = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
     try:
         fractions = [float(fraction) for fraction in f.fractions]
     except ValueError:

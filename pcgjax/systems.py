@@ -19,6 +19,7 @@ from pcgjax.data.corpus import Corpus
 from pcgjax.pages.terminal import run_summary
 from pcgjax.runs.results import read_json
 from pcgjax.runtime import hashes
+from pcgjax.runtime.files import CheckpointError
 from pcgjax.tasks.base import split_model
 from pcgjax.tasks.segmenter_model import SegmenterModel
 from pcgjax.training.answers import LoadedModel, load_model, load_segmenter, make_predict
@@ -72,6 +73,9 @@ def load(workdir: str | pathlib.Path) -> Loaded:
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
+    inner = sorted(str(one.parents[1]) for one in workdir.glob("*/checkpoints/best"))
+    if inner and not list(workdir.glob("checkpoints/best*")):
+        raise CheckpointError(f"{workdir}: has no model itself; give one of the runs in it: {', '.join(inner)}")
     name = read_json(path).get("task", {}).get("name", "cnn") if hashes.intact(path) else "cnn"
     return of(name).load(workdir)
 

@@ -22,7 +22,7 @@ def test_every_door_is_a_command():
     doors = set()
     for path in (ROOT / "pcgjax").rglob("*.py"):
         ends = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
-        if any("files.run(main)" in ast.unparse(node) for node in ends):
+        if any("files.run(main" in ast.unparse(node) for node in ends):
             doors.add(".".join(path.relative_to(ROOT / "pcgjax").with_suffix("").parts).removesuffix(".__main__"))
     assert doors - {*COMMANDS} == {"bench.scale_jobs"}  # which the bench starts
     assert {*COMMANDS} <= doors

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from pcgjax.runtime import files
@@ -28,8 +28,6 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected {argv[1:]}")
     from pcgjax.ablation.run import run_ablation
 
     logging.set_verbosity(logging.INFO)

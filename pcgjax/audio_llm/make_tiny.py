@@ -13,7 +13,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from pcgjax.audio_llm.questions import OTHERS, TASKS
 from pcgjax.runtime import files
@@ -165,8 +165,6 @@ def _write(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     folder = make_tiny(FLAGS.out, FLAGS.seed, FLAGS.legacy)
     print(f"wrote {folder}: a tiny random Qwen2-Audio")
 

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import tempfile
 
-from absl import app, flags
+from absl import flags
 
 from pcgjax.audio_llm import make_tiny
 from pcgjax.runtime import files, hashes
@@ -101,8 +101,6 @@ def _stored_type(folder: pathlib.Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     out = merge(FLAGS.model, FLAGS.adapter, FLAGS.out)
     print(f"wrote {out}: transformers.Qwen2AudioForConditionalGeneration.from_pretrained loads it")
 

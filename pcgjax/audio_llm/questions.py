@@ -351,8 +351,6 @@ def _dataset_info(path: pathlib.Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
     if bool(FLAGS.split) != bool(FLAGS.part):
         raise app.UsageError("give --split and --part together, or neither for all recordings")
     recordings, problems = datasets.load(FLAGS.dataset, FLAGS.source)

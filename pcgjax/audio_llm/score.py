@@ -38,8 +38,6 @@ def folders(flag: str, words: Sequence[str]) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
     if bool(FLAGS.workdir) == bool(FLAGS.prepared):
         raise app.UsageError("give --workdir=RUN to score a run, or --prepared=DIR to score the checkpoint itself")
     zero_shots, segments = folders("zero_shot", FLAGS.zero_shot), folders("segments", FLAGS.segments)

@@ -14,7 +14,7 @@ import datetime
 import os
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from pcgjax.runtime import files
@@ -23,8 +23,6 @@ _PATIENCE = datetime.timedelta(minutes=10)  # with a process that no longer answ
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected {argv[1:]}")
     # Not above: --help needs neither JAX nor PyTorch.
     import jax
     import torch

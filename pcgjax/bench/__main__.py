@@ -15,7 +15,7 @@ import pathlib
 import platform
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import flags
 
 import pcgjax
 from pcgjax.runtime import files
@@ -25,8 +25,6 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected {argv[1:]}")
     files.check_out(FLAGS.out)
     import torch  # before anything is measured: without it there is no peer
 

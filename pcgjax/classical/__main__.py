@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from absl import app, flags
+from absl import flags
 
 from pcgjax.runtime import files
 
@@ -15,8 +15,6 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected {argv[1:]}")
     from pcgjax.classical.picking import picking_by_database
     from pcgjax.data.corpus import from_prepared
 

@@ -24,13 +24,13 @@ from pcgjax.classical.experiment import experiment
 from pcgjax.classical.features import Features, classical_features, find_sounds
 from pcgjax.classical.picking import annotated_recordings, picking
 from pcgjax.classical.selection import selected
-from pcgjax.data.corpus import Corpus, from_prepared
+from pcgjax.data.corpus import Corpus, from_prepared, order_digest
 from pcgjax.features import envelope
 from pcgjax.pages.classical import CLASSIFIERS, write_report
 from pcgjax.pages.waveforms import SHOWN_S
 from pcgjax.runs import lock, schema
 from pcgjax.runs.best import selection_score
-from pcgjax.runs.config import plain_config, refuse_changes
+from pcgjax.runs.config import difference, plain_config, refuse_changes
 from pcgjax.runs.data import split_corpus
 from pcgjax.runs.judge import judge_recordings, prediction_rows, write_table
 from pcgjax.runs.log import log_line
@@ -113,7 +113,7 @@ def _train_classical(config: ml_collections.ConfigDict, workdir: pathlib.Path, d
         "picking": picking(corpus, config) if annotated_recordings(corpus) else None,
         "split": {k: split[k] for k in ("kind", "notes", "counts", "people_apart", "leaks")},
         "data": {"prepared": config.data.prepared, "recordings": len(corpus.rows), "sample_rate_hz":
-                 corpus.sample_rate_hz, "target": target},
+                 corpus.sample_rate_hz, "target": target, "recordings_sha256": order_digest(corpus)},
         "system": {"command": shlex.join(sys.orig_argv), **versions(), "wall_s": time.monotonic() - began},
     })  # fmt: skip
     files.write_text(workdir / "metrics.json", json.dumps(result, indent=1))
@@ -139,8 +139,18 @@ def load_classical(
             x, y, meta = file["features"], file["labels"], json.loads(str(file["meta"]))
     except Exception as error:  # numpy and zipfile raise half a dozen kinds
         raise files.CheckpointError(f"{path}: not what training wrote ({error}); train again") from None
+    given = pathlib.Path(workdir) / "config.json"
+    if hashes.intact(given) and (differs := difference(read_json(given), meta["config"])):
+        field, before, after = differs
+        raise files.CheckpointError(
+            f"{workdir}: config.json says {field}={before}, checkpoints/best.npz {after}: they are of two runs; "
+            "train again"
+        )
     config = ml_collections.ConfigDict(meta["config"])
     config.task.target = meta["target"]
+    wanted = (len(y), 2 * (config.features.nfft // 2 + 1))
+    if x.shape != wanted or not np.isfinite(x).all():
+        raise files.CheckpointError(f"{path}: features {x.shape}, need {wanted} finite numbers; train again")
     fitted = fit(meta["classifier"], config, config.seed, x, y)
 
     def answer(corpus: Corpus) -> np.ndarray:

@@ -402,8 +402,6 @@ def main(argv: Sequence[str]) -> None:
     from absl import app, flags
 
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
     try:
         low_s, high_s = map(float, values.duration_s)
     except ValueError:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from pcgjax.reproduce.job import BUDGETS, PAPERS
 from pcgjax.runtime import files
@@ -25,8 +25,6 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
     from pcgjax.pages import reproduce as reproduce_page
     from pcgjax.reproduce.run import reproduce
     from pcgjax.runs import lock

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -12,8 +13,9 @@ import numpy as np
 from absl import logging
 
 from pcgjax.data import splits
-from pcgjax.data.corpus import Corpus, from_prepared, in_rows
+from pcgjax.data.corpus import Corpus, from_prepared, in_rows, order_digest
 from pcgjax.runs.streams import SHUFFLE
+from pcgjax.runtime.files import CheckpointError
 
 
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[Corpus, dict[str, np.ndarray], dict]:
@@ -35,6 +37,16 @@ def read_corpus(config: ml_collections.ConfigDict) -> Corpus:
         key = jax.random.fold_in(jax.random.key(config.seed), SHUFFLE)
         corpus = in_rows(corpus, shuffle_labels(corpus.rows, config.task.target, key))
     return corpus
+
+
+def refuse_other_recordings(results: Mapping[str, Any], corpus: Corpus, workdir: pathlib.Path) -> None:
+    """Raises CheckpointError where a run's metrics.json is of other recordings than a corpus, by their samples."""
+    trained_on = results.get("data", {}).get("recordings_sha256")  # earlier versions have none
+    if trained_on not in (None, order_digest(corpus)):
+        raise CheckpointError(
+            f"{workdir}: trained on other recordings than data.prepared holds now; give another --workdir, or the "
+            "folder that it was trained on"
+        )
 
 
 def split_corpus(

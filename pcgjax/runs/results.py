@@ -28,6 +28,9 @@ def read_population(path: pathlib.Path) -> dict[str, Any]:
         for field in ("fields", "best", "validation", "test", "curve"):
             if not isinstance(member, dict) or not isinstance(member.get(field), dict):
                 raise ValueError(f"{path}, members[{i}]: no object `{field}`; {fix}")
+    for name, scores in population["trivial"].items():
+        if not isinstance(scores, dict):
+            raise ValueError(f"{path}, trivial, {name}: need an object of scores, found {scores!r:.60}; {fix}")
     if not 0 <= population["selected"] < len(population["members"]):
         raise ValueError(
             f"{path}, selected: {population['selected']} is none of {len(population['members'])} members; {fix}"

@@ -15,6 +15,7 @@ import jax
 from pcgjax.runs.config import refuse_changes
 from pcgjax.runs.results import read_json
 from pcgjax.runtime import hashes
+from pcgjax.runtime.files import CheckpointError
 
 # What judging a run leaves; a run that begins anew removes them.
 RESULTS = ("metrics.json", "predictions.csv", "examples.npz", "segments.npz", "report.html", "population.json",
@@ -50,7 +51,17 @@ def refuse_other_run(
         return
     begun = any((workdir / name).exists() for name in ("metrics.jsonl", *RESULTS))
     if begun or any(path.is_file() for path in (workdir / "checkpoints").rglob("*")):
-        refuse_changes(read_json(path), dict(config), workdir, also_free)
+        saved = read_json(path)
+        if saved.get("sweep"):
+            raise CheckpointError(f"{workdir}: holds a population (sweep: {saved['sweep']}); give another --workdir")
+        refuse_changes(saved, dict(config), workdir, also_free)
+
+
+def refuse_run_file(out: pathlib.Path) -> None:
+    """Raises ValueError where an output would take the place of a run's or a prepared folder's own file."""
+    of_run = out.name in (*INPUTS, *RESULTS) and (out.parent / "checkpoints").is_dir()
+    if of_run or (out.name in ("manifest.json", "records.jsonl") and (out.parent / "manifest.json").exists()):
+        raise ValueError(f"--out={out}: a file of what lies in that folder; give another name or folder")
 
 
 def begin_anew(workdir: pathlib.Path) -> None:

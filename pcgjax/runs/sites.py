@@ -13,6 +13,7 @@ import numpy as np
 from pcgjax import metrics
 from pcgjax.data import splits
 from pcgjax.data.corpus import Corpus, from_prepared
+from pcgjax.runs.data import refuse_other_recordings
 from pcgjax.runs.results import read_json, read_results
 
 FEWEST_PEOPLE = 3  # of a database that the probe is asked about
@@ -96,6 +97,7 @@ def measure(workdir: str | pathlib.Path, features: Callable[..., dict[str, np.nd
         raise ValueError(f"{workdir}: a model of task {config.task.name!r} does not classify recordings")
     config.task.target = results["split"].get("target") or results["data"].get("target") or config.task.target
     corpus = from_prepared(config.data.prepared)
+    refuse_other_recordings(results, corpus, workdir)
     split = splits.read(config.split.file or workdir / "split.json")
     place = {row["id"]: i for i, row in enumerate(corpus.rows)}
     if lacking := [name for name in (*split["train"], *split["validation"], *split["test"]) if name not in place]:

@@ -34,6 +34,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`: renamed to it at the end, removed if the body raises."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder, where a file would be written", str(path))
+    _refuse_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -48,9 +49,19 @@ def write_text(path: pathlib.Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _refuse_device(path: pathlib.Path) -> None:
+    """Raises ValueError for what is no regular file, as /dev/null or a pipe: a file would take its place."""
+    name = os.path.abspath(path)
+    if name.startswith(("/dev/", "/proc/", "/sys/")) and not name.startswith("/dev/shm/"):
+        raise ValueError(f"{path}: not a place for files; give the name of a file")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: a device or a pipe; give the name of a file")
+
+
 def check_out(path: str | pathlib.Path, folder: bool = False) -> None:
     """Raises ValueError where a file, or a folder, cannot be written: to ask before hours of work."""
     path = pathlib.Path(path)
+    _refuse_device(path)
     if path.exists() and path.is_dir() is not folder:
         raise ValueError(f"--out={path}: {'a folder; give a file' if path.is_dir() else 'a file; give a folder'}")
     there = next(one for one in (path, *path.absolute().parents) if one.exists())
@@ -60,17 +71,22 @@ def check_out(path: str | pathlib.Path, folder: bool = False) -> None:
         raise ValueError(f"--out={path}: {there} cannot be written to; give another")
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
+def run(main: Callable[[list[str]], Any], words: bool = False) -> None:
     """`absl.app.run`, where whatever ends `main` is one line and a status, never a traceback.
 
     1: an error, whose line says what, where and the fix; 130: Ctrl-C; 141: the reader of a pipe has gone. A mistake in
     this package is a line too, with the place; --verbosity=1 shows every error's traceback. A door (a module that is
     run as a command) defines its flags and calls this; its `main` imports what is heavy, so that --help answers at
-    once.
+    once. words: it takes words besides flags; else one is an error, as is a file or folder that is given empty.
     """
 
     def quiet(argv: list[str]) -> Any:
         try:
+            if len(argv) > 1 and not words:
+                raise app.UsageError(f"unexpected argument {argv[1]!r}: every setting is a --flag")
+            for name in ("workdir", "out", "source", "prepared"):
+                if name in flags.FLAGS and flags.FLAGS[name].present and flags.FLAGS[name].value == "":
+                    raise ValueError(f"--{name}=: is empty; give a file or a folder")
             status = main(argv)
             if sys.stdout:  # None where a shell has closed it
                 sys.stdout.flush()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -21,6 +22,7 @@ from pcgjax.data.plan import evaluation_plan
 from pcgjax.runs.config import completed, difference
 from pcgjax.runs.results import read_json
 from pcgjax.runtime import checkpoint, hashes, sharding
+from pcgjax.runtime.files import DamagedError
 from pcgjax.tasks.base import Counts, Task, merge_model, split_model
 from pcgjax.tasks.segmenter_model import SegmenterModel
 
@@ -154,9 +156,24 @@ def load_model(workdir: str | pathlib.Path) -> LoadedModel:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), {"params": params, "rest": rest}
         )
 
-    _, model, meta = checkpoint.require(workdir / "checkpoints" / "best", like)
+    step, model, meta = checkpoint.require(workdir / "checkpoints" / "best", like)
+    _refuse_exchanged(workdir, step)
     config, task, graphdef = made[-1]
     return LoadedModel(config, task, graphdef, model["params"], model["rest"], meta["sample_rate_hz"], meta)
+
+
+def _refuse_exchanged(workdir: pathlib.Path, step: int) -> None:
+    """Where a run has ended: a warning if its best checkpoint is not there, DamagedError if `step` is another run's."""
+    listed = hashes.read(workdir) or {}
+    steps = {int(name.split("/")[2]) for name in listed if name.startswith("checkpoints/best/")}
+    folder = workdir / "checkpoints" / "best"
+    if steps and step != max(steps) and not (folder / str(max(steps))).is_dir():
+        logging.warning("%s: missing, it was the best model; that of step %d is used", folder / str(max(steps)), step)
+    hashes.check(
+        workdir, [f"checkpoints/best/{step}/meta/metadata"], "it is not the checkpoint that this run wrote: put it back"
+    )
+    if steps and step not in steps:
+        raise DamagedError(f"{folder / str(step)}: not a checkpoint that this run wrote; remove it")
 
 
 RECORDINGS = (1, 16)  # a batch of `bucketed_answers` has room for

@@ -17,9 +17,9 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from pcgjax.data.corpus import Corpus
+from pcgjax.data.corpus import Corpus, order_digest
 from pcgjax.pages import run as run_page
-from pcgjax.runs.config import refuse_changes, refuse_other_order
+from pcgjax.runs.config import difference, plain_config, refuse_changes, refuse_other_order
 from pcgjax.runs.judge import cross_entropy, judge_recordings, prediction_rows, validation_scores, write_table
 from pcgjax.runs.record import versions
 from pcgjax.runs.results import read_json, save_examples, surest
@@ -106,15 +106,15 @@ def conclude(finished: Finished, more: Callable[[], Judgement] | None = None) ->
         rows += judgement.rows
         if judgement.examples:
             save_examples(workdir, judgement.examples)
-    control = workdir / "control" / "metrics.json"
-    if hashes.intact(control):
-        results["control"] = read_json(control)["test"]
+    if (control := _control(config, workdir / "control")) is not None:
+        results["control"] = control
     results["best"], results["epochs"] = meta["best"], config.train.epochs
     results["split"] = {
         name: finished.split[name] for name in ("kind", "target", "notes", "counts", "people_apart", "leaks")
     }
     shuffled = config.data.shuffle_labels
     results["data"] = finished.facts | {"prepared": config.data.prepared, "shuffled_labels": shuffled}
+    results["data"]["recordings_sha256"] = order_digest(corpus)
     results["system"] = finished.system | {
         "command": shlex.join(["python", "-m", "pcgjax.train", *sys.argv[1:]]),
         "platform": platform.platform(),
@@ -131,6 +131,28 @@ def conclude(finished: Finished, more: Callable[[], Judgement] | None = None) ->
         logging.warning("no report.html: %s; install it, then python -m pcgjax.report %s", error, workdir)
     seal(workdir)
     return results
+
+
+def _control(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict | None:
+    """The test scores of the run in WORKDIR/control, where it is this one with shuffled labels; None, and a warning
+    where it is another, if there is none."""
+    if not hashes.intact(folder / "metrics.json"):
+        return None
+    results = read_json(folder / "metrics.json")
+    saved = read_json(folder / "config.json") if hashes.intact(folder / "config.json") else {}
+    plain = plain_config(config)
+    differs = difference(saved, plain, {("data", "shuffle_labels")})
+    why = f"its {differs[0]} is {differs[1]}, this run's {differs[2]}" if differs else ""
+    if not saved.get("data", {}).get("shuffle_labels"):
+        why = "its labels are not shuffled"
+    elif saved["data"].get("prepared") != plain["data"]["prepared"]:
+        why = "it was trained on another prepared folder"
+    elif not isinstance(results.get("test"), dict):
+        why = "its metrics.json has no test scores"
+    if why:
+        logging.warning("%s: no control of this run: %s; its scores are left out", folder, why)
+        return None
+    return results["test"]
 
 
 def answer_scores(finished: Finished) -> tuple[dict, list[dict]]:

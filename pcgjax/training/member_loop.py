@@ -127,7 +127,8 @@ def start(
     experiment, log = program.experiment, workdir / "metrics.jsonl"
     resident, first_process = experiment.resident(), jax.process_index() == 0
     meta: dict[str, Any] = {
-        "order_sha256": experiment.digest, "best": [None] * len(numbers), "diverged": [None] * len(numbers)
+        "members": [plain_config(config) for config in program.configs], "order_sha256": experiment.digest,
+        "best": [None] * len(numbers), "diverged": [None] * len(numbers),
     }  # fmt: skip
     state, step, written = program.first_states(), 0, None
     # What is kept is apart from the state, which is donated.

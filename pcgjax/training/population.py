@@ -37,7 +37,8 @@ from pcgjax.runs.judge import validation_scores
 from pcgjax.runs.record import record
 from pcgjax.runs.results import read_json
 from pcgjax.runs.seal import seal, unseal
-from pcgjax.runtime import files, goodput
+from pcgjax.runtime import checkpoint, files, goodput
+from pcgjax.runtime.files import CheckpointError
 from pcgjax.runtime.tables import write_csv
 from pcgjax.training.conclude import Finished, conclude, model_of, system_facts
 from pcgjax.training.member_loop import Trained, save_best, train_program
@@ -125,6 +126,7 @@ def train_stage(
     plain, path = plain_config(base) | {"sweep": swept}, folder / "config.json"
     if path.exists():
         refuse_changes(read_json(path), plain, folder)
+    refuse_other_members(base, members, folder)
     unseal(folder)
     record(folder, base)
     if jax.process_index() == 0:
@@ -135,6 +137,21 @@ def train_stage(
         trained = train_program(program, numbers, folder / "checkpoints" / f"program{group}", folder, clock)
         places |= {number: (trained, place) for place, number in enumerate(numbers)}
     return [places[number] for number in range(len(members))]
+
+
+def refuse_other_members(base: ml_collections.ConfigDict, members: list[Fields], folder: pathlib.Path) -> None:
+    """Raises CheckpointError where the checkpoints in a population's folder are of other members than these."""
+    for group, numbers in enumerate(programs(members)):
+        found = checkpoint.restore(folder / "checkpoints" / f"program{group}")
+        before = found[2].get("members") if found else None
+        if before is None:  # none, or of an earlier version
+            continue
+        if len(before) != len(numbers):
+            raise CheckpointError(
+                f"{folder}: its checkpoint is of {len(before)} members, now {len(numbers)}; give another --workdir"
+            )
+        for was, number in zip(before, numbers, strict=True):
+            refuse_changes(was, plain_config(with_fields(base, members[number])), folder)
 
 
 def hand_on(stage: str, number: int, trained: Trained, place: int, folder: pathlib.Path) -> Fields:

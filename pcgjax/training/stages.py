@@ -14,7 +14,7 @@ from pcgjax.pages import comparison
 from pcgjax.published import CNN_PAPER
 from pcgjax.runs import lock, schema
 from pcgjax.runs.config import flat_fields, one_of, plain_config, refuse_changes
-from pcgjax.runs.data import refuse_other_split
+from pcgjax.runs.data import read_corpus, refuse_other_recordings, refuse_other_split
 from pcgjax.runs.results import read_json
 from pcgjax.runtime import files
 from pcgjax.training.loop import train
@@ -44,6 +44,7 @@ def _stages(config: ml_collections.ConfigDict, workdir: pathlib.Path, dry_run: b
         done = folder / "metrics.json"
         if done.exists() and read_json(done)["epochs"] >= one.train.epochs:
             refuse_changes(read_json(folder / "config.json"), plain_config(one), folder)
+            refuse_other_recordings(read_json(done), read_corpus(one), folder)
         else:
             logging.info("stage %s", name)
             train(one, folder, checked=True)

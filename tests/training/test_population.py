@@ -13,6 +13,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -265,7 +266,7 @@ def test_members_of_other_models(name, sweep, changes, make_config, tmp_path):
     config = swept(make_config, sweep, changes | {"train.epochs": 2}, name)
     if "stages" in config:
         with config.unlocked():
-            del config.stages
+            config.stages = ml_collections.ConfigDict()
     found = population.train_population(config, tmp_path / "all")
     last = len(found["members"]) - 1
     alone(config, found, last, tmp_path / "alone", tmp_path / "all")
