@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -26,6 +26,7 @@ from pcgjax.training.answers import LoadedModel, load_model, load_segmenter, mak
 from pcgjax.training.loop import train
 from pcgjax.training.population import train_population
 from pcgjax.training.stages import stages, variants
+from pcgjax.training.start import carried_over, with_encoder
 from pcgjax.training.sweep import swept_values
 
 
@@ -144,6 +145,13 @@ def _load_encoder_alone(workdir: pathlib.Path) -> Loaded:
     return Loaded(model.config, model.sample_rate_hz)
 
 
+class _Weights(NamedTuple):
+    """What of a training's first state a model is made of."""
+
+    params: Any
+    rest: Any
+
+
 def _classifier_features(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, corpus: Corpus, indices: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -151,8 +159,13 @@ def _classifier_features(
     batch, key = config.evaluation.batch_recordings, jax.random.key(config.seed)
     task = task._replace(shapes=2)  # of a single pass, more would take longer to compile than they save
     embed = make_predict(task, graphdef, corpus, indices, batch, key, embedding=True)
-    _, *untrained = split_model(task.init(nnx.Rngs(jax.random.key(config.seed))))
-    return {"trained": embed(params, rest), "untrained": embed(*untrained)}
+    _, *drawn = split_model(task.init(nnx.Rngs(jax.random.key(config.seed))))
+    first: Any = _Weights(*drawn)
+    if config.train.start_from:
+        first = carried_over(first, config.train.start_from, tuple(config.optimizer.frozen))
+    if config.model.get("checkpoint"):
+        first = with_encoder(first, graphdef, config.model.checkpoint)
+    return {"trained": embed(params, rest), "untrained": embed(first.params, first.rest)}
 
 
 # ------------------------------------------------------------------------------------------------ the other systems

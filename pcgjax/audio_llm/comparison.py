@@ -13,11 +13,11 @@ import torch
 
 from pcgjax.audio_llm import batches
 from pcgjax.audio_llm import model as llm
-from pcgjax.audio_llm.checkpoints import best_adapter
+from pcgjax.audio_llm.checkpoints import FREE, best, best_adapter
 from pcgjax.audio_llm.conclude import Candidate, about, score_part, write
 from pcgjax.audio_llm.zero_shot import load_unheard, unheard_source, zero_shot
 from pcgjax.data.corpus import Corpus, from_prepared
-from pcgjax.runs.data import load_data
+from pcgjax.runs.data import load_data, refuse_other_recordings
 from pcgjax.runtime import hashes
 
 
@@ -105,6 +105,9 @@ def score(
     data: list[tuple[Corpus, dict[str, np.ndarray], dict | None]]
     if workdirs:
         data = [load_data(one.config, pathlib.Path(path)) for one, path in zip(entries, workdirs, strict=True)]
+        for workdir, (corpus, _, _) in zip(workdirs, data, strict=True):
+            trained_on = best(workdir, "adapter", FREE)[1].get("recordings")
+            refuse_other_recordings({"data": {"recordings_sha256": trained_on}}, corpus, pathlib.Path(workdir))
     else:
         corpus = from_prepared(prepared)
         data = [(corpus, {part: np.arange(len(corpus.rows))}, None)]

@@ -21,6 +21,7 @@ from pcgjax.audio_llm import model as llm
 from pcgjax.audio_llm.checkpoints import FREE, best, full, learning_rate, put, save
 from pcgjax.audio_llm.conclude import Candidate, judge_run
 from pcgjax.audio_llm.start import Progress, Run, log, start
+from pcgjax.data.corpus import order_digest
 from pcgjax.runs import lock
 from pcgjax.runs.best import more_accurate
 from pcgjax.runs.config import plain_config
@@ -194,7 +195,8 @@ def save_checkpoint(run: Run, progress: Progress, kind: str) -> None:
     model = run.model
     meta = {
         "state": progress.state(), "config": plain_config(run.config), "base": model.peft.base_fingerprint,
-        "order": run.data.digest, "log": None if run.rank else digest(run.workdir / "metrics.jsonl"),
+        "order": run.data.digest, "recordings": order_digest(run.data.corpus),
+        "log": None if run.rank else digest(run.workdir / "metrics.jsonl"),
     }  # fmt: skip
     optimizer = model.optimizer if kind == "last" else None
     save(run.workdir, kind, progress.step, model.peft, model.weights, optimizer, meta)

@@ -372,6 +372,9 @@ def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("damaged: it is not what was written")
     if lacking := {"parameters", "counts"} - manifest.keys():
         raise KeyError(sorted(lacking)[0])
+    for part, name in (("counts", "recordings"), ("parameters", "sample_rate_hz")):
+        if not isinstance(manifest[part], dict) or not isinstance(manifest[part].get(name), int):
+            raise ValueError(f"{part}: no whole number {name}")
     return manifest
 
 
