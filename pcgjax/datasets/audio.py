@@ -156,6 +156,7 @@ def _header(file: BinaryIO) -> Header:
     length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise AudioError("empty: the file has no bytes")
+    containers.past_tags(file)
     wav = containers.wav(file, length)
     if wav and wav.missing:  # libsndfile reads a cut file without an error
         raise AudioError(
@@ -216,13 +217,12 @@ def _as_libsndfile_reads_it(file: BinaryIO, wav: containers.Wav | None, length: 
         notes.append(f"name: the file is named {suffix} and is {kind}")
     if not subtype.startswith(LOSSLESS):
         notes.append(f"lossy: {subtype} keeps only a part of the sound")
-    elif kind not in WHOLE_OR_ERROR:
+    elif kind not in WHOLE_OR_ERROR or (wav is None and kind in ("WAV", "WAVEX", "RF64")):
         notes.append(f"container: whether a file of format {kind} was cut cannot be told")
-    file.seek(0)
+    containers.past_tags(file)
     flac = containers.flac(file) if kind == "FLAC" else None
     found = Header(rate_hz, frames, channels, (), length, wav, flac)
     if kind == "AIFF":
-        file.seek(0)
         declared = containers.aiff_frames(file) or 0
         if frames < declared:
             raise AudioError(f"truncated: the header declares {declared} samples, there are {frames}")

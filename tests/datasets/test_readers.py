@@ -119,6 +119,119 @@ def test_R2_what_follows_the_samples(tmp_path: pathlib.Path) -> None:
         assert bool(notes) == bool(doubt)
 
 
+def chunk(name: bytes, content: bytes, order: str = "<", padded: bool = True) -> bytes:
+    return name + struct.pack(order + "I", len(content)) + content + bytes(len(content) % 2 * padded)
+
+
+@pytest.mark.parametrize("subtype", ENCODINGS)
+def test_a_big_endian_wav_is_judged_as_any(tmp_path: pathlib.Path, subtype: str) -> None:
+    expected, _ = noted(wav(tmp_path / "a.wav", noise(), subtype=subtype))
+    whole = wav(tmp_path / "b.wav", noise(), subtype=subtype, endian="BIG").read_bytes()
+    assert whole.startswith(b"RIFX")
+    samples, notes = noted(tmp_path / "b.wav")
+    np.testing.assert_array_equal(samples, expected)
+    assert notes == ("lossy: ULAW keeps only a part of the sound" if subtype == "ULAW" else "")
+    at, listed = whole.index(b"data") + 4, chunk(b"LIST", b"INFOabcd", ">")
+    for content, doubt in (
+        (whole + listed, ""),
+        (whole[:12] + chunk(b"JUNK", b"abcde", ">", padded=False) + whole[12:], ""),
+        (whole[:at] + bytes(4) + whole[at + 4 :], "size: the header declares no samples"),
+        (whole[:at] + b"\xff" * 4 + whole[at + 4 :] + listed, "size: the header leaves it open"),
+    ):
+        (tmp_path / "b.wav").write_bytes(content)
+        samples, notes = noted(tmp_path / "b.wav")
+        np.testing.assert_array_equal(samples, expected)
+        assert notes.startswith(doubt)
+        assert ("size: " in notes) == bool(doubt)
+    (tmp_path / "b.wav").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(audio.AudioError, match="truncated: "):
+        audio.header(tmp_path / "b.wav")
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype"),
+    [("a.flac", "PCM_16"), ("a.flac", "PCM_24"), ("a.wav", "PCM_16"), ("a.wav", "FLOAT"), ("a.aiff", "PCM_16")],
+)
+@pytest.mark.parametrize("size", [20, 300])  # over 127 a tag's size takes two of its bytes
+def test_an_ID3_tag_in_front(tmp_path: pathlib.Path, name: str, subtype: str, size: int) -> None:
+    whole = wav(tmp_path / name, noise(8), subtype=subtype).read_bytes()
+    expected, _ = noted(tmp_path / name)
+    tag = b"ID3\3\0\0\0\0" + bytes([size >> 7, size & 127]) + bytes(size)
+    (tmp_path / name).write_bytes(tag + whole)
+    samples, notes = noted(tmp_path / name)
+    np.testing.assert_array_equal(samples, expected)
+    assert notes == ""
+    (tmp_path / name).write_bytes((tag + whole)[: len(whole) // 2])
+    with pytest.raises(audio.AudioError, match="truncated: "):
+        audio.read(tmp_path / name)
+    for cut in range(len(tag)):
+        (tmp_path / name).write_bytes((tag + whole)[: cut + 1])
+        with pytest.raises(audio.AudioError, match="not audio: "):
+            audio.read(tmp_path / name)
+    if name == "a.flac":
+        (tmp_path / name).write_bytes(tag + whole[:30] + bytes([whole[30] ^ 1]) + whole[31:])  # of the checksum
+        with pytest.raises(audio.AudioError, match="damaged: "):
+            audio.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("subtype", ENCODINGS)
+def test_chunks_behind_samples_of_open_length(tmp_path: pathlib.Path, subtype: str) -> None:
+    whole = wav(tmp_path / "a.wav", subtype=subtype).read_bytes()
+    expected, _ = noted(tmp_path / "a.wav")
+    size = len(whole) - whole.index(b"data") - 8
+    long = b"x" * 300_000
+    for behind in (
+        chunk(b"LIST", b"INFOabcd"), chunk(b"LIST", b"INFOabc"), chunk(b"LIST", b"INFOabc", padded=False),
+        chunk(b"id3 ", long), chunk(b"bext", long) + chunk(b"LIST", b"INFO" + chunk(b"DISP", b"abcd")),
+        chunk(b"cue ", bytes(4)) + chunk(b"JUNK", bytes(7)) + chunk(b"fact", bytes(4)),
+    ):  # fmt: skip
+        for data in (0, 0x7FFFF000, 0xFFFFFFFF, size + len(behind) + 16, size + len(behind)):
+            if data == size + len(behind) and len(behind) > 1000:
+                continue  # the header's size fits the file: only its last bytes are searched
+            (tmp_path / "b.wav").write_bytes(resized(whole + behind, len(whole) + len(behind) - 8, data))
+            samples, notes = noted(tmp_path / "b.wav")
+            np.testing.assert_array_equal(samples, expected)
+            assert "size: " in notes
+
+
+def test_samples_that_look_like_a_chunk_are_kept(tmp_path: pathlib.Path) -> None:
+    whole = wav(tmp_path / "a.wav").read_bytes()
+    for behind in (
+        chunk(b"LIST", b"INFOabcd") + bytes(2), chunk(b"LIST", b"INFOabcd")[:-2], chunk(b"XYZW", b"abcd"),
+        chunk(b"LIST", b"INFOabcd") + chunk(b"XYZW", b"abcd"), b"LIST", b"LIST\0\0\0",
+    ):  # fmt: skip
+        for data in (0, 0xFFFFFFFF, 6000 + len(behind)):
+            (tmp_path / "b.wav").write_bytes(resized(whole + behind, len(whole) + len(behind) - 8, data))
+            assert len(noted(tmp_path / "b.wav")[0]) == 3000 + len(behind) // 2
+
+
+@pytest.mark.parametrize("name", [b"LIST", b"bext", b"JUNK", b"id3 ", b"cue ", b"iXML", b"_PMX", b"fact", b"abcd"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+def test_an_odd_chunk_without_padding_before_any_other(tmp_path: pathlib.Path, name: bytes, subtype: str) -> None:
+    whole = wav(tmp_path / "a.wav", subtype=subtype).read_bytes()
+    expected, _ = noted(tmp_path / "a.wav")
+    for odd in (b"LIST", b"bext", b"note"):
+        for padded in (False, True):
+            before = chunk(odd, b"abcde", padded=padded) + chunk(name, b"abcdefg", padded=padded) + chunk(name, b"abcd")
+            for content in (whole[:36] + before + whole[36:], whole[:12] + before + whole[12:]):
+                (tmp_path / "b.wav").write_bytes(content)
+                samples, notes = noted(tmp_path / "b.wav")
+                np.testing.assert_array_equal(samples, expected)
+                assert notes == ""
+                (tmp_path / "b.wav").write_bytes(content[:-1000])
+                with pytest.raises(audio.AudioError, match="truncated: "):
+                    audio.read(tmp_path / "b.wav")
+
+
+def test_bits_that_contradict_an_extensible_header(tmp_path: pathlib.Path) -> None:
+    for subtype in ("PCM_24", "PCM_32", "FLOAT", "ULAW", "PCM_16"):
+        whole = wav(tmp_path / "a.wav", subtype=subtype, format="WAVEX").read_bytes()
+        assert "header: " not in noted(tmp_path / "a.wav")[1]
+    for bits in (17, 20, 24, 32):
+        (tmp_path / "a.wav").write_bytes(whole[:34] + bytes([bits]) + whole[35:])
+        assert noted(tmp_path / "a.wav")[1].startswith(f"header: 1 channels of {bits} bits at 2000 Hz contradict 2 ")
+
+
 def test_R4_rates_and_durations_have_bounds(tmp_path: pathlib.Path) -> None:
     for rate_hz in (1, 99, 1_000_000):
         with pytest.raises(audio.AudioError, match=f"rate: the header declares {rate_hz} Hz, .*write the recorder's"):
