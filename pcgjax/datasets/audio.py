@@ -6,6 +6,7 @@ What is read with a doubt has notes: short texts that begin with a kind, as in `
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ USUAL_RATES_HZ = (1000, 48_000)
 MOST_SAMPLES = 1 << 26  # that a file may be decoded or resampled to, unless its own bytes are a quarter as many
 LOUDEST = 2.0**33  # full scale is 1; integers of 32 bits that were saved as floats reach 2**31
 QUIETEST = 2.0**-100
+QUIET = 2.0**-10  # below it float samples are raised for a segmenter, whose features have a floor
 LOUDER_CHANNEL = 10  # times the range of the one that is read, from where on it is said
 FAMILIES = {
     ".wav": ("WAV", "WAVEX", "RF64", "W64"), ".wave": ("WAV", "WAVEX", "RF64", "W64"), ".flac": ("FLAC",),
@@ -102,6 +104,8 @@ def pieces(
 ) -> Iterator[np.ndarray]:
     """A file's first channel at another rate, float32 with full scale at 1, a piece at a time: for files of any length.
 
+    Samples that all lie far below full scale, as floats in volts may, are raised by a power of two.
+
     Args: notes: to which those on what is read with a doubt are added.
     Yields: (n,) samples of about `piece_s` seconds.
     Raises:
@@ -117,13 +121,13 @@ def pieces(
                 raise AudioError(f"too short: {frames / rate_hz:.3f} s, at least {SHORTEST_S} s is needed")
             check_resampled(frames, rate_hz, sample_rate_hz, found.length)
             resample = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32", quality="HQ")
-            done, ends = 0, []
+            done, ends, raised = 0, [], _raise_by(file, found)
             for every in _blocks(file, found, round(piece_s * rate_hz)):
                 if not np.isfinite(every[:, 0]).all():
                     raise AudioError(f"not finite: a sample after {done / rate_hz:.1f} s is NaN or infinite")
                 done += len(every)
                 ends += [every.min(0), every.max(0)]
-                samples = np.ascontiguousarray(every[:, 0])
+                samples = every[:, 0] * raised
                 if abs(samples).max() > LOUDEST:
                     _judged(np.array(ends), ends[-2][0], ends[-1][0], found._replace(frames=frames))
                 yield samples if rate_hz == sample_rate_hz else resample.resample_chunk(samples, last=done >= frames)
@@ -133,6 +137,14 @@ def pieces(
     judged = _judged(reach, reach[:, 0].min(), reach[:, 0].max(), found)
     if notes is not None:
         notes += found.notes + judged
+
+
+def _raise_by(file: BinaryIO, found: Header) -> np.float32:
+    """What brings the peak of a float file's first channel, if it is below QUIET, to between 1/2 and 1; else 1."""
+    if found.flac or (found.wav and found.wav.plain):
+        return np.float32(1)
+    peak = max((float(np.abs(every[:, 0]).max()) for every in _blocks(file, found, 1 << 18)), default=0.0)
+    return np.float32(2.0 ** -math.floor(math.log2(peak) + 1) if 0 < peak < QUIET else 1)
 
 
 def check_resampled(frames: int, rate_hz: int, sample_rate_hz: int, length: int) -> None:

@@ -512,3 +512,14 @@ def test_hidden_files_and_capitals(tmp_path: pathlib.Path) -> None:
     recordings, problems = loaded("folder", f)
     assert list(recordings) == ["x/a"]
     assert [(problem.path, problem.reason.split(":")[0]) for problem in problems] == [("link", "link")]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-9, 1e-25])
+def test_quiet_floats_are_raised_piece_by_piece(tmp_path, scale):
+    samples = 0.5 * np.random.default_rng(0).standard_normal(30_000).clip(-2, 2).astype(np.float32)
+    soundfile.write(tmp_path / "loud.wav", samples, 2000, subtype="FLOAT")
+    soundfile.write(tmp_path / "quiet.wav", samples * np.float32(scale), 2000, subtype="FLOAT")
+    loud, quiet = (np.concatenate(list(audio.pieces(tmp_path / name, 1000, 5.0))) for name in ("loud.wav", "quiet.wav"))
+    ratio = np.abs(quiet).max() / np.abs(loud).max()
+    assert 0.2 < ratio <= 2
+    np.testing.assert_allclose(quiet / ratio, loud, atol=1e-5)
