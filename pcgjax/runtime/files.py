@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import io
@@ -94,12 +95,11 @@ def run(main: Callable[[list[str]], Any], words: bool = False) -> None:
         except app.UsageError:
             raise
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from what is saved", file=sys.stderr)
-            return 130
+            return _interrupted()
         except BrokenPipeError as error:
             return _pipe_broken() or _told(error)
         except Exception as error:
-            return _told(error)
+            return _interrupted() if _by_interrupt(error) else _told(error)
 
     logging.get_absl_handler().addFilter(own_or_warning)
     _quiet_threads()
@@ -118,6 +118,18 @@ def run(main: Callable[[list[str]], Any], words: bool = False) -> None:
         sys.exit(130)
     except BrokenPipeError:  # of --help
         sys.exit(_pipe_broken() or 1)
+
+
+def _interrupted() -> int:
+    print("interrupted; the same command goes on from what is saved, if anything is", file=sys.stderr)
+    return 130
+
+
+def _by_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error, as behind the ImportError of a package whose import it stopped."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _told(error: Exception) -> int:
@@ -200,6 +212,8 @@ def _quiet_threads() -> None:
 
     def ignored(args: Any) -> None:
         logging.debug("ignored: %r in %r", args.exc_value, args.object)
+        if issubclass(args.exc_type, KeyboardInterrupt):  # Ctrl-C while JAX collects garbage: once more, a little later
+            threading.Timer(0.1, _thread.interrupt_main).start()
 
     threading.excepthook = told
     sys.unraisablehook = ignored

@@ -148,7 +148,7 @@ files.run(main)
 
 @pytest.mark.parametrize(("code", "status", "line"), [
     ("raise ValueError('one\\ntwo')", 1, "error: one two"),
-    ("raise KeyboardInterrupt", 130, "interrupted; the same command goes on from what is saved"),
+    ("raise KeyboardInterrupt", 130, "interrupted; the same command goes on from what is saved, if anything is"),
     ("raise MemoryError", 1, "error: out of memory (MemoryError); take smaller"),
     ("import numpy; numpy.ones(2**50)", 1, "error: out of memory (Unable to allocate 8.00 PiB"),
     ("{}['a']", 1, "error: KeyError: 'a'; --verbosity=1 shows the traceback"),
@@ -255,3 +255,38 @@ def test_what_others_log_and_what_ends_a_thread_is_a_line():
     assert lines[2].endswith("; make room on that disk; the same command goes on from the last whole checkpoint")
     verbose = BACKGROUND.replace("import sys, ", "import sys; sys.argv.append('-v=1'); import ")
     assert "Traceback" in run_python(verbose).stderr
+
+
+SWALLOWED = """
+import gc, os, signal, time
+from pcgjax.runtime import files
+
+def main(argv):
+    class Odd:
+        def __del__(self):  # as JAX's callback of the garbage collector
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+    Odd()
+    time.sleep(5)
+    print("went on")
+
+files.run(main)
+"""
+IMPORTING = """
+from pcgjax.runtime import files
+
+def main(argv):
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("Encountered an error while initializing the extension.") from error
+
+files.run(main)
+"""
+
+
+@pytest.mark.parametrize("code", [SWALLOWED, IMPORTING], ids=["swallowed", "importing"])
+def test_ctrl_c_that_another_library_swallows(code):
+    process = run_python(code)
+    assert (process.returncode, process.stdout) == (130, "")
+    assert process.stderr == "interrupted; the same command goes on from what is saved, if anything is\n"
