@@ -142,7 +142,7 @@ from pcgjax.runtime import files
 def main(argv):
     exec(argv[1], {})
 
-files.run(main)
+files.run(main, words=True)
 """
 
 
