@@ -365,7 +365,7 @@ def _read_manifest(prepared: pathlib.Path) -> dict[str, Any]:
 
 
 def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest, if it is what was written (one without hashes, of a first version, is not asked); else ValueError."""
+    """The manifest, if it is what was written (one of a first version has no hashes); else ValueError."""
     digest = manifest.pop("sha256", None)
     if (digest is not None or "records_sha256" in manifest) and digest != hashes.of_json(manifest):
         raise ValueError("damaged: it is not what was written")
