@@ -25,7 +25,9 @@ class Setting(NamedTuple):
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the field, where a config that `schema.check` has passed cannot be compared here."""
     if "ablation" not in config or config.task.name != "hinf_lstm":
-        raise ValueError("config: no field ablation for task.name=hinf_lstm; use configs/hinf_lstm.py:ablation")
+        raise ValueError(
+            f"config: task.name={config.task.name} without a field ablation; use configs/hinf_lstm.py:ablation"
+        )
     a = config.ablation
     if "synthetic" in a.settings and not len(a.snrs_db):
         raise ValueError(f"ablation.snrs_db={tuple(a.snrs_db)}: give decibels, or inf for no noise")

@@ -172,6 +172,8 @@ def best(
     if found is None:
         raise CheckpointError(f"{workdir}: no trained {what} there (checkpoints/best-*); train one first")
     folder, meta = found
+    name = (folder / "meta.json").relative_to(workdir).as_posix()
+    hashes.check(workdir, [name], "it is not the checkpoint that this run wrote: put it back")
     path = workdir / "config.json"
     if config is None and hashes.intact(path):
         config = read_json(path)

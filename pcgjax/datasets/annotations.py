@@ -67,6 +67,8 @@ def _spans(raw: bytes, duration_s: float) -> tuple[tuple[Span, ...], list[_Line]
     Raises:
       ValueError: a line that no order makes right.
     """
+    if not raw.strip():
+        raise ValueError("the file is empty")
     if (quick := _sound_annotations(raw, duration_s)) is not None:
         return quick, [], ()
     lines: list[_Line] = []

@@ -33,20 +33,23 @@ class _Plan:
                                        "split.file": str(job.run("cinc_people.json"))}  # fmt: skip
 
     def add(self, name: str, title: str, run: Callable, *arguments: Any, settings: Mapping[str, Any] | None = None,
-            after: Sequence[str] = (), torch: bool = False) -> str:  # fmt: skip
+            after: Sequence[str] = (), torch: bool = False, again: bool = False) -> str:  # fmt: skip
         """Adds run(*arguments) as a stage, and returns its name.
 
         settings: with which OUT must have been made, besides the budget; after: the stages that it needs.
         """
         plain = json.loads(json.dumps({"budget": self.job.budget, **(settings or {})}))
-        self.stages.setdefault(name, Stage(name, title, plain, functools.partial(run, *arguments), tuple(after), torch))
+        self.stages.setdefault(
+            name, Stage(name, title, plain, functools.partial(run, *arguments), tuple(after), torch, again)
+        )
         return name
 
     def prepared(self, dataset: str, rate_hz: int) -> str:
         """The stage that prepares a data set."""
         title, settings = f"prepare {dataset} at {rate_hz} Hz", {"source": str(self.job.source)}
         arguments = (self.job, dataset, rate_hz)
-        return self.add(f"prepare_{dataset}_{rate_hz}", title, work.prepare_dataset, *arguments, settings=settings)
+        return self.add(f"prepare_{dataset}_{rate_hz}", title, work.prepare_dataset, *arguments, settings=settings,
+                        again=True)  # fmt: skip
 
     def trained(self, config: str, run: str, title: str, dataset: str, rate_hz: int, how: Callable, *more: Any,
                 fields: Mapping[str, Any] | None = None) -> str:  # fmt: skip

@@ -47,9 +47,14 @@ def _reproduce(paper: str, source: str | pathlib.Path, job: Job, model: str) -> 
     states = others | carry_out(stages, job.out)
     shown = [p for p, of in known.items() if p in (paper, *(PAPERS if paper == "all" else ())) or
              all(stage.name in states for stage in of)]  # fmt: skip
+    try:
+        rows = [row for p in shown for row in rows_of(job, p, states)]
+    except ValueError as error:  # a file of a stage that is done is damaged or gone
+        fix = f"remove {job.out / 'stages'}, and the same command makes what is not whole"
+        raise ValueError(f"{str(error).partition('; ')[0]}; {fix}") from error
     table = {
         "budget": job.budget, "model": model or "a tiny one with random weights", "source": str(source),
-        "rows": [row for p in shown for row in rows_of(job, p, states)],
+        "rows": rows,
         "stages": {name: {k: v for k, v in state.items() if k != "settings"} for name, state in states.items()},
         "left_out": left_out_clips(job, states),
         "versions": versions(),

@@ -31,6 +31,7 @@ class Stage(NamedTuple):
     run: Callable[[], Any]  # goes on where it was stopped
     after: tuple[str, ...] = ()  # stages that must be done
     torch: bool = False
+    again: bool = False  # looks quickly whether all is as it was, when it is done already
 
 
 def saved(stages: Iterable[Stage], out: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -64,6 +65,7 @@ def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str,
     for number, stage in enumerate(stages, 1):
         before = states.get(stage.name, {})
         if before.get("status") == "done" and not before["result"]:  # else it names what it lacked: there may be more
+            _look_again(stage)
             continue
         start = time.monotonic()
         state: dict[str, Any] = {"title": stage.title, "settings": stage.settings, "status": "begun"}
@@ -84,6 +86,17 @@ def carry_out(stages: Sequence[Stage], out: pathlib.Path) -> dict[str, dict[str,
     return states
 
 
+def _look_again(stage: Stage) -> None:
+    """Raises ValueError where a stage that is done would now give something else, as of another source."""
+    if not stage.again:
+        return
+    now = _attempt(stage)
+    if now["status"] == "failed":
+        raise ValueError(f"{stage.title}: is done, and now: {now['why']}; give another --out")
+    if now["status"] == "not run":
+        logging.warning("%s: is done, and now: %s; its rows are of what was there", stage.title, now["why"])
+
+
 def _reason(state: Mapping[str, Any]) -> str:
     """Why a stage is not done."""
     return f"{state['title']} failed: {state['why']}" if state["status"] == "failed" else state["why"]
@@ -99,7 +112,8 @@ def _attempt(stage: Stage) -> dict[str, Any]:
     except Exception as error:  # the others go on; what it was is in the table
         if stage.torch and isinstance(error, ImportError):
             return {"status": "not run", "why": f'{error}; pip install "pcgjax[audio-llm]"'}
-        logging.exception("%s failed", stage.title)
+        logging.error("%s failed: %s", stage.title, files.problem(error))
+        logging.debug("where it failed", exc_info=True)
         return {"status": "failed", "why": f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]}
 
 

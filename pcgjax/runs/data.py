@@ -64,6 +64,8 @@ def split_corpus(
     if path.exists():
         split = splits.load(path, rows)
     else:
+        if config.split.file and path.name != "split.json":
+            logging.warning("split.file=%s: no such file; a split is made now and kept there", path)
         split = splits.make(rows, *_split_arguments(config))
         splits.save(split, path)
     leaks = splits.check(split, rows, allow=config.split.allow_leaks)

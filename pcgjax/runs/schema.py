@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-import os
 import runpy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -103,15 +102,6 @@ def text(least: int = 0) -> Rule:
     return problem
 
 
-def a_file() -> Rule:
-    def problem(value: Any) -> str:
-        if what := text()(value):
-            return what
-        return "" if not value or os.path.isfile(value) else "no such file; empty, a split is made and kept in WORKDIR"
-
-    return problem
-
-
 def choice(names: Iterable[str]) -> Rule:
     names = tuple(names)
     shown = ", ".join(repr(name) if name == "" else name for name in names)
@@ -179,7 +169,7 @@ def _common() -> dict[str, Rule]:
         "data.prepared": text(), "data.shuffle_labels": flag(),
         "split.kind": choice(KINDS), "split.fractions": each(number(above=0, below=1), length=3),
         "split.fold": whole(), "split.folds": whole(3), "split.database": text(), "split.names": text(),
-        "split.file": a_file(), "split.allow_leaks": flag(),
+        "split.file": text(), "split.allow_leaks": flag(),
         "task.name": text(),
         "train.epochs": whole(1), "train.batch_recordings": whole(1),
         "evaluation.resamples": whole(1),

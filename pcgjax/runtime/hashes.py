@@ -63,7 +63,7 @@ def read(folder: pathlib.Path) -> dict[str, dict[str, Any]] | None:
         listed = content["files"]
         if content["sha256"] == of_json(listed):
             return listed
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError):
         pass

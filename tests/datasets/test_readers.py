@@ -523,3 +523,11 @@ def test_quiet_floats_are_raised_piece_by_piece(tmp_path, scale):
     ratio = np.abs(quiet).max() / np.abs(loud).max()
     assert 0.2 < ratio <= 2
     np.testing.assert_allclose(quiet / ratio, loud, atol=1e-5)
+
+
+def test_an_empty_annotation_is_a_problem(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(2000), 1000)
+    (tmp_path / "a.tsv").write_text("\n")
+    [recording], [problem] = datasets.load("folder", tmp_path)
+    assert recording.annotations == ()
+    assert (problem.path, problem.reason) == ("a.tsv", "annotation: the file is empty")

@@ -378,3 +378,22 @@ def test_all_papers_on_simulated_recordings(all_sets, tmp_path):
     llm_split = json.loads((tmp_path / "runs" / "llm_split.json").read_text())
     assert not set(split["train"]) & set(llm_split["test"])
     assert set(split["train"]) <= set(llm_split["train"])
+
+
+def test_a_preparation_that_is_done_is_looked_at_again(tmp_path, caplog):
+    """Another source under the same name is refused; one that is gone is told, and its rows stay."""
+    what: list[Exception] = []
+
+    def run() -> None:
+        if what:
+            raise what[0]
+
+    stage = Stage("prepare_x", "prepare x", {}, run, again=True)
+    assert carry_out([stage], tmp_path)["prepare_x"]["status"] == "done"
+    what.append(ValueError("of another source"))
+    with pytest.raises(ValueError, match="prepare x: is done, and now: ValueError: of another source; give another"):
+        carry_out([stage], tmp_path)
+    assert "Traceback" not in caplog.text
+    what[0] = NotRun("x/ is not there")
+    assert carry_out([stage], tmp_path)["prepare_x"]["status"] == "done"
+    assert "prepare x: is done, and now: x/ is not there; its rows are of what was there" in caplog.text
